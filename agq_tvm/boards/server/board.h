@@ -1,0 +1,44 @@
+/* The board server: gives one machine to TVM's RPC clients, one session at a time, without Python. */
+#ifndef AGQ_BOARD_H
+#define AGQ_BOARD_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define RPC_MAGIC 0xFF271
+#define RPC_MISMATCH (RPC_MAGIC + 2)
+#define TRACKER_MAGIC 0x2F271
+#define KEY_SIZE 128 /* a key with its random part */
+
+struct options {
+  const char *key;          /* what clients ask the tracker for */
+  const char *host;         /* address to listen on */
+  const char *custom_addr;  /* address that clients are told, or NULL: the one that the tracker sees */
+  const char *tracker_host; /* NULL: no tracker */
+  const char *tracker_port;
+  int port; /* port to listen on; once listening, the real one */
+};
+
+/* net.c: all return 0, or -1 after an error, a time-out or the end of the stream. */
+int read_all(int socket, void *data, size_t size);
+int write_all(int socket, const void *data, size_t size);
+int read_int(int socket, int32_t *value);
+int write_int(int socket, int32_t value);
+void set_time_limit(int socket, int seconds); /* 0: none */
+void random_key(const char *key, char result[KEY_SIZE]);
+int listen_on(struct options *options);
+
+/* tracker.c: the tracker's protocol (tvm/rpc/tracker.py). */
+int tracker_connect(const struct options *options); /* a socket, or -1 */
+int tracker_offer(int tracker, const struct options *options, const char *match_key);
+int tracker_holds(int tracker, const char *match_key); /* 1: nobody has asked for it yet; 0: somebody has */
+
+/* session.c */
+int session_accept(int connection, const char *key, const char *match_key, double *time_limit);
+int session_run(int connection, double time_limit, int signals); /* 1: told to stop */
+
+/* functions.c: what a session offers beside TVM's runtime. */
+int register_functions(const char *folder);
+int call_runtime(const char *name, int socket, const char *message); /* message may be NULL */
+
+#endif

@@ -1,0 +1,152 @@
+"""Compile a quantized checkpoint into a bundle for one device."""
+
+import shutil
+import time
+from pathlib import Path
+
+from agq_tvm.errors import AgqError
+from agq_tvm.files import fresh_directory, sha256_file, write_json
+from agq_tvm.flow.packing import Packer, offsets_dtype
+from agq_tvm.progress import progress, say
+from agq_tvm.quantize.checkpoint import Checkpoint, read_checkpoint
+from agq_tvm.runtime import bundle as bundles
+from agq_tvm.targets import Device, load_device
+from agq_tvm.targets.link import exporter
+
+DEFAULT_CONTEXT = 2048
+_VALUE_LANES = {"avx512vnni": 32}
+
+
+def compile_checkpoint(
+    checkpoint: str | Path,
+    target: str,
+    output: str | Path,
+    context: int | None = None,
+    debug_dump: str | Path | None = None,
+) -> dict:
+    """Compile a checkpoint for a device.
+
+    Parameters
+    ----------
+    checkpoint : path-like
+        Made by `agq_tvm.flow.quantize.quantize`.
+    target : str
+        A device's name, its TOML file, or ``"host"``.
+    output : path-like
+        The bundle; takes its name only when it is complete.
+    context : int, optional
+        Length of the caches; the smaller of the model's and 2048 by default.
+    debug_dump : path-like, optional
+        Where to write the module after each phase.
+
+    Returns
+    -------
+    dict
+        ``device``, ``instruction_set``, ``context``, ``bytes``, ``seconds``.
+
+    Raises
+    ------
+    AgqError
+        If the checkpoint is damaged or cannot be compiled, or nothing can be linked or written.
+    """
+    start = time.perf_counter()
+    device = load_device(target)
+    source = read_checkpoint(checkpoint)
+    context = _context(source, context)
+    if source.scheme.activation == "none":
+        raise AgqError(
+            f"{checkpoint} has float activations, which have no kernels yet: quantize it with "
+            "--activation per-token-group"
+        )
+    say(f"compiling {checkpoint} for {device.name} ({device.instruction_set})")
+    with fresh_directory(output, "bundle") as directory:
+        _build(source, device, context, directory, Path(debug_dump) if debug_dump else None)
+        size = sum(path.stat().st_size for path in directory.iterdir())
+    return {
+        "device": device.name,
+        "instruction_set": device.instruction_set,
+        "context": context,
+        "bytes": size,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def _context(checkpoint: Checkpoint, context: int | None) -> int:
+    limit = checkpoint.config.context_length
+    chosen = min(limit, DEFAULT_CONTEXT) if context is None else context
+    if not 16 <= chosen <= limit:
+        raise AgqError(f"--context {chosen} is not between 16 and the model's {limit}")
+    return -(-chosen // 16) * 16 if chosen < limit else chosen // 16 * 16
+
+
+def _build(
+    checkpoint: Checkpoint, device: Device, context: int, directory: Path, dump: Path | None
+) -> None:
+    # TVM takes a second to import: not before it is known that there is something to compile.
+    from agq_tvm.kernels.instruction_sets import instruction_set
+    from agq_tvm.models.relax_decoder import PREFILL_BUCKETS, build_decoder
+    from agq_tvm.passes import pipeline
+    from agq_tvm.passes.quantize_linears import LinearFormat
+    from agq_tvm.tvm_seam import Target, relax
+
+    isa = instruction_set(device.instruction_set)
+    scheme = checkpoint.scheme
+    offsets = offsets_dtype(checkpoint)
+    target = Target(device.tvm_target())
+    module = build_decoder(checkpoint.config, context, _VALUE_LANES.get(isa.name, 16))
+    format = LinearFormat(4, scheme.group_size, scheme.activation, offsets)
+    lowered, tensors = pipeline.run(module, target, format, isa, dump)
+    executable = relax.build(lowered, target, relax_pipeline=None)
+    executable.export_library(str(directory / bundles.LIBRARY), fcompile=exporter(device))
+
+    caches = [tensor for tensor in tensors if tensor[0].endswith((".keys", ".values"))]
+    constants = tensors[len(caches) :]
+    packer = Packer(checkpoint, isa, context, offsets)
+    shown = progress(constants, "packing", unit="tensor")
+    parameters = bundles.write_parameters(directory / bundles.PARAMETERS, list(shown), packer.array)
+    for name in bundles.TOKENIZER_FILES:
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, directory / name)
+    manifest = _manifest(checkpoint, device, context, list(PREFILL_BUCKETS))
+    manifest["layout"] = {"linears": isa.layout_4bit.name, "tables": isa.layout_8bit.name}
+    manifest["caches"] = caches
+    manifest["parameters"] = [
+        {"name": p.name, "dtype": p.dtype, "shape": p.shape, "offset": p.offset, "sha256": p.sha256}
+        for p in parameters
+    ]
+    manifest["files"] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(directory.iterdir())
+    }
+    write_json(directory / bundles.MANIFEST, manifest)
+
+
+def _manifest(checkpoint: Checkpoint, device: Device, context: int, buckets: list[int]) -> dict:
+    config, scheme = checkpoint.config, checkpoint.scheme
+    return {
+        "format_version": bundles.FORMAT_VERSION,
+        "versions": bundles.versions(),
+        "device": {
+            "name": device.name,
+            "machine": device.machine,
+            "instruction_set": device.instruction_set,
+            "features": list(device.required_features),
+            "threads": device.threads,
+        },
+        "model": {
+            "family": config.family,
+            "vocab_size": config.vocab_size,
+            "layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "bos_token_id": config.bos_token_id,
+            "eos_token_ids": list(config.eos_token_ids),
+        },
+        "quantization": {
+            "method": scheme.method,
+            "weight_bits": 4,
+            "group_size": scheme.group_size,
+            "activation": scheme.activation,
+        },
+        "context": context,
+        "buckets": buckets,
+    }

@@ -1,0 +1,194 @@
+"""From a float or 4-bit model to a quantized checkpoint."""
+
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from agq_tvm.errors import AgqError
+from agq_tvm.files import fresh_directory
+from agq_tvm.progress import progress, say
+from agq_tvm.quantize.checkpoint import (
+    GROUP_SIZES,
+    QuantizedLinear,
+    QuantizedTable,
+    Scheme,
+    linear_shapes,
+    table_shapes,
+    vector_names,
+    write_checkpoint,
+)
+from agq_tvm.quantize.source import Source, open_source
+from agq_tvm.quantize.weights import dequantize, quantize_table, rtn
+
+KEPT_GROUP = 32
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that GPTQ and static activations look at.
+
+    Attributes
+    ----------
+    text : str
+        A name of `agq_tvm.quantize.texts.TEXTS` or a file.
+    samples : int
+        Windows taken from it, evenly spread.
+    length : int
+        Tokens of a window.
+    """
+
+    text: str = "calibration"
+    samples: int = 64
+    length: int = 512
+
+
+def quantize(
+    model: str | os.PathLike,
+    output: str | os.PathLike,
+    method: str | None = None,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    activation: str = "per-token-group",
+    calibration: Calibration | None = None,
+) -> dict:
+    """Quantize a model and write the checkpoint.
+
+    Parameters
+    ----------
+    model : str or path-like
+        See `agq_tvm.quantize.source.open_source`.
+    output : path-like
+        The directory to write; an earlier checkpoint there is replaced.
+    method : {"gptq", "rtn", "keep"}, optional
+        Default: ``"keep"`` if every matrix of the model is 4 bit already, else ``"gptq"``.
+    group_size : int, optional
+        32, 64 or 128. Default: the model's own 32 for ``"keep"``; else 128 if it divides the inner dimension
+        of every matrix, and 64 if not.
+    symmetric : bool
+        Leave out the offsets; ``"keep"`` takes over what the model has.
+    activation : {"per-token-group", "per-token", "static", "none"}
+    calibration : Calibration, optional
+        Used by ``"gptq"`` and by static activations.
+
+    Returns
+    -------
+    dict
+        ``method``, ``group_size``, ``symmetric``, ``activation``, ``bytes`` of the weights file,
+        ``bits_per_weight`` of the matrices with their scales and offsets, ``relative_weight_error``
+        (root of the summed squared error over that of the weights), and ``seconds``.
+
+    Raises
+    ------
+    AgqError
+        If the model cannot be read, the arguments do not fit it, or the output cannot be written.
+    """
+    started = time.perf_counter()
+    source = open_source(model)
+    scheme = _choose_scheme(source, method, group_size, symmetric, activation)
+    calibration = calibration or Calibration()
+    with fresh_directory(output, "checkpoint") as directory:
+        source.copy_tokenizer(directory)
+        windows = _windows(directory, calibration, scheme, source)
+        say(f"quantizing {source.label}: {scheme.method}, groups of {scheme.group_size}")
+        linears = _linears(source, scheme, windows)
+        tables = {name: _table(source, name) for name in table_shapes(source.config)}
+        vectors = {name: source.tensor(name) for name in vector_names(source.config)}
+        if scheme.activation == "static":
+            linears = _with_static_activations(source, linears, vectors, windows)
+        error = _relative_error(source, linears)
+        write_checkpoint(directory, source.raw_config, scheme, linears, tables, vectors)
+        size = (directory / "model.safetensors").stat().st_size
+    return {
+        "method": scheme.method,
+        "group_size": scheme.group_size,
+        "symmetric": scheme.symmetric,
+        "activation": scheme.activation,
+        "bytes": size,
+        "bits_per_weight": _bits_per_weight(linears),
+        "relative_weight_error": error,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _choose_scheme(
+    source: Source, method: str | None, group_size: int | None, symmetric: bool, activation: str
+) -> Scheme:
+    method = method or ("keep" if source.is_four_bit else "gptq")
+    if method == "keep":
+        if not source.is_four_bit:
+            raise AgqError(f"{source.label} is not 4 bit, there is no grid to keep: choose gptq or rtn")
+        if group_size not in (None, KEPT_GROUP):
+            raise AgqError(
+                f"keep leaves the model's own groups of {KEPT_GROUP}: choose gptq or rtn for others"
+            )
+        if symmetric and not source.is_symmetric:
+            raise AgqError(f"{source.label} has offsets, keep cannot make it symmetric: choose gptq or rtn")
+        return Scheme(method, KEPT_GROUP, source.is_symmetric, activation)
+    largest = max(GROUP_SIZES)
+    if group_size is None:
+        fits = all(linear.in_features % largest == 0 for linear in source.config.linears)
+        group_size = largest if fits else 64
+    return Scheme(method, group_size, symmetric, activation)
+
+
+def _windows(
+    directory: Path, calibration: Calibration, scheme: Scheme, source: Source
+) -> list[list[int]] | None:
+    if scheme.method != "gptq" and scheme.activation != "static":
+        return None
+    from agq_tvm.quantize.calibration import cut_windows
+
+    length = min(calibration.length, source.config.context_length)
+    return cut_windows(directory / "tokenizer.json", calibration.text, calibration.samples, length)
+
+
+def _linears(source: Source, scheme: Scheme, windows: list[list[int]] | None) -> dict[str, QuantizedLinear]:
+    if scheme.method == "gptq":
+        from agq_tvm.quantize.streaming import quantize_layers
+
+        return quantize_layers(source, scheme, windows)
+    names = progress(linear_shapes(source.config), "quantizing")
+    if scheme.method == "keep":
+        return {name: source.kept_linear(name) for name in names}
+    return {name: rtn(source.tensor(f"{name}.weight"), scheme.group_size, scheme.symmetric) for name in names}
+
+
+def _table(source: Source, name: str) -> QuantizedTable:
+    return source.kept_table(name) or quantize_table(source.tensor(f"{name}.weight"))
+
+
+def _with_static_activations(
+    source: Source,
+    linears: dict[str, QuantizedLinear],
+    vectors: dict[str, np.ndarray],
+    windows: list[list[int]],
+) -> dict[str, QuantizedLinear]:
+    from agq_tvm.quantize.streaming import static_ranges
+
+    embedding = source.tensor(f"{source.config.embedding}.weight")
+    ranges = static_ranges(source.config, linears, vectors, embedding, windows)
+    return {
+        name: replace(linear, act_scale=ranges[name][0], act_zero=ranges[name][1])
+        for name, linear in linears.items()
+    }
+
+
+def _relative_error(source: Source, linears: dict[str, QuantizedLinear]) -> float:
+    error = total = 0.0
+    for name, linear in progress(linears.items(), "comparing", total=len(linears)):
+        weight = source.tensor(f"{name}.weight")
+        error += float(np.square(dequantize(linear) - weight, dtype="float64").sum())
+        total += float(np.square(weight, dtype="float64").sum())
+    return float(np.sqrt(error / total)) if total else 0.0
+
+
+def _bits_per_weight(linears: dict[str, QuantizedLinear]) -> float:
+    stored = weights = 0
+    for linear in linears.values():
+        stored += linear.qweight.nbytes + linear.scales.nbytes
+        stored += 0 if linear.offsets is None else linear.offsets.nbytes
+        weights += len(linear.qweight) * linear.in_features
+    return 8 * stored / weights

@@ -1,0 +1,202 @@
+"""Kernels that make activation codes: what comes before a linear, fused with its quantization.
+
+Codes are written by k-block, then row, as `linear.py` reads them. For s = max|y| / 127 over a row or a group:
+q = round half to even of y · (1/s); a row (or group) of zeros has s = 1. Static: q = y / s + z, clipped to
+-127..127.
+"""
+
+from dataclasses import dataclass
+
+from agq_tvm.kernels.emit import (
+    LANES,
+    exp,
+    float32,
+    lane_chunks,
+    reduce_lanes,
+    store_vector,
+    task_loop,
+)
+from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT
+from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
+from agq_tvm.tvm_seam import IRBuilder, T, tirx
+
+SMALLEST_MAXIMUM = 127 * 2.0**-126
+"""Below it a row counts as zeros, so that 1/s stays finite."""
+
+
+@dataclass(frozen=True)
+class QuantizeKernel:
+    """What is quantized, and how.
+
+    Attributes
+    ----------
+    source : str
+        ``"plain"``, ``"rms_norm"`` or ``"silu_mul"``: what makes y from the inputs.
+    rows, channels : int
+        M and K of the linear that follows.
+    group_size : int
+        Of that linear's weights.
+    mode : str
+        ``"per-token"``, ``"per-token-group"`` or ``"static"``.
+    epsilon : float
+        Of the norm; unused otherwise.
+    """
+
+    source: str
+    rows: int
+    channels: int
+    group_size: int
+    mode: str
+    epsilon: float = 0.0
+
+    @property
+    def groups(self) -> int:
+        """G, the number of groups along K."""
+        return -(-self.channels // self.group_size)
+
+    @property
+    def scales(self) -> int:
+        """Scales of a row: G for scales of groups, else 1."""
+        return self.groups if self.mode == "per-token-group" else 1
+
+    @property
+    def name(self) -> str:
+        """E.g. ``rms_norm_quantize_per_token_group_g32_m128_k576``."""
+        prefix = "" if self.source == "plain" else f"{self.source}_"
+        mode = self.mode.replace("-", "_")
+        return f"{prefix}quantize_{mode}_g{self.group_size}_m{self.rows}_k{self.channels}"
+
+    def input_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the float32 inputs: x and, by source, the norm's gain; static adds (s, z)."""
+        M, K = self.rows, self.channels
+        shapes = {"plain": [(M, K)], "rms_norm": [(M, K), (K,)], "silu_mul": [(M, 2 * K)]}[self.source]
+        return [*shapes, (2,)] if self.mode == "static" else shapes
+
+    def output_shapes(self, layout: Layout) -> list[tuple[tuple[int, ...], str]]:
+        """Shapes and types of codes [KB, M, S, 2, D], scales [M, G or 1] and sums [M, G]."""
+        blocks = k_blocks(self.channels, self.group_size)
+        return [
+            ((blocks, self.rows, layout.steps, 2, layout.depth), "int8"),
+            ((self.rows, self.scales), "float32"),
+            ((self.rows, self.groups), "int32"),
+        ]
+
+
+def build(kernel: QuantizeKernel, layout: Layout):
+    """Return the PrimFunc; inputs as `input_shapes`, outputs as `output_shapes`."""
+    K, padded = kernel.channels, k_blocks(kernel.channels, kernel.group_size) * K_BLOCK
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(kernel.name)
+            T.func_attr({"global_symbol": kernel.name, "tirx.noalias": True})
+            inputs = [
+                T.arg(f"in{i}", T.buffer(shape, "float32")) for i, shape in enumerate(kernel.input_shapes())
+            ]
+            names = ("codes", "scales", "sums")
+            outputs = [
+                T.arg(name, T.buffer(shape, dtype))
+                for name, (shape, dtype) in zip(names, kernel.output_shapes(layout), strict=True)
+            ]
+            with task_loop("row", kernel.rows, inputs, outputs) as m:
+                y = T.sblock_alloc_buffer((padded,), "float32")
+                partial = T.sblock_alloc_buffer((LANES,), "float32")
+                scalar = T.sblock_alloc_buffer((2,), "float32")
+                counts = T.sblock_alloc_buffer((LANES,), "int32")
+                total = T.sblock_alloc_buffer((1,), "int32")
+                _SOURCES[kernel.source](kernel, inputs, m, y, partial, scalar)
+                if padded > K:
+                    with T.serial(padded - K) as k:
+                        T.buffer_store(y, float32(0), [K + k])
+                _quantize_row(kernel, inputs[-1], m, y, partial, scalar, counts, total, outputs, layout)
+    return builder.get()
+
+
+def _plain(kernel, inputs, m, y, partial, scalar) -> None:
+    store_vector(y, kernel.channels, lambda k: inputs[0][m, k])
+
+
+def _rms_norm(kernel, inputs, m, y, partial, scalar) -> None:
+    """y = (x / sqrt(mean x² + ε)) · gain."""
+    x, gain = inputs[0], inputs[1]
+    with T.vectorized(LANES) as j:
+        T.buffer_store(partial, float32(0), [j])
+    chunks, lanes = lane_chunks(kernel.channels)
+    with T.serial(chunks) as c, T.vectorized(lanes) as j:
+        value = x[m, c * lanes + j]
+        T.buffer_store(partial, partial[j] + value * value, [j])
+    reduce_lanes(partial, lambda a, b: a + b, scalar)
+    mean = scalar[0] / float32(kernel.channels)
+    T.buffer_store(scalar, float32(1) / tirx.sqrt(mean + float32(kernel.epsilon)), [1])
+    store_vector(y, kernel.channels, lambda k: x[m, k] * scalar[1] * gain[k])
+
+
+def _silu_mul(kernel, inputs, m, y, partial, scalar) -> None:
+    """y = gate / (1 + e^-gate) · up, for x = [gate, up]."""
+
+    def value(k):
+        gate, up = inputs[0][m, k], inputs[0][m, kernel.channels + k]
+        return gate / (float32(1) + exp(float32(0) - gate)) * up
+
+    store_vector(y, kernel.channels, value)
+
+
+_SOURCES = {"plain": _plain, "rms_norm": _rms_norm, "silu_mul": _silu_mul}
+
+
+def _quantize_row(kernel, static, m, y, partial, scalar, counts, total, outputs, layout) -> None:
+    codes, scales, sums = outputs
+    G, size = kernel.groups, kernel.group_size
+    if kernel.mode == "static":
+        T.buffer_store(scales, static[0], [m, 0])
+    elif kernel.mode == "per-token":
+        _scale_of(y, 0, G * size, partial, scalar)
+        T.buffer_store(scales, scalar[0], [m, 0])
+    with T.serial(G) as g:
+        if kernel.mode == "per-token-group":
+            _scale_of(y, g * size, size, partial, scalar)
+            T.buffer_store(scales, scalar[0], [m, g])
+        with T.vectorized(LANES) as j:
+            T.buffer_store(counts, tirx.const(0, "int32"), [j])
+        with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
+            k = g * size + c * LANES + j
+            T.buffer_store(counts, counts[j] + _code(kernel, y, static, scalar, k), [j])
+        with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
+            k = g * size + c * LANES + j
+            code = T.Cast("int8", _code(kernel, y, static, scalar, k))
+            T.buffer_store(codes, code, [k // K_BLOCK, m, *_place(k % K_BLOCK, layout)])
+        T.buffer_store(total, counts[0], [0])
+        for lane in range(1, LANES):
+            T.buffer_store(total, total[0] + counts[lane], [0])
+        T.buffer_store(sums, total[0], [m, g])
+
+
+def _scale_of(y, start, extent: int, partial, scalar) -> None:
+    """Store s = max|y| / 127 and 1/s over a stretch of a row into `scalar`."""
+    with T.vectorized(LANES) as j:
+        T.buffer_store(partial, float32(0), [j])
+    with T.serial(extent // LANES) as c, T.vectorized(LANES) as j:
+        value = y[start + c * LANES + j]
+        magnitude = tirx.max(value, float32(0) - value)
+        T.buffer_store(partial, tirx.max(partial[j], magnitude), [j])
+    reduce_lanes(partial, tirx.max, scalar)
+    scale = scalar[0] / float32(ACTIVATION_LIMIT)
+    T.buffer_store(scalar, T.Select(scalar[0] < float32(SMALLEST_MAXIMUM), float32(1), scale), [0])
+    T.buffer_store(scalar, float32(1) / scalar[0], [1])
+
+
+def _code(kernel, y, static, scalar, k):
+    """Return the int32 code of channel k."""
+    if kernel.mode != "static":
+        return T.Cast("int32", tirx.nearbyint(y[k] * scalar[1]))
+    limit = float32(ACTIVATION_LIMIT)
+    q = tirx.nearbyint(y[k] * (float32(1) / static[0])) + static[1]
+    q = T.Cast("int32", tirx.max(tirx.min(q, limit), float32(0) - limit))
+    if kernel.channels % kernel.group_size:
+        return T.Select(k < kernel.channels, q, tirx.const(0, "int32"))
+    return q
+
+
+def _place(channel, layout: Layout):
+    """Indices (step, half, i) of a channel inside a k-block."""
+    D = layout.depth
+    return channel // (2 * D), channel // D % 2, channel % D

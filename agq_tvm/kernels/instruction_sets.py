@@ -1,0 +1,24 @@
+"""The instruction sets that kernels are written for."""
+
+from agq_tvm.errors import AgqError
+from agq_tvm.kernels.intrin.avx2 import AVX2
+from agq_tvm.kernels.intrin.avx512vnni import AVX512VNNI
+from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.intrin.dotprod import DOTPROD
+from agq_tvm.kernels.intrin.generic import GENERIC
+from agq_tvm.kernels.intrin.neon import NEON
+
+INSTRUCTION_SETS = {isa.name: isa for isa in (AVX512VNNI, AVX2, DOTPROD, NEON, GENERIC)}
+
+
+def instruction_set(name: str) -> InstructionSet:
+    """Return the instruction set of that name.
+
+    Raises
+    ------
+    AgqError
+        If there are no kernels for it.
+    """
+    if name not in INSTRUCTION_SETS:
+        raise AgqError(f"no kernels for instruction set {name!r}: there are {', '.join(INSTRUCTION_SETS)}")
+    return INSTRUCTION_SETS[name]

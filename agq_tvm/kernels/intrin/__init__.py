@@ -1,0 +1,1 @@
+"""Tensor intrinsics, one file for each instruction set: layouts, dot products and what they need."""

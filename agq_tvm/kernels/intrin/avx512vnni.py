@@ -1,0 +1,27 @@
+"""AVX-512 VNNI: `vpdpbusd`, 64 products of unsigned weights and signed activations in one instruction.
+
+Sums are int32 from the start: nothing overflows before 2^31 / (255 * 127) channels.
+"""
+
+from agq_tvm.kernels.intrin.base import InstructionSet, Multiply
+from agq_tvm.kernels.layout import Layout
+from agq_tvm.tvm_seam import tirx
+
+
+def vpdpbusd(total, weights, activations):
+    """Add to int32x16 the products of uint8x64 and int8x64, four to a lane."""
+    # LLVM 22 wants the byte operands as byte vectors, older ones as int32x16.
+    return tirx.call_llvm_pure_intrin(
+        "int32x16", "llvm.x86.avx512.vpdpbusd.512", total, weights, activations
+    )
+
+
+AVX512VNNI = InstructionSet(
+    name="avx512vnni",
+    instruction="vpdpbusd",
+    layout_4bit=Layout(bits=4, vectors=4, lanes=16, depth=4, zero=0),
+    layout_8bit=Layout(bits=8, vectors=4, lanes=16, depth=4, zero=0),
+    rows=4,
+    multiply_4bit=Multiply(vpdpbusd),
+    multiply_8bit=Multiply(vpdpbusd),
+)

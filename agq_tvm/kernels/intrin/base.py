@@ -1,0 +1,217 @@
+"""What the intrinsics of every instruction set share: their specification, their bounds, their names."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from agq_tvm.kernels.layout import Layout
+from agq_tvm.tvm_seam import IRBuilder, T, TensorIntrin, tirx
+
+ACTIVATION_LIMIT = 127
+"""Activation codes are -127..127: intrinsics that sum in 16 bits count on it."""
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """How an instruction set multiplies a vector of codes with broadcast activations and sums.
+
+    Attributes
+    ----------
+    accumulate : callable
+        ``f(total, weights, activations) -> total``, all vector expressions: weights and activations have
+        ``lanes * depth`` bytes, totals one value for each lane.
+    total : str
+        Scalar type of the running total inside a k-block: ``"int32"``, or ``"int16"`` where 32 channels fit.
+    fold : callable or None
+        Turns the int16 totals of a k-block into ``int32x{lanes}``; needed with ``total="int16"``.
+    """
+
+    accumulate: Callable[[Any, Any, Any], Any]
+    total: str = "int32"
+    total_lanes: int = 0
+    fold: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """The dot products of one instruction set.
+
+    Attributes
+    ----------
+    name : str
+        As device files write it.
+    instruction : str or None
+        The multiply that must be found in the disassembly.
+    layout_4bit, layout_8bit : Layout
+        How weights and tables are packed for it: the same for every kernel and schedule.
+    rows : int
+        Rows of the register tile in prefill.
+    multiply_4bit, multiply_8bit : Multiply or None
+        None leaves the loops to LLVM.
+    """
+
+    name: str
+    instruction: str | None
+    layout_4bit: Layout
+    layout_8bit: Layout
+    rows: int
+    multiply_4bit: Multiply | None = None
+    multiply_8bit: Multiply | None = None
+
+    def layout(self, bits: int) -> Layout:
+        """Return the packed layout for 4 or 8 bits."""
+        return self.layout_4bit if bits == 4 else self.layout_8bit
+
+
+def stored_dtype(layout: Layout) -> str:
+    """Type of one stored code when it has a byte of its own."""
+    return "int8" if layout.zero else "uint8"
+
+
+def nibble(byte, half, layout: Layout):
+    """Extract a 4-bit code from a byte: half 0 is the low nibble, 1 the high one.
+
+    Unsigned layouts give 0..15 as uint8, signed ones -8..7 as int8.
+    """
+    shift = T.Cast("uint8", half * 4)
+    if layout.zero == 0:
+        return T.bitwise_and(T.shift_right(byte, shift), T.uint8(15))
+    return T.shift_right(T.Cast("int8", T.shift_left(byte, T.uint8(4) - shift)), T.int8(4))
+
+
+def _signature(rows: int, layout: Layout, packed: bool):
+    """Declare the operands of a tile: R rows by one tile of columns by one k-block.
+
+    Buffers: x int8 [R, S, 2, D]; w [S, V, L, D] nibbles or [S, 2, V, L, D] bytes; c int32 [R, V, L].
+    Without the dimension of rows for R = 1: TVM drops loops of one round before it compares.
+    """
+    S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
+    lead = () if rows == 1 else (rows,)
+    w_shape, w_dtype = ((S, V, L, D), "uint8") if packed else ((S, 2, V, L, D), stored_dtype(layout))
+    handles = [T.arg(name, T.handle()) for name in "xwc"]
+    x = T.match_buffer(handles[0], (*lead, S, 2, D), "int8", offset_factor=1)
+    w = T.match_buffer(handles[1], w_shape, w_dtype, offset_factor=1)
+    c = T.match_buffer(handles[2], (*lead, V, L), "int32", offset_factor=1)
+    return x, w, c
+
+
+def _all(buffer):
+    return buffer[tuple(slice(0, extent) for extent in buffer.shape)]
+
+
+def dot_desc(rows: int, layout: Layout, packed: bool):
+    """Specify the product of a tile as plain loops."""
+    S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
+    lead, kinds = ((), "SSRRR") if rows == 1 else ((rows,), "SSSRRR")
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("desc")
+            x, w, c = _signature(rows, layout, packed)
+            with T.sblock("root"):
+                T.reads(_all(c), _all(x), _all(w))
+                T.writes(_all(c))
+                with T.grid(*lead, V, L, S, 2, D) as loops, T.sblock("dot"):
+                    *r, v, j, s, h, i = T.axis.remap(kinds, loops)
+                    code = nibble(w[s, v, j, i], h, layout) if packed else w[s, h, v, j, i]
+                    product = T.Cast("int32", x[(*r, s, h, i)]) * T.Cast("int32", code)
+                    T.buffer_store(c, c[(*r, v, j)] + product, [*r, v, j])
+    return builder.get()
+
+
+def broadcast_activations(codes, layout: Layout):
+    """Repeat `depth` codes in every lane of a vector."""
+    if layout.depth == 1:
+        return T.broadcast(codes, layout.lanes)
+    word = {2: "int16", 4: "int32"}[layout.depth]
+    repeated = T.broadcast(tirx.reinterpret(word, codes), layout.lanes)
+    return tirx.reinterpret(f"int8x{layout.lanes * layout.depth}", repeated)
+
+
+def vector_nibbles(packed, half: int, layout: Layout):
+    """Extract one nibble of each byte of a vector, as `nibble` does."""
+    lanes = layout.lanes * layout.depth
+    if layout.zero == 0:
+        shifted = T.shift_right(packed, T.broadcast(T.uint8(4), lanes)) if half else packed
+        return T.bitwise_and(shifted, T.broadcast(T.uint8(15), lanes))
+    shifted = packed if half else T.shift_left(packed, T.broadcast(T.uint8(4), lanes))
+    return T.shift_right(tirx.reinterpret(f"int8x{lanes}", shifted), T.broadcast(T.int8(4), lanes))
+
+
+def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool):
+    """Implement `dot_desc`: everything unrolled, totals in registers.
+
+    A load of weights feeds R multiplies and a broadcast of activations feeds V; LLVM merges the repeats.
+    """
+    S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
+    lanes = multiply.total_lanes if multiply.fold else L
+    total_type = f"{multiply.total}x{lanes}"
+
+    def at(r, *rest):
+        return list(rest) if rows == 1 else [r, *rest]
+
+    def weights(w, s, h, v):
+        if packed:
+            return vector_nibbles(w.vload([s, v, 0, 0], f"uint8x{L * D}"), h, layout)
+        return w.vload([s, h, v, 0, 0], f"{w.dtype}x{L * D}")
+
+    def activations(x, r, s, h):
+        codes = x.vload(at(r, s, h, 0), f"int8x{D}" if D > 1 else "int8")
+        return broadcast_activations(codes, layout)
+
+    tile = list(itertools.product(range(rows), range(V)))
+
+    def multiply_tile(x, w, totals, index):
+        for s, h, (r, v) in itertools.product(range(S), range(2), tile):
+            value = multiply.accumulate(
+                totals.vload([*index(r, v), 0], total_type), weights(w, s, h, v), activations(x, r, s, h)
+            )
+            T.buffer_store(totals, value, [*index(r, v), slice(0, lanes)])
+
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("impl")
+            x, w, c = _signature(rows, layout, packed)
+            with T.sblock("root"):
+                T.reads(_all(c), _all(x), _all(w))
+                T.writes(_all(c))
+                if not multiply.fold:
+                    multiply_tile(x, w, c, at)
+                else:
+                    # A block of its own: tensorize drops what the outer one allocates.
+                    with T.sblock("narrow"):
+                        T.reads(_all(c), _all(x), _all(w))
+                        T.writes(_all(c))
+                        totals = T.sblock_alloc_buffer((rows, V, lanes), multiply.total)
+                        zero = T.broadcast(tirx.const(0, multiply.total), lanes)
+                        for r, v in tile:
+                            T.buffer_store(totals, zero, [r, v, slice(0, lanes)])
+                        multiply_tile(x, w, totals, lambda r, v: [r, v])
+                        for r, v in tile:
+                            value = multiply.fold(totals.vload([r, v, 0], total_type))
+                            value = c.vload(at(r, v, 0), f"int32x{L}") + value
+                            T.buffer_store(c, value, at(r, v, slice(0, L)))
+    return builder.get()
+
+
+def intrinsic(isa: InstructionSet, bits: int, packed: bool, rows: int) -> str | None:
+    """Register an intrinsic if need be and return its name, or None where LLVM has the loops.
+
+    Parameters
+    ----------
+    bits : int
+        Bits of the weights, 4 or 8.
+    packed : bool
+        Whether two 4-bit codes share a byte; unpacked codes have one each.
+    rows : int
+        R, the rows of its tile.
+    """
+    multiply, layout = (isa.multiply_4bit, isa.layout_4bit) if bits == 4 else (isa.multiply_8bit, isa.layout_8bit)
+    if multiply is None:
+        return None
+    name = f"agq.dot.{isa.name}.{layout.name}.{'packed' if packed else 'bytes'}.m{rows}"
+    if TensorIntrin.get(name, allow_missing=True) is None:
+        TensorIntrin.register(
+            name, dot_desc(rows, layout, packed), dot_impl(rows, layout, multiply, packed)
+        )
+    return name

@@ -1,0 +1,43 @@
+"""Armv8.0 NEON (Cortex-A72): `smull` and `smlal` into 16-bit lanes.
+
+Two channels of a column stand in neighbouring lanes. 4 bit: a lane sums 16 products in a k-block,
+16 * 15 * 127 = 30480 < 2^15; then neighbours are added into 32 bits. 8 bit: they are added for each product.
+"""
+
+from agq_tvm.kernels.intrin.base import InstructionSet, Multiply
+from agq_tvm.kernels.layout import Layout
+from agq_tvm.tvm_seam import T, tirx
+
+
+def products(weights, activations):
+    """Multiply two int8x16 (or codes 0..15) into int16x16; added to something, LLVM makes it `smlal`."""
+    signed = tirx.reinterpret("int8x16", weights)
+    return T.Cast("int16x16", signed) * T.Cast("int16x16", activations)
+
+
+def add_neighbours(values):
+    """Add neighbouring lanes of int16x16 into int32x8."""
+    halves = (T.vectorlow("int16x8", values), T.vectorhigh("int16x8", values))
+    sums = [
+        tirx.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp.v4i32.v8i16", half)
+        for half in halves
+    ]
+    return T.vectorcombine("int32x8", *sums)
+
+
+NEON = InstructionSet(
+    name="neon",
+    instruction="smlal",
+    layout_4bit=Layout(bits=4, vectors=4, lanes=8, depth=2, zero=0),
+    layout_8bit=Layout(bits=8, vectors=4, lanes=8, depth=2, zero=128),
+    rows=2,
+    multiply_4bit=Multiply(
+        lambda total, weights, activations: total + products(weights, activations),
+        total="int16",
+        total_lanes=16,
+        fold=add_neighbours,
+    ),
+    multiply_8bit=Multiply(
+        lambda total, weights, activations: total + add_neighbours(products(weights, activations))
+    ),
+)

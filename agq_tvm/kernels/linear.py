@@ -1,0 +1,207 @@
+"""The quantized matrix product: definition in plain TIR, and its schedules for decode and prefill.
+
+    out[m, n] = Σ_g s_x[m, g] · (s_w[g, n] · dot[m, g, n] + o_w[g, n] · xsum[m, g]) + bias[n]
+    dot[m, g, n] = Σ_{k in group g} q_x[m, k] · q_w[n, k]                            (integers)
+
+Weights and their scales come in the tiles of `layout.py`; activation codes come by k-block, then row, as
+`quantize.py` writes them.
+"""
+
+from dataclasses import dataclass
+
+from tvm import te
+
+from agq_tvm.kernels.intrin.base import InstructionSet, intrinsic, nibble, stored_dtype
+from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
+from agq_tvm.tvm_seam import Schedule, T, tirx
+
+ZERO = {4: 8, 8: 128}
+"""The code that stands for 0 in symmetric weights."""
+
+
+@dataclass(frozen=True)
+class LinearKernel:
+    """Everything that distinguishes one compiled matrix product from another.
+
+    Attributes
+    ----------
+    rows, columns, channels : int
+        M, N and K.
+    bits, group_size : int
+        Of the weights; K is padded to whole groups.
+    per_group : bool
+        Whether activations have a scale for each group, or one for the row.
+    offsets : str or None
+        Type of the group offsets, ``"float16"`` or ``"float32"``; None for symmetric weights.
+    bias : bool
+        Whether a float32 vector is added to the result.
+    """
+
+    rows: int
+    columns: int
+    channels: int
+    bits: int
+    group_size: int
+    per_group: bool
+    offsets: str | None
+    bias: bool
+
+    @property
+    def groups(self) -> int:
+        """G, the number of groups along K."""
+        return -(-self.channels // self.group_size)
+
+    @property
+    def name(self) -> str:
+        """E.g. ``linear_w4a8g32_asym_m128_n4096_k4096``."""
+        scales = "group" if self.per_group else "token"
+        kind = {None: "sym", "float16": "asym", "float32": "asym32"}[self.offsets]
+        bias = "_bias" if self.bias else ""
+        return (
+            f"linear_w{self.bits}a8g{self.group_size}_{scales}_{kind}{bias}"
+            f"_m{self.rows}_n{self.columns}_k{self.channels}"
+        )
+
+
+def define(kernel: LinearKernel, layout: Layout):
+    """Return the matrix product as unscheduled TIR.
+
+    Buffers, in order (tiles NT, groups G, k-blocks KB; S, V, L, D from `layout`):
+
+    - x int8 [KB, M, S, 2, D], activation codes
+    - sx float32 [M, G or 1], activation scales
+    - xsum int32 [M, G], sums of the codes of a group
+    - w uint8 [NT, KB, S, V, L, D] or of 8 bit [NT, KB, S, 2, V, L, D]
+    - ws float16 [NT, G, V, L]; wo the same shape, if any; bias float32 [NT, V, L], if any
+    - out float32 [M, NT * V * L]
+    """
+    M, G, GB = kernel.rows, kernel.groups, kernel.group_size // K_BLOCK
+    KB, NT = k_blocks(kernel.channels, kernel.group_size), layout.tiles(kernel.columns)
+    S, V, L, D = layout.steps, layout.vectors, layout.lanes, layout.depth
+    x = te.placeholder((KB, M, S, 2, D), "int8", name="x")
+    sx = te.placeholder((M, G if kernel.per_group else 1), "float32", name="sx")
+    xsum = te.placeholder((M, G), "int32", name="xsum")
+    w_dtype = "uint8" if kernel.bits == 4 else stored_dtype(layout)
+    w = te.placeholder(layout.packed_shape(kernel.columns, KB * K_BLOCK), w_dtype, name="w")
+    ws = te.placeholder((NT, G, V, L), "float16", name="ws")
+    wo = te.placeholder((NT, G, V, L), kernel.offsets, name="wo") if kernel.offsets else None
+    bias = te.placeholder((NT, V, L), "float32", name="bias") if kernel.bias else None
+
+    codes = w
+    if kernel.bits == 4:
+        codes = te.compute(
+            (NT, KB, S, 2, V, L, D),
+            lambda t, kb, s, h, v, j, i: nibble(w[t, kb, s, v, j, i], h, layout),
+            name="unpack",
+        )
+    axes = [te.reduce_axis((0, extent), name) for extent, name in ((GB, "kb"), (S, "s"), (2, "h"), (D, "i"))]
+    kb, s, h, i = axes
+    dot = te.compute(
+        (NT, G, M, V, L),
+        lambda t, g, m, v, j: te.sum(
+            T.Cast("int32", x[g * GB + kb, m, s, h, i])
+            * T.Cast("int32", codes[t, g * GB + kb, s, h, v, j, i]),
+            axis=axes,
+        ),
+        name="dot",
+    )
+    # Adds `center` times the sum of activations: stored codes back to q (offsets), or to q - zero (symmetric).
+    center = layout.zero - (0 if kernel.offsets else ZERO[kernel.bits])
+
+    def term(t, m, v, j, g):
+        total = dot[t, g, m, v, j] if center == 0 else dot[t, g, m, v, j] + xsum[m, g] * center
+        y = T.Cast("float32", total) * T.Cast("float32", ws[t, g, v, j])
+        if kernel.offsets:
+            y = y + T.Cast("float32", xsum[m, g]) * T.Cast("float32", wo[t, g, v, j])
+        return y * sx[m, g] if kernel.per_group else y
+
+    g = te.reduce_axis((0, G), "g")
+    scaled = te.compute(
+        (NT, M, V, L), lambda t, m, v, j: te.sum(term(t, m, v, j, g), axis=[g]), name="scaled"
+    )
+
+    def finish(m, n):
+        t, v, j = n // layout.width, n % layout.width // L, n % L
+        y = scaled[t, m, v, j] if kernel.per_group else scaled[t, m, v, j] * sx[m, 0]
+        return y + bias[t, v, j] if kernel.bias else y
+
+    out = te.compute((M, NT * layout.width), finish, name="out")
+    operands = [x, sx, xsum, w, ws, wo, bias, out]
+    func = te.create_prim_func([operand for operand in operands if operand is not None])
+    return func.with_attr({"global_symbol": kernel.name, "tirx.noalias": True})
+
+
+def row_tile(rows: int, limit: int) -> int:
+    """Return the largest number of rows up to `limit` that divides `rows`."""
+    return next(r for r in range(min(rows, limit), 0, -1) if rows % r == 0)
+
+
+def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
+    """Tile, unpack, tensorize and vectorize the definition of a matrix product.
+
+    Threads take tiles of columns. Inside a tile the groups run outermost: one row reads nibbles directly; more
+    rows share codes that are unpacked once for each group. Scales are applied at group ends.
+    """
+    layout = isa.layout(kernel.bits)
+    rows = row_tile(kernel.rows, isa.rows)
+    packed = kernel.bits == 4 and kernel.rows == 1
+    sch = Schedule(func)
+    dot, scaled, out = (sch.get_sblock(name) for name in ("dot", "scaled", "out"))
+
+    # out: tiles of columns in parallel, then rows.
+    m, n = sch.get_loops(out)
+    t, v, j = sch.split(n, [None, layout.vectors, layout.lanes])
+    sch.reorder(t, m, v, j)
+    sch.vectorize(j)
+    sch.unroll(v)
+    sch.parallel(t)
+    # scaled: inside a tile, groups outermost, then tiles of rows.
+    sch.compute_at(scaled, t, preserve_unit_loops=True)
+    *_, m, v, j, g = sch.get_loops(scaled)
+    m, r = sch.split(m, [None, rows])
+    sch.reorder(g, m, r, v, j)
+    _vector_tile(sch, r, v, j)
+    # dot: one register tile at a time.
+    sch.compute_at(dot, m, preserve_unit_loops=True)
+    if packed:
+        sch.compute_inline(sch.get_sblock("unpack"))
+    elif kernel.bits == 4:
+        _unpack_at(sch, g)
+    *_, r, v, j, kb, s, h, i = sch.get_loops(dot)
+    sch.reorder(kb, r, v, j, s, h, i)
+    name = intrinsic(isa, kernel.bits, packed, rows)
+    if name is None:
+        sch.reorder(kb, s, h, i, r, v, j)
+        _vector_tile(sch, r, v, j)
+        sch.decompose_reduction(dot, kb)
+    else:
+        init = sch.decompose_reduction(dot, kb)
+        _vector_tile(sch, *sch.get_loops(init)[-3:])
+        sch.tensorize(r if rows > 1 else v, name)
+    sch.decompose_reduction(scaled, g)
+    return sch
+
+
+def _vector_tile(sch: Schedule, r, v, j) -> None:
+    sch.unroll(r)
+    sch.unroll(v)
+    sch.vectorize(j)
+
+
+def _unpack_at(sch: Schedule, g) -> None:
+    """Unpack the codes of one group of a tile, a vector of bytes at a time."""
+    unpack = sch.get_sblock("unpack")
+    sch.compute_at(unpack, g, preserve_unit_loops=True)
+    *_, h, v, j, i = sch.get_loops(unpack)
+    sch.vectorize(sch.fuse(j, i))
+    sch.unroll(v)
+    sch.unroll(h)
+
+
+def build(kernel: LinearKernel, isa: InstructionSet):
+    """Return the scheduled PrimFunc of a matrix product."""
+    func = define(kernel, isa.layout(kernel.bits))
+    return schedule(func, kernel, isa).mod["main"].with_attr("global_symbol", kernel.name)
+
+
+

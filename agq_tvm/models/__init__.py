@@ -1,0 +1,1 @@
+"""Decoder families: one file for each Hugging Face `model_type`."""

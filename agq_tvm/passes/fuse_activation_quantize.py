@@ -1,0 +1,75 @@
+"""Fuse what makes an activation with its quantization: one kernel, no float copy in between.
+
+    quantize(rms_norm(x, gain))            ->  rms_norm_quantize(x, gain)
+    quantize(silu(split(x)[0]) * split(x)[1])  ->  silu_mul_quantize(x)
+"""
+
+import dataclasses
+
+from agq_tvm.kernels import activation
+from agq_tvm.kernels.activation import QuantizeKernel
+from agq_tvm.kernels.attrs import annotate, described_as
+from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.tvm_seam import relax, tvm
+
+
+@tvm.transform.module_pass(opt_level=0, name="FuseActivationQuantize")
+class FuseActivationQuantize:
+    """The pass; the codes' order comes from the instruction set."""
+
+    def __init__(self, isa: InstructionSet):
+        self.isa = isa
+
+    def transform_module(self, mod, _context):
+        """Rewrite every function and drop what is left unused."""
+        mutator = _Fuser(mod, self.isa)
+        for gvar, func in mod.functions_items():
+            if isinstance(func, relax.Function):
+                mutator.builder_.update_func(gvar, mutator.visit_expr(func))
+        return relax.transform.DeadCodeElimination()(mutator.builder_.get())
+
+
+@relax.expr_functor.mutator
+class _Fuser(relax.PyExprMutator):
+    def __init__(self, mod, isa: InstructionSet):
+        super().__init__(mod)
+        self.mod, self.isa = mod, isa
+
+    def visit_call_(self, call):
+        call = self.visit_expr_post_order(call)
+        if call.op != tvm.ir.Op.get("relax.call_tir"):
+            return call
+        kernel = described_as(self.mod[call.args[0].name_hint], QuantizeKernel)
+        if kernel is None or kernel.source != "plain":
+            return call
+        x, *static = call.args[1]
+        producer = self._producer(x)
+        if producer is None:
+            return call
+        source, inputs, epsilon = producer
+        kernel = dataclasses.replace(kernel, source=source, epsilon=epsilon)
+        func = annotate(activation.build(kernel, self.isa.layout_4bit), kernel)
+        gvar = self.builder_.add_func(func, kernel.name)
+        return relax.call_tir(gvar, [*inputs, *static], list(call.ty_args[0].fields))
+
+    def _producer(self, x):
+        """Recognize what makes x: (source, its inputs, epsilon), or None."""
+        call = self.lookup_binding(x)
+        if _is_call(call, "relax.nn.rms_norm"):
+            return "rms_norm", list(call.args), float(call.attrs.epsilon)
+        if not _is_call(call, "relax.multiply"):
+            return None
+        silu, up = (self.lookup_binding(arg) for arg in call.args)
+        if not _is_call(silu, "relax.nn.silu"):
+            return None
+        gate = self.lookup_binding(silu.args[0])
+        if not (isinstance(gate, relax.TupleGetItem) and isinstance(up, relax.TupleGetItem)):
+            return None
+        if gate.tuple_value != up.tuple_value or (gate.index, up.index) != (0, 1):
+            return None
+        split = self.lookup_binding(gate.tuple_value)
+        return ("silu_mul", [split.args[0]], 0.0) if _is_call(split, "relax.split") else None
+
+
+def _is_call(expr, op: str) -> bool:
+    return isinstance(expr, relax.Call) and expr.op == tvm.ir.Op.get(op)

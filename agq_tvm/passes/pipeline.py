@@ -1,0 +1,79 @@
+"""The phases from the float decoder to what TVM builds, in order."""
+
+from pathlib import Path
+
+from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.passes.fuse_activation_quantize import FuseActivationQuantize
+from agq_tvm.passes.quantize_linears import LinearFormat, QuantizeLinears
+from agq_tvm.passes.schedule_kernels import ScheduleKernels
+from agq_tvm.tvm_seam import relax, tvm
+
+
+def phases(format: LinearFormat, isa: InstructionSet) -> list[tuple[str, list]]:
+    """List (name, passes) in the order in which they run."""
+    transform = relax.transform
+    return [
+        ("quantize_linears", [QuantizeLinears(format, isa)]),
+        ("fuse_activation_quantize", [FuseActivationQuantize(isa)]),
+        ("legalize", [transform.LegalizeOps()]),
+        ("schedule_kernels", [ScheduleKernels(isa)]),
+        ("bundle_parameters", [transform.BundleModelParams("packed")]),
+        (
+            "lower",
+            [
+                transform.ToNonDataflow(),
+                transform.RemovePurityChecking(),
+                transform.CallTIRRewrite(),
+                transform.StaticPlanBlockMemory(),
+                transform.LowerAllocTensor(),
+                transform.KillAfterLastUse(),
+                transform.LowerRuntimeBuiltin(),
+                transform.ComputePrimValue(),
+                transform.VMShapeLower(),
+                transform.AttachGlobalSymbol(),
+            ],
+        ),
+    ]
+
+
+def run(mod, target, format: LinearFormat, isa: InstructionSet, dump: Path | None = None):
+    """Run all phases.
+
+    Parameters
+    ----------
+    mod : IRModule
+        From `models.relax_decoder.build_decoder`.
+    target : tvm.target.Target
+    dump : Path, optional
+        A directory where the module is written as TVMScript after each phase.
+
+    Returns
+    -------
+    lowered : IRModule
+        Ready for `relax.build` without a pipeline of its own.
+    parameters : list of (name, shape, dtype)
+        Caches and packed parameters in the order of the bundled tuple.
+    """
+    _dump(mod, dump, 0, "decoder")
+    parameters = []
+    for number, (name, passes) in enumerate(phases(format, isa), 1):
+        if name == "bundle_parameters":
+            parameters = _parameters(mod["decode"])
+        with target:
+            mod = tvm.transform.Sequential(passes)(mod)
+        _dump(mod, dump, number, name)
+    return mod, parameters
+
+
+def _parameters(func) -> list[tuple[str, tuple[int, ...], str]]:
+    first = int(func.attrs["num_input"])
+    return [
+        (str(param.name), tuple(int(extent) for extent in param.ty.shape), str(param.ty.dtype))
+        for param in func.params[first:]
+    ]
+
+
+def _dump(mod, directory: Path | None, number: int, name: str) -> None:
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{number:02d}_{name}.py").write_text(mod.script(show_meta=False))

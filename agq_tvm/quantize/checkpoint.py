@@ -1,0 +1,327 @@
+"""The quantized checkpoint: what it holds, writing it, and reading it without trusting it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from agq_tvm.errors import AgqError
+from agq_tvm.files import read_json, write_json
+from agq_tvm.models.decoder import DecoderConfig
+from agq_tvm.models.registry import describe
+
+FORMAT_VERSION = 1
+METHODS = ("gptq", "rtn", "keep")
+GROUP_SIZES = (32, 64, 128)
+ACTIVATIONS = ("per-token", "per-token-group", "static", "none")
+TABLE_GROUP = 32
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a checkpoint is quantized.
+
+    Attributes
+    ----------
+    method : str
+        How the weight codes were found: ``"gptq"``, ``"rtn"`` or ``"keep"``.
+    group_size : int
+        Input channels that share a weight scale: 32, 64 or 128; the last group of a row may be shorter.
+    symmetric : bool
+        Whether every offset is -8 times its scale (offsets are then not stored).
+    activation : str
+        ``"per-token"``, ``"per-token-group"``, ``"static"`` or ``"none"`` (float activations).
+    """
+
+    method: str
+    group_size: int
+    symmetric: bool
+    activation: str
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise AgqError(f"unknown quantization method {self.method!r}: choose one of {', '.join(METHODS)}")
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
+            raise AgqError(f"group size {self.group_size!r} is not supported: choose 32, 64 or 128")
+        if type(self.symmetric) is not bool:
+            raise AgqError(f"symmetric must be true or false, not {self.symmetric!r}")
+        if self.activation not in ACTIVATIONS:
+            raise AgqError(f"unknown activation {self.activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A matrix of 4-bit codes: ``w[n, k] = scales[n, k // g] * q[n, k] + offsets[n, k // g]``.
+
+    Attributes
+    ----------
+    qweight : uint8 array [N, ceil(K / 2)]
+        Two codes a byte, the even k in the low nibble.
+    scales : float16 array [N, G]
+        G is ``ceil(K / group_size)``. A scale may be negative (GGUF's Q4_0 has such).
+    offsets : float16 or float32 array [N, G], or None
+        None if symmetric: -8 times the scale.
+    in_features : int
+        K.
+    group_size : int
+    bias : float32 array [N] or None
+    act_scale : float32 array [1] or None
+        Static activations only: ``x = act_scale * (code - act_zero)``.
+    act_zero : int32 array [1] or None
+    """
+
+    qweight: np.ndarray
+    scales: np.ndarray
+    offsets: np.ndarray | None
+    in_features: int
+    group_size: int
+    bias: np.ndarray | None = None
+    act_scale: np.ndarray | None = None
+    act_zero: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class QuantizedTable:
+    """An embedding or output matrix of 8-bit codes: ``w[v, k] = scales[v, k // 32] * qweight[v, k]``.
+
+    Attributes
+    ----------
+    qweight : int8 array [V, K]
+    scales : float16 array [V, ceil(K / 32)]
+    """
+
+    qweight: np.ndarray
+    scales: np.ndarray
+
+
+def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Name every quantized matrix of a model, in the order in which they run, with its shape (N, K)."""
+    return {
+        config.layer_prefix.format(layer=layer) + part: (rows, linear.in_features)
+        for layer in range(config.num_layers)
+        for linear in config.linears
+        for part, rows in zip(linear.parts, linear.rows, strict=True)
+    }
+
+
+def table_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Name the embedding and, unless it is tied, the output matrix, with their shape (V, K)."""
+    names = (config.embedding,) if config.tied_embeddings else (config.embedding, config.head)
+    return dict.fromkeys(names, (config.vocab_size, config.hidden_size))
+
+
+def vector_names(config: DecoderConfig) -> list[str]:
+    """Name every norm weight; each is float32 [hidden_size]."""
+    norms = (config.input_norm, config.mlp_norm)
+    layers = range(config.num_layers)
+    names = [config.layer_prefix.format(layer=layer) + norm for layer in layers for norm in norms]
+    return [f"{name}.weight" for name in [*names, config.final_norm]]
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Return the number of groups of a row, the last one possibly short."""
+    return -(-in_features // group_size)
+
+
+def quantization_config(raw_config: Mapping) -> dict | None:
+    """Return our part of a ``config.json``, or None if it is not of a checkpoint of ours."""
+    ours = raw_config.get("quantization_config")
+    return ours if isinstance(ours, dict) and ours.get("quant_method") == "agq" else None
+
+
+def write_checkpoint(
+    directory: str | os.PathLike,
+    raw_config: Mapping,
+    scheme: Scheme,
+    linears: Mapping[str, QuantizedLinear],
+    tables: Mapping[str, QuantizedTable],
+    vectors: Mapping[str, np.ndarray],
+) -> None:
+    """Write ``model.safetensors`` and ``config.json`` into an existing directory.
+
+    Parameters
+    ----------
+    directory : path-like
+    raw_config : mapping
+        The source model's Hugging Face config.
+    scheme : Scheme
+    linears, tables, vectors : mapping
+        By the names of `linear_shapes`, `table_shapes` and `vector_names`.
+    """
+    tensors = {name: np.ascontiguousarray(value, "float32") for name, value in vectors.items()}
+    for name, linear in linears.items():
+        for field in ("qweight", "scales", "offsets", "bias", "act_scale", "act_zero"):
+            value = getattr(linear, field)
+            if value is not None:
+                tensors[f"{name}.{field}"] = np.ascontiguousarray(value)
+    for name, table in tables.items():
+        tensors[f"{name}.qweight"] = np.ascontiguousarray(table.qweight)
+        tensors[f"{name}.scales"] = np.ascontiguousarray(table.scales)
+    described = {"quant_method": "agq", "format_version": FORMAT_VERSION, **asdict(scheme)}
+    described |= {"weight_bits": 4, "table_bits": 8, "table_group_size": TABLE_GROUP}
+    directory = Path(directory)
+    try:
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "agq"})
+        os.chmod(directory / "model.safetensors", 0o644)
+    except (SafetensorError, OSError) as error:
+        raise AgqError(f"cannot write {directory / 'model.safetensors'}: {error}") from error
+    write_json(directory / "config.json", {**raw_config, "quantization_config": described})
+
+
+def read_checkpoint(path: str | os.PathLike) -> "Checkpoint":
+    """Open a quantized checkpoint; names, types and shapes are checked now, values when they are read.
+
+    Raises
+    ------
+    AgqError
+        If it is not a checkpoint of ours, is damaged, or contradicts itself.
+    """
+    path = Path(path)
+    raw_config = read_json(path / "config.json", "quantized checkpoint")
+    ours = quantization_config(raw_config)
+    if ours is None:
+        raise AgqError(f"{path} is not a quantized checkpoint: make one with `agq quantize`")
+    try:
+        scheme = _read_scheme(ours)
+        config = describe(raw_config)
+    except AgqError as error:
+        raise AgqError(f"{path}: {error}") from error
+    try:
+        file = safe_open(path / "model.safetensors", framework="numpy")
+        found = {name: file.get_slice(name) for name in file.keys()}
+        found = {name: (value.get_dtype(), tuple(value.get_shape())) for name, value in found.items()}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, f" cannot be read ({error})") from error
+    _check_tensors(path, _expected_tensors(config, scheme, found), found)
+    return Checkpoint(path, config, scheme, MappingProxyType(raw_config), file)
+
+
+class Checkpoint:
+    """A quantized checkpoint on disk; made by `read_checkpoint`.
+
+    Attributes
+    ----------
+    path : Path
+    config : DecoderConfig
+    scheme : Scheme
+    raw_config : mapping
+        The contents of ``config.json``.
+    """
+
+    def __init__(self, path: Path, config: DecoderConfig, scheme: Scheme, raw_config: Mapping, file) -> None:
+        self.path = path
+        self.config = config
+        self.scheme = scheme
+        self.raw_config = raw_config
+        self._file = file
+        self._names = frozenset(file.keys())
+
+    def linear(self, name: str) -> QuantizedLinear:
+        """Read one matrix, e.g. ``"model.layers.0.self_attn.q_proj"``."""
+        act_scale, act_zero = self._optional(f"{name}.act_scale"), self._optional(f"{name}.act_zero")
+        if act_scale is not None and not (act_scale[0] > 0 and -127 <= act_zero[0] <= 127):
+            raise self._damaged(f"{name} has an activation scale or zero point out of range")
+        return QuantizedLinear(
+            qweight=self._read(f"{name}.qweight"),
+            scales=self._read(f"{name}.scales"),
+            offsets=self._optional(f"{name}.offsets"),
+            in_features=linear_shapes(self.config)[name][1],
+            group_size=self.scheme.group_size,
+            bias=self._optional(f"{name}.bias"),
+            act_scale=act_scale,
+            act_zero=act_zero,
+        )
+
+    def fused(self, layer: int, parts: tuple[str, ...]) -> tuple[QuantizedLinear, ...]:
+        """Read the matrices that share one input; static activations must agree on it.
+
+        Parameters
+        ----------
+        layer : int
+        parts : tuple of str
+            `Linear.parts`.
+        """
+        prefix = self.config.layer_prefix.format(layer=layer)
+        linears = tuple(self.linear(prefix + part) for part in parts)
+        static = [linear for linear in linears if linear.act_scale is not None]
+        if len({(linear.act_scale[0], linear.act_zero[0]) for linear in static}) > 1:
+            raise self._damaged(f"{', '.join(parts)} of layer {layer} disagree on their shared input")
+        return linears
+
+    def table(self, name: str) -> QuantizedTable:
+        """Read the embedding (``"model.embed_tokens"``) or, if untied, ``"lm_head"``."""
+        return QuantizedTable(self._read(f"{name}.qweight"), self._read(f"{name}.scales"))
+
+    def vector(self, name: str) -> np.ndarray:
+        """Read a norm weight, e.g. ``"model.norm.weight"``: float32 [hidden_size]."""
+        return self._read(name)
+
+    def _optional(self, name: str) -> np.ndarray | None:
+        return self._read(name) if name in self._names else None
+
+    def _read(self, name: str) -> np.ndarray:
+        try:
+            value = self._file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(f"{name} cannot be read ({error})") from error
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise self._damaged(f"{name} has values that are not finite")
+        return value
+
+    def _damaged(self, what: str) -> AgqError:
+        return _damaged(self.path, f": {what}")
+
+
+def _read_scheme(ours: Mapping) -> Scheme:
+    version = ours.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise AgqError(
+            f"checkpoint format {version!r} is not format {FORMAT_VERSION}: quantize the model again "
+            "with this version of agq"
+        )
+    for name, value in (("weight_bits", 4), ("table_bits", 8), ("table_group_size", TABLE_GROUP)):
+        if ours.get(name) != value:
+            raise AgqError(f"{name} {ours.get(name)!r} is not supported, only {value} is")
+    return Scheme(*(ours.get(name) for name in ("method", "group_size", "symmetric", "activation")))
+
+
+def _expected_tensors(config: DecoderConfig, scheme: Scheme, found: Mapping) -> dict:
+    """Give the allowed types and the shape of every tensor; biases are expected only where there are some."""
+    expected = {name: (("F32",), (config.hidden_size,)) for name in vector_names(config)}
+    for name, (rows, columns) in table_shapes(config).items():
+        expected[f"{name}.qweight"] = (("I8",), (rows, columns))
+        expected[f"{name}.scales"] = (("F16",), (rows, group_count(columns, TABLE_GROUP)))
+    for name, (rows, columns) in linear_shapes(config).items():
+        groups = (rows, group_count(columns, scheme.group_size))
+        expected[f"{name}.qweight"] = (("U8",), (rows, -(-columns // 2)))
+        expected[f"{name}.scales"] = (("F16",), groups)
+        if not scheme.symmetric:
+            expected[f"{name}.offsets"] = (("F16", "F32"), groups)
+        if f"{name}.bias" in found:
+            expected[f"{name}.bias"] = (("F32",), (rows,))
+        if scheme.activation == "static":
+            expected[f"{name}.act_scale"] = (("F32",), (1,))
+            expected[f"{name}.act_zero"] = (("I32",), (1,))
+    return expected
+
+
+def _check_tensors(path: Path, expected: Mapping, found: Mapping) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    for names, what in ((missing, "has no tensor"), (extra, "has an unexpected tensor")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise _damaged(path, f" {what} {names[0]}{more}")
+    for name, (dtypes, shape) in expected.items():
+        dtype, real = found[name]
+        if dtype not in dtypes or real != shape:
+            wanted = f"{'/'.join(dtypes)} {list(shape)}"
+            raise _damaged(path, f": {name} is {dtype} {list(real)}, not {wanted} as config.json says")
+
+
+def _damaged(path: Path, what: str) -> AgqError:
+    return AgqError(f"{path / 'model.safetensors'}{what}: the checkpoint is damaged, make it again")

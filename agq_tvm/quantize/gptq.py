@@ -1,0 +1,79 @@
+"""GPTQ (Frantar et al., 2023): round columns one by one and let the later ones make up for the error."""
+
+import numpy as np
+
+from agq_tvm.errors import AgqError
+from agq_tvm.quantize.checkpoint import QuantizedLinear, group_count
+from agq_tvm.quantize.weights import assemble, choose_grid, encode
+
+DAMPING = 0.01
+_BLOCK = 128  # a multiple of every group size
+
+
+def gptq(weight: np.ndarray, hessian: np.ndarray, group_size: int, symmetric: bool) -> QuantizedLinear:
+    """Quantize a matrix so that its outputs on the calibration inputs change little.
+
+    The grid of a group is chosen when its first column is reached, for the weights as updated by then.
+
+    Parameters
+    ----------
+    weight : float32 array [N, K]
+    hessian : float array [K, K]
+        Sum of ``xᵀ x`` over the calibration inputs x [T, K]; any factor in front of it is the same.
+    group_size : int
+    symmetric : bool
+
+    Raises
+    ------
+    AgqError
+        If the inputs are not finite or no damping makes the Hessian positive definite.
+    """
+    rows, columns = weight.shape
+    weight = weight.astype("float32")  # a copy, updated below
+    unused = np.diag(hessian) == 0
+    weight[:, unused] = 0
+    factor = inverse_factor(hessian)
+    codes = np.empty((rows, columns), "uint8")
+    scales = np.empty((rows, group_count(columns, group_size)), "float32")
+    offsets = np.empty_like(scales)
+    for start in range(0, columns, _BLOCK):
+        block = weight[:, start : start + _BLOCK]  # a view
+        errors = np.empty_like(block)
+        for i in range(block.shape[1]):
+            k = start + i
+            g = k // group_size
+            if k % group_size == 0:
+                scales[:, g], offsets[:, g] = choose_grid(block[:, i : i + group_size], symmetric)
+            codes[:, k] = encode(block[:, i], scales[:, g], offsets[:, g])
+            rounded = codes[:, k] * scales[:, g] + offsets[:, g]
+            errors[:, i] = (block[:, i] - rounded) / factor[k, k]
+            block[:, i + 1 :] -= np.outer(errors[:, i], factor[k, k + 1 : start + block.shape[1]])
+        weight[:, start + _BLOCK :] -= errors @ factor[start : start + _BLOCK, start + _BLOCK :]
+    return assemble(codes, scales, offsets, group_size, symmetric)
+
+
+def inverse_factor(hessian: np.ndarray) -> np.ndarray:
+    """Return U, upper triangular float32 [K, K] with ``Uᵀ U = (H + damping)⁻¹``.
+
+    An input that was always zero counts as one that is independent of all others. Damping starts at 1 % of
+    the mean diagonal and grows tenfold, twice, if rounding left the matrix indefinite.
+
+    Raises
+    ------
+    AgqError
+        If that does not help or the Hessian is not finite.
+    """
+    hessian = hessian.astype("float64")
+    if not np.isfinite(hessian).all():
+        raise AgqError("the calibration inputs are not finite: the model is damaged")
+    diagonal = np.diag(hessian)
+    hessian[np.diag_indices_from(hessian)] = np.where(diagonal == 0, 1.0, diagonal)
+    mean = np.diag(hessian).mean()
+    for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
+        damped = hessian + damping * mean * np.eye(len(hessian))
+        try:
+            inverse = np.linalg.inv(np.linalg.cholesky(damped))
+            return np.linalg.cholesky(inverse.T @ inverse, upper=True).astype("float32")
+        except np.linalg.LinAlgError:
+            continue
+    raise AgqError("GPTQ cannot invert the calibration inputs: give another text, or use rtn")

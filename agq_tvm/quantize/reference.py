@@ -1,0 +1,289 @@
+"""The torch reference: what a quantized model means, and the float model that it is measured against."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agq_tvm.errors import AgqError
+from agq_tvm.models.decoder import DecoderConfig
+from agq_tvm.quantize.activations import dynamic_codes, grouped_codes, static_codes, to_groups
+from agq_tvm.quantize.checkpoint import ACTIVATIONS, TABLE_GROUP, Checkpoint, QuantizedLinear
+from agq_tvm.quantize.forward import Norms, layer_steps, rms_norm, rope_tables, run_layer
+from agq_tvm.quantize.source import Source
+from agq_tvm.quantize.weights import dequantize, dequantize_table, grid_of, unpack
+
+# Called with "layers.3.qkv", codes int8 [T, K], scales float32 [T, GA] and sums int32 [T, G, N].
+Trace = Callable[[str, np.ndarray, np.ndarray, np.ndarray], None]
+# Float weights of all layers are kept in memory up to this many bytes, else made again for every pass.
+_KEPT_BYTES = 6 << 30
+
+
+class Operator(Protocol):
+    """A linear: float32 [T, K] to float32 [T, N]."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class FloatLinear:
+    """``y = x Wᵀ + bias`` in float32.
+
+    Parameters
+    ----------
+    weight : float32 tensor [N, K]
+    bias : float32 tensor [N], optional
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply float32 [T, K] to float32 [T, N]."""
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+class QuantizedOperator:
+    """The linears that share an input, stacked along N, on integer activation codes.
+
+    Calling it multiplies the dequantized codes: equal to the contract but for the rounding of float32 sums.
+    `exact` does the contract's own sum, with the integer dot product of every group.
+
+    Parameters
+    ----------
+    parts : tuple of QuantizedLinear
+    activation : str
+        ``"per-token"``, ``"per-token-group"`` or ``"static"``.
+    """
+
+    def __init__(self, parts: tuple[QuantizedLinear, ...], activation: str) -> None:
+        self._parts = parts
+        self._activation = activation
+        self._group_size = parts[0].group_size
+        self._float = stacked_weights(parts)
+        if activation == "static":
+            self._scale, self._zero = float(parts[0].act_scale[0]), int(parts[0].act_zero[0])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply float32 [T, K] to float32 [T, N]."""
+        codes, scales = self._codes(x)
+        if self._activation == "static":
+            return self._float((codes - self._zero) * scales)
+        if self._activation == "per-token-group":
+            scales = scales.repeat_interleave(self._group_size, 1)[:, : x.shape[1]]
+        return self._float(codes * scales)
+
+    def exact(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Multiply float32 [T, K] as the contract says.
+
+        Returns
+        -------
+        y : float32 tensor [T, N]
+        codes : int8 tensor [T, K]
+        scales : float32 tensor [T, GA]
+            GA is 1 or G.
+        sums : int32 tensor [T, G, N]
+            ``sum over the group of activation code * weight code``.
+        """
+        codes, scales = self._codes(x)
+        q, s, o = self._grid()
+        grouped = to_groups(codes, self._group_size).transpose(0, 1)  # [G, T, g]
+        sums = grouped @ to_groups(q, self._group_size).permute(1, 2, 0)  # exact: integers below 2^24
+        per_group = s.T[:, None] * sums + o.T[:, None] * grouped.sum(-1, keepdim=True)  # [G, T, N]
+        y = (scales.T[..., None] * per_group).sum(0) + self._constant(q, s, o)
+        return y, codes.to(torch.int8), scales, sums.transpose(0, 1).to(torch.int32)
+
+    def _codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self._activation == "per-token":
+            return dynamic_codes(x)
+        if self._activation == "per-token-group":
+            return grouped_codes(x, self._group_size)
+        return static_codes(x, self._scale, self._zero), torch.full((len(x), 1), self._scale)
+
+    def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes [N, K], scales [N, G] and offsets [N, G] in float32."""
+        codes = [unpack(part.qweight, part.in_features).astype("float32") for part in self._parts]
+        grids = [grid_of(part) for part in self._parts]
+        stacks = (codes, [s for s, _ in grids], [o for _, o in grids])
+        return tuple(torch.from_numpy(np.concatenate(stack)) for stack in stacks)
+
+    def _constant(self, q: Tensor, s: Tensor, o: Tensor) -> Tensor | float:
+        constant = 0.0 if self._float.bias is None else self._float.bias
+        if self._activation != "static":
+            return constant
+        counts = to_groups(torch.ones(1, q.shape[1]), self._group_size).sum(-1)
+        weights = (s * to_groups(q, self._group_size).sum(-1) + o * counts).sum(-1)
+        return constant - self._scale * self._zero * weights
+
+
+class QuantizedHead:
+    """The output matrix, its input quantized per token and group of 32.
+
+    Parameters
+    ----------
+    weight : float32 tensor [V, K]
+        The dequantized table.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply float32 [T, K] to float32 [T, V]."""
+        codes, scales = grouped_codes(x, TABLE_GROUP)
+        return (codes * scales.repeat_interleave(TABLE_GROUP, 1)[:, : x.shape[1]]) @ self._weight.T
+
+
+class Layer(NamedTuple):
+    """One layer: its norms and its linears by their name."""
+
+    norms: Norms
+    linears: Mapping[str, Operator]
+
+
+class ReferenceModel:
+    """A decoder run in one causal pass.
+
+    Made by `from_checkpoint` or `from_source`.
+
+    Attributes
+    ----------
+    config : DecoderConfig
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        load_layer: Callable[[int], Layer],
+        embedding: Tensor,
+        final_norm: Tensor,
+        head: Operator,
+        half_cache: bool,
+    ) -> None:
+        self.config = config
+        self._layer = cache(load_layer) if _layer_bytes(config) <= _KEPT_BYTES else load_layer
+        self._embedding = embedding
+        self._final_norm = final_norm
+        self._head = head
+        self._half_cache = half_cache
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, activation: str | None = None) -> "ReferenceModel":
+        """Take a quantized checkpoint.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+        activation : str, optional
+            Instead of the checkpoint's own; ``"none"`` keeps activations float. Static activations need a
+            checkpoint that was calibrated for them.
+        """
+        config, activation = checkpoint.config, activation or checkpoint.scheme.activation
+        if activation not in ACTIVATIONS:
+            raise AgqError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+        if activation == "static" and checkpoint.scheme.activation != "static":
+            raise AgqError(
+                f"{checkpoint.path} has no static activation scales: quantize with static activations"
+            )
+
+        def load_layer(layer: int) -> Layer:
+            linears = {}
+            for linear in config.linears:
+                parts = checkpoint.fused(layer, linear.parts)
+                linears[linear.name] = (
+                    stacked_weights(parts) if activation == "none" else QuantizedOperator(parts, activation)
+                )
+            return Layer(_norms(config, layer, checkpoint.vector), linears)
+
+        embedding = torch.from_numpy(dequantize_table(checkpoint.table(config.embedding)))
+        head = embedding
+        if not config.tied_embeddings:
+            head = torch.from_numpy(dequantize_table(checkpoint.table(config.head)))
+        final_norm = torch.from_numpy(checkpoint.vector(f"{config.final_norm}.weight"))
+        head = FloatLinear(head) if activation == "none" else QuantizedHead(head)
+        return cls(config, load_layer, embedding, final_norm, head, half_cache=True)
+
+    @classmethod
+    def from_source(cls, source: Source) -> "ReferenceModel":
+        """Take a model as it is, in float32 throughout."""
+        config = source.config
+
+        def weight(name: str) -> Tensor:
+            return torch.from_numpy(source.tensor(f"{name}.weight"))
+
+        def load_layer(layer: int) -> Layer:
+            prefix = config.layer_prefix.format(layer=layer)
+            linears = {
+                linear.name: FloatLinear(torch.cat([weight(prefix + part) for part in linear.parts]))
+                for linear in config.linears
+            }
+            return Layer(_norms(config, layer, source.tensor), linears)
+
+        embedding = weight(config.embedding)
+        head = FloatLinear(embedding if config.tied_embeddings else weight(config.head))
+        return cls(config, load_layer, embedding, weight(config.final_norm), head, half_cache=False)
+
+    @torch.inference_mode()
+    def logits(self, tokens: list[int], trace: Trace | None = None) -> np.ndarray:
+        """Run one causal pass from an empty cache.
+
+        Parameters
+        ----------
+        tokens : list of int
+        trace : callable, optional
+            Called for every quantized linear; the pass then sums exactly as the contract says.
+
+        Returns
+        -------
+        float32 array [T, vocab_size]
+        """
+        self._check_tokens(tokens)
+        hidden = self._embedding[torch.tensor(tokens)]
+        rope = rope_tables(self.config, len(tokens))
+        for i in range(self.config.num_layers):
+            layer = self._layer(i)
+            steps = layer_steps(self.config, layer.norms, hidden, rope, self._half_cache)
+            hidden = run_layer(steps, _linear_of(layer, f"layers.{i}", trace))
+        return self._head(rms_norm(hidden, self._final_norm, self.config.norm_epsilon)).numpy()
+
+    def _check_tokens(self, tokens: list[int]) -> None:
+        if not 0 < len(tokens) <= self.config.context_length:
+            raise AgqError(
+                f"{len(tokens)} tokens do not fit the model: give 1 to {self.config.context_length}"
+            )
+        if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
+            raise AgqError(f"there are tokens outside the model's vocabulary of {self.config.vocab_size}")
+
+
+def stacked_weights(parts: tuple[QuantizedLinear, ...]) -> FloatLinear:
+    """Dequantize linears that share an input and stack them along N."""
+    weight = torch.from_numpy(np.concatenate([dequantize(part) for part in parts]))
+    if all(part.bias is None for part in parts):
+        return FloatLinear(weight)
+    biases = [np.zeros(len(part.qweight), "float32") if part.bias is None else part.bias for part in parts]
+    return FloatLinear(weight, torch.from_numpy(np.concatenate(biases)))
+
+
+def _linear_of(layer: Layer, prefix: str, trace: Trace | None) -> Callable[[str, Tensor], Tensor]:
+    def linear(name: str, x: Tensor) -> Tensor:
+        operator = layer.linears[name]
+        if trace is None or not isinstance(operator, QuantizedOperator):
+            return operator(x)
+        y, codes, scales, sums = operator.exact(x)
+        trace(f"{prefix}.{name}", codes.numpy(), scales.numpy(), sums.numpy())
+        return y
+
+    return linear
+
+
+def _norms(config: DecoderConfig, layer: int, vector: Callable[[str], np.ndarray]) -> Norms:
+    prefix = config.layer_prefix.format(layer=layer)
+    names = (config.input_norm, config.mlp_norm)
+    return Norms(*(torch.from_numpy(vector(f"{prefix}{name}.weight")) for name in names))
+
+
+def _layer_bytes(config: DecoderConfig) -> int:
+    return 4 * config.num_layers * sum(sum(linear.rows) * linear.in_features for linear in config.linears)

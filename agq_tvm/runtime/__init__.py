@@ -1,0 +1,1 @@
+"""What runs a compiled model and measures it; needs no torch."""

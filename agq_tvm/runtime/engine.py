@@ -1,0 +1,158 @@
+"""Running a bundle: chunks of prefill, decode, and the tokens between them."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from agq_tvm.errors import AgqError
+from agq_tvm.runtime.bundle import LIBRARY, Bundle
+from agq_tvm.targets import detect
+
+
+class Session(Protocol):
+    """Where a bundle's functions run: this machine, or a board."""
+
+    def run(self, function: str, tokens: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Call a function of the bundle: int32 arrays [M], [M], [2] in, float32 logits out."""
+
+
+class LocalSession:
+    """A bundle's functions on this machine.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    threads : int, optional
+        Those of the device by default.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None):
+        import tvm
+        from tvm import relax
+
+        bundle.check_runs_on(detect.machine(), detect.cpu_features())
+        self.threads = threads or bundle.manifest["device"]["threads"]
+        tvm.get_global_func("runtime.config_threadpool")(1, self.threads)
+        self._tensor = tvm.runtime.tensor
+        self._arrays = bundle.arrays()  # the tensors below are views of it
+        self.library = tvm.runtime.load_module(str(bundle.path / LIBRARY))
+        self._machine = relax.VirtualMachine(self.library, tvm.cpu())
+        caches = [tvm.runtime.tensor(np.zeros(shape, dtype)) for _, shape, dtype in bundle.caches]
+        weights = [tvm.runtime.from_dlpack(array) for array in self._arrays.values()]
+        self._packed = tvm.runtime.convert([*caches, *weights])
+
+    def run(self, function: str, tokens: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """See `Session.run`."""
+        inputs = (self._tensor(array) for array in (tokens, positions, lengths))
+        return self._machine[function](*inputs, self._packed).numpy()
+
+
+def chunks(count: int, buckets: tuple[int, ...] | list[int]) -> list[tuple[int, int]]:
+    """Cut a prompt into (rows of the compiled function, valid rows): a fixed function of its length.
+
+    The largest bucket that the rest fills, then one padded to the smallest that holds it; a single row is
+    `decode`'s.
+    """
+    cut = []
+    while count:
+        full = [bucket for bucket in buckets if bucket <= count]
+        rows = 1 if count == 1 else max(full) if full else min(buckets)
+        cut.append((rows, min(rows, count)))
+        count -= cut[-1][1]
+    return cut
+
+
+class Engine:
+    """A sequence of tokens in progress on a session.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    session : Session, optional
+        This machine by default.
+
+    Attributes
+    ----------
+    length : int
+        Positions in the caches.
+    """
+
+    def __init__(self, bundle: Bundle, session: Session | None = None):
+        self.session = session or LocalSession(bundle)
+        self.context: int = bundle.manifest["context"]
+        self.vocab_size: int = bundle.manifest["model"]["vocab_size"]
+        self.buckets: list[int] = bundle.manifest["buckets"]
+        self.length = 0
+
+    def reset(self) -> None:
+        """Start a new sequence."""
+        self.length = 0
+
+    def prefill(self, tokens: list[int], all_logits: bool = False) -> np.ndarray:
+        """Append tokens in chunks.
+
+        Parameters
+        ----------
+        tokens : list of int
+        all_logits : bool
+            Whether to return the logits of every token instead of the last one's.
+
+        Returns
+        -------
+        float32 [V], or [T, V] with `all_logits`
+
+        Raises
+        ------
+        AgqError
+            If there is no token, one is out of range, or they do not fit the context.
+        """
+        self._check(tokens)
+        rows_of_logits, start = [], 0
+        for rows, valid in chunks(len(tokens), self.buckets):
+            logits = self._step(tokens[start : start + valid], rows, all_logits)
+            rows_of_logits.append(logits[:valid])
+            start += valid
+        return np.concatenate(rows_of_logits) if all_logits else rows_of_logits[-1][-1]
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token and return its logits, float32 [V]."""
+        self._check([token])
+        return self._step([token], 1, True)[0]
+
+    def generate(self, prompt: list[int], limit: int, stop: frozenset[int] = frozenset()) -> Iterator[int]:
+        """Yield the most likely continuation, at most `limit` tokens, up to a token in `stop`."""
+        self.reset()
+        logits = self.prefill(prompt)
+        for produced in range(limit):
+            token = int(logits.argmax())
+            if token in stop:
+                return
+            yield token
+            if produced + 1 < limit and self.length < self.context:
+                logits = self.decode(token)
+            else:
+                return
+
+    def _check(self, tokens: list[int]) -> None:
+        if not tokens:
+            raise AgqError("the prompt has no tokens: give some text")
+        wrong = [token for token in tokens if not 0 <= token < self.vocab_size]
+        if wrong:
+            raise AgqError(f"token {wrong[0]} is not in the vocabulary of {self.vocab_size}")
+        if self.length + len(tokens) > self.context:
+            raise AgqError(
+                f"{self.length + len(tokens)} tokens do not fit the context of {self.context} that the bundle was "
+                "compiled for: shorten the prompt, or compile it with a larger --context"
+            )
+
+    def _step(self, tokens: list[int], rows: int, all_rows: bool) -> np.ndarray:
+        valid = len(tokens)
+        padded = np.zeros(rows, "int32")
+        padded[:valid] = tokens
+        positions = np.minimum(self.length + np.arange(rows), self.context - 1).astype("int32")
+        lengths = np.array([self.length, valid], "int32")
+        name = "decode" if rows == 1 else f"prefill_{rows}_all" if all_rows else f"prefill_{rows}"
+        logits = self.session.run(name, padded, positions, lengths)
+        self.length += valid
+        return logits

@@ -1,0 +1,87 @@
+"""What this machine's processor can do."""
+
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+
+from agq_tvm.errors import AgqError
+
+# Best first. Names of the device files; the features that they need are in the files.
+_CANDIDATES = {
+    "x86_64": ("x86-64-avx512vnni", "x86-64-avx2", "generic-x86-64"),
+    "aarch64": ("raspberry-pi-5", "raspberry-pi-4", "generic-aarch64"),
+}
+
+
+def machine() -> str:
+    """Return this machine's architecture: ``"x86_64"``, ``"aarch64"``, or what ``uname -m`` says."""
+    name = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
+def parse_cpuinfo(text: str) -> frozenset[str]:
+    """Return the CPU features that every core has.
+
+    Parameters
+    ----------
+    text : str
+        Contents of ``/proc/cpuinfo``: ``flags`` lines (x86-64) or ``Features`` lines (AArch64).
+    """
+    cores = []
+    for line in text.splitlines():
+        key, colon, value = line.partition(":")
+        if colon and key.strip() in ("flags", "Features"):
+            cores.append(frozenset(value.split()))
+    return frozenset.intersection(*cores) if cores else frozenset()
+
+
+def cpu_features() -> frozenset[str]:
+    """Return the features of this machine's processor, in Linux's names; none if they cannot be read."""
+    try:
+        return parse_cpuinfo(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return frozenset()
+
+
+def missing_features(device, features: Iterable[str], machine: str) -> list[str]:
+    """Return what a machine lacks to run code that was compiled for a device.
+
+    Parameters
+    ----------
+    device : Device
+        The device that the code was compiled for.
+    features : iterable of str
+        The machine's features, in Linux's names.
+    machine : str
+        The machine's architecture.
+
+    Returns
+    -------
+    list[str]
+        Names of the missing features, sorted; only the architecture if that is another one; empty if the code
+        can run.
+    """
+    if machine != device.machine:
+        return [device.machine]
+    return sorted(set(device.required_features) - set(features))
+
+
+def best_device(machine: str, features: Iterable[str]) -> str:
+    """Return the name of the fastest device whose code runs on a machine.
+
+    Raises
+    ------
+    AgqError
+        If the architecture is not supported.
+    """
+    from agq_tvm.targets.device import load_device
+
+    if machine not in _CANDIDATES:
+        raise AgqError(
+            f"this machine's architecture {machine!r} is not supported: only {', '.join(_CANDIDATES)}"
+        )
+    features = frozenset(features)
+    for name in _CANDIDATES[machine]:
+        if not missing_features(load_device(name), features, machine):
+            return name
+    return _CANDIDATES[machine][-1]
