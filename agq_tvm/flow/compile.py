@@ -125,6 +125,7 @@ def _manifest(checkpoint: Checkpoint, device: Device, context: int, buckets: lis
     config, scheme = checkpoint.config, checkpoint.scheme
     return {
         "format_version": bundles.FORMAT_VERSION,
+        "checkpoint_sha256": sha256_file(checkpoint.path / "model.safetensors"),
         "versions": bundles.versions(),
         "device": {
             "name": device.name,

@@ -29,15 +29,15 @@ def multiply_8bit(total, weights, activations):
 
 AVX2 = InstructionSet(
     name="avx2",
-    instruction="vpmaddubsw",
     layout_4bit=Layout(bits=4, vectors=4, lanes=8, depth=4, zero=0),
     layout_8bit=Layout(bits=8, vectors=4, lanes=8, depth=4, zero=128),
     rows=2,
     multiply_4bit=Multiply(
+        "vpmaddubsw",
         lambda total, weights, activations: total + vpmaddubsw(weights, activations),
         total="int16",
         total_lanes=16,
         fold=widen,
     ),
-    multiply_8bit=Multiply(multiply_8bit),
+    multiply_8bit=Multiply("vpmaddubsw", multiply_8bit),
 )

@@ -18,10 +18,9 @@ def vpdpbusd(total, weights, activations):
 
 AVX512VNNI = InstructionSet(
     name="avx512vnni",
-    instruction="vpdpbusd",
     layout_4bit=Layout(bits=4, vectors=4, lanes=16, depth=4, zero=0),
     layout_8bit=Layout(bits=8, vectors=4, lanes=16, depth=4, zero=0),
     rows=4,
-    multiply_4bit=Multiply(vpdpbusd),
-    multiply_8bit=Multiply(vpdpbusd),
+    multiply_4bit=Multiply("vpdpbusd", vpdpbusd),
+    multiply_8bit=Multiply("vpdpbusd", vpdpbusd),
 )

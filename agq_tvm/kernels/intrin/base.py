@@ -18,15 +18,19 @@ class Multiply:
 
     Attributes
     ----------
+    instruction : str
+        The multiply that must be found in the disassembly.
     accumulate : callable
         ``f(total, weights, activations) -> total``, all vector expressions: weights and activations have
         ``lanes * depth`` bytes, totals one value for each lane.
-    total : str
-        Scalar type of the running total inside a k-block: ``"int32"``, or ``"int16"`` where 32 channels fit.
+    total, total_lanes : str, int
+        Type of the running totals inside a k-block, where it is not ``int32`` x `lanes`: ``"int16"`` if the
+        products of 32 channels fit.
     fold : callable or None
         Turns the int16 totals of a k-block into ``int32x{lanes}``; needed with ``total="int16"``.
     """
 
+    instruction: str
     accumulate: Callable[[Any, Any, Any], Any]
     total: str = "int32"
     total_lanes: int = 0
@@ -41,8 +45,6 @@ class InstructionSet:
     ----------
     name : str
         As device files write it.
-    instruction : str or None
-        The multiply that must be found in the disassembly.
     layout_4bit, layout_8bit : Layout
         How weights and tables are packed for it: the same for every kernel and schedule.
     rows : int
@@ -52,7 +54,6 @@ class InstructionSet:
     """
 
     name: str
-    instruction: str | None
     layout_4bit: Layout
     layout_8bit: Layout
     rows: int
@@ -62,6 +63,10 @@ class InstructionSet:
     def layout(self, bits: int) -> Layout:
         """Return the packed layout for 4 or 8 bits."""
         return self.layout_4bit if bits == 4 else self.layout_8bit
+
+    def multiply(self, bits: int) -> Multiply | None:
+        """Return the multiply for weights of 4 or 8 bits."""
+        return self.multiply_4bit if bits == 4 else self.multiply_8bit
 
 
 def stored_dtype(layout: Layout) -> str:
@@ -206,7 +211,7 @@ def intrinsic(isa: InstructionSet, bits: int, packed: bool, rows: int) -> str | 
     rows : int
         R, the rows of its tile.
     """
-    multiply, layout = (isa.multiply_4bit, isa.layout_4bit) if bits == 4 else (isa.multiply_8bit, isa.layout_8bit)
+    multiply, layout = isa.multiply(bits), isa.layout(bits)
     if multiply is None:
         return None
     name = f"agq.dot.{isa.name}.{layout.name}.{'packed' if packed else 'bytes'}.m{rows}"

@@ -17,10 +17,9 @@ def sdot(total, weights, activations):
 
 DOTPROD = InstructionSet(
     name="dotprod",
-    instruction="sdot",
     layout_4bit=Layout(bits=4, vectors=4, lanes=4, depth=4, zero=0),
     layout_8bit=Layout(bits=8, vectors=4, lanes=4, depth=4, zero=128),
     rows=4,
-    multiply_4bit=Multiply(sdot),
-    multiply_8bit=Multiply(sdot),
+    multiply_4bit=Multiply("sdot", sdot),
+    multiply_8bit=Multiply("sdot", sdot),
 )

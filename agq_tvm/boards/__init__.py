@@ -1,0 +1,1 @@
+"""Boards: TVM's tracker and sessions, the board server, and emulated boards."""

@@ -1,0 +1,42 @@
+"""The command `agq`: parses, calls, prints."""
+
+import argparse
+import sys
+
+from agq_tvm import __version__
+from agq_tvm.cli import boards, commands
+from agq_tvm.errors import AgqError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="agq",
+        description="4-bit LLMs on the edge: quantize a model, compile it for a device, run it.",
+        epilog="Begin with `agq quickstart`. Progress goes to standard error, results to standard output.",
+    )
+    parser.add_argument("--version", action="version", version=f"agq {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands.register(subparsers)
+    boards.register(subparsers)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, or 2 after one sentence about what is wrong."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return args.run(args) or 0
+    except AgqError as error:
+        print(f"agq: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("agq: interrupted", file=sys.stderr)
+        return 130
+    except MemoryError:
+        print("agq: out of memory: take a smaller model or a shorter --context", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Perplexity of a compiled bundle, prefilled in chunks as it would be in use."""
+
+import os
+from pathlib import Path
+
+from agq_tvm.errors import AgqError
+from agq_tvm.flow.evaluate import evaluate_reference
+from agq_tvm.quantize.texts import load_text
+from agq_tvm.runtime.bundle import MANIFEST, Bundle
+from agq_tvm.runtime.engine import Engine, LocalSession
+from agq_tvm.runtime.perplexity import Score, score
+from agq_tvm.runtime.text import load_tokenizer
+
+
+def is_bundle(path: str | os.PathLike) -> bool:
+    """Tell whether `path` is a directory with a manifest."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def evaluate_bundle(
+    bundle: str | os.PathLike,
+    data: str | os.PathLike,
+    window: int = 512,
+    max_tokens: int | None = None,
+    threads: int | None = None,
+) -> Score:
+    """Score a text with a bundle on this machine.
+
+    Parameters
+    ----------
+    bundle : path-like
+    data : str or path-like
+        See `agq_tvm.quantize.texts.load_text`.
+    window : int
+        Tokens that the model sees at a time.
+    max_tokens : int, optional
+        Use only so many tokens from the beginning of the text.
+    threads : int, optional
+        Those of the device by default.
+
+    Raises
+    ------
+    AgqError
+        If the bundle does not run here, or the text cannot be read or is too short.
+    """
+    loaded = Bundle(bundle)
+    text, _ = load_text(data)
+    engine = Engine(loaded, LocalSession(loaded, threads))
+    if window > engine.context:
+        raise AgqError(f"a window of {window} does not fit the bundle's context of {engine.context}")
+
+    def logits_of(tokens: list[int]):
+        engine.reset()
+        return engine.prefill(tokens, all_logits=True)
+
+    tokens = load_tokenizer(loaded.path).encode(text, add_special_tokens=False).ids
+    return score(logits_of, tokens[:max_tokens], window)
+
+
+def evaluate(
+    model: str | os.PathLike, data: str | os.PathLike, window: int = 512, max_tokens: int | None = None
+) -> dict:
+    """Score a text with a bundle, a checkpoint or a float model, whichever `model` is.
+
+    Returns
+    -------
+    dict
+        ``perplexity``, ``nll`` and ``nll_stderr`` in nats per token, ``tokens`` scored, ``window``, and
+        ``text_sha256``.
+
+    Raises
+    ------
+    AgqError
+        See `evaluate_bundle` and `agq_tvm.flow.evaluate.evaluate_reference`.
+    """
+    run = evaluate_bundle if is_bundle(model) else evaluate_reference
+    result = run(model, data, window, max_tokens)
+    return {
+        "perplexity": result.perplexity,
+        "nll": result.nll,
+        "nll_stderr": result.nll_stderr,
+        "tokens": result.tokens,
+        "window": result.window,
+        "text_sha256": load_text(data)[1],
+    }

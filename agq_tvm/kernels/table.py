@@ -1,0 +1,66 @@
+"""The table of kernels: what there is, for which instruction set, and in which layout."""
+
+from dataclasses import asdict, dataclass
+
+from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel.
+
+    Attributes
+    ----------
+    name : str
+        Of the tensor intrinsic, or of the plain loops.
+    operation : str
+        ``"gemv"`` (decode) or ``"gemm"`` (prefill).
+    bits : str
+        Weights and activations, e.g. ``"w4a8"``.
+    tile : str
+        Rows x columns x channels of one call.
+    layout : str
+        How the weights are packed, see `layout.py`.
+    instruction_set, instruction : str
+        And the multiply that it is built on.
+    """
+
+    name: str
+    operation: str
+    bits: str
+    tile: str
+    layout: str
+    instruction_set: str
+    instruction: str
+
+
+def kernel_table() -> list[KernelRow]:
+    """List every matrix-product kernel."""
+    rows = []
+    for isa in INSTRUCTION_SETS.values():
+        for bits in (4, 8):
+            for operation, tile_rows in (("gemv", 1), ("gemm", isa.rows)):
+                rows.append(_row(isa, bits, operation, tile_rows))
+    return rows
+
+
+def _row(isa, bits: int, operation: str, rows: int) -> KernelRow:
+    from agq_tvm.kernels.intrin.base import intrinsic
+
+    layout, multiply = isa.layout(bits), isa.multiply(bits)
+    packed = bits == 4 and operation == "gemv"
+    name = intrinsic(isa, bits, packed, rows) or f"loops.{isa.name}.{layout.name}.m{rows}"
+    return KernelRow(
+        name=name,
+        operation=operation,
+        bits=f"w{bits}a8",
+        tile=f"{rows}x{layout.width}x32",
+        layout=layout.name,
+        instruction_set=isa.name,
+        instruction=multiply.instruction if multiply else "-",
+    )
+
+
+def as_dicts() -> list[dict]:
+    """Return the table as plain dictionaries."""
+    return [asdict(row) for row in kernel_table()]

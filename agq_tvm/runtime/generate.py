@@ -1,0 +1,60 @@
+"""Continue a text with a bundle."""
+
+import time
+from collections.abc import Callable
+
+from agq_tvm.runtime.bundle import Bundle
+from agq_tvm.runtime.engine import Engine, LocalSession
+from agq_tvm.runtime.text import load_tokenizer
+
+
+def generate(
+    bundle: str,
+    prompt: str,
+    limit: int = 64,
+    threads: int | None = None,
+    show: Callable[[str], None] | None = None,
+) -> dict:
+    """Generate the most likely continuation of a prompt.
+
+    Parameters
+    ----------
+    bundle : path-like
+    prompt : str
+    limit : int
+        Most tokens to generate.
+    threads : int, optional
+        Those of the device by default.
+    show : callable, optional
+        Called with each new piece of text as it comes.
+
+    Returns
+    -------
+    dict
+        ``prompt``, ``text`` (the continuation), ``prompt_tokens``, ``generated_tokens``, ``seconds``.
+
+    Raises
+    ------
+    AgqError
+        If the bundle does not run here or the prompt does not fit.
+    """
+    loaded = Bundle(bundle)
+    tokenizer = load_tokenizer(loaded.path)
+    engine = Engine(loaded, LocalSession(loaded, threads))
+    tokens = tokenizer.encode(prompt).ids
+    stop = frozenset(loaded.manifest["model"]["eos_token_ids"])
+    start, produced, text = time.perf_counter(), [], ""
+    for token in engine.generate(tokens, limit, stop):
+        produced.append(token)
+        longer = tokenizer.decode(produced)
+        if show and not longer.endswith("\ufffd"):  # else a character that is not complete
+            show(longer[len(text) :])
+            text = longer
+    text = tokenizer.decode(produced)
+    return {
+        "prompt": prompt,
+        "text": text,
+        "prompt_tokens": len(tokens),
+        "generated_tokens": len(produced),
+        "seconds": time.perf_counter() - start,
+    }

@@ -1,0 +1,65 @@
+"""A real tracker and emulated boards, one set for each test process."""
+
+import gc
+import os
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from agq_tvm.boards import emulate, tracker
+from agq_tvm.errors import AgqError
+from agq_tvm.targets import load_device
+
+DEVICES = ("raspberry-pi-4", "snapdragon-870")
+
+
+@dataclass
+class Boards:
+    """The boards of a test process; their keys are the names of their devices."""
+
+    tracker: str
+
+    @contextmanager
+    def session(self, key: str, timeout: float = 120.0):
+        """Open a session; what was made in it must be gone when the block ends."""
+        session = tracker.connect(self.tracker, key, timeout=timeout, wait=60)
+        try:
+            yield session
+        finally:
+            del session
+            gc.collect()
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """Skip, or in CI fail, where boards cannot be emulated."""
+    try:
+        return emulate.find_emulator()
+    except AgqError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must test emulated boards: {error}")
+        warnings.warn(f"EMULATED BOARDS ARE NOT TESTED: {error}", stacklevel=1)
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def boards(emulator, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        try:
+            address = emulate.start_tracker().tracker
+            for name in DEVICES:
+                emulate.start_board(load_device(name), address)
+            yield Boards(address)
+        finally:
+            emulate.stop_board("all")
+
+
+@pytest.fixture
+def own_state(emulator, tmp_path, monkeypatch):
+    """A state folder for one test; what it started is stopped at its end."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    yield
+    emulate.stop_board("all")
