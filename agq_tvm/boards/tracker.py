@@ -153,6 +153,8 @@ def _ask(host: str, port: int, request: list, timeout: float) -> object:
             connection.sendall(struct.pack("<i", len(message)) + message)
             connection.settimeout(timeout)
             return _read_answer(connection)
+    except TimeoutError:
+        raise
     except OSError as error:
         reason = error.strerror or error
         raise AgqError(

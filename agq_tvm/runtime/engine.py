@@ -1,5 +1,6 @@
 """Running a bundle: chunks of prefill, decode, and the tokens between them."""
 
+import os
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -33,7 +34,7 @@ class LocalSession:
 
         bundle.check_runs_on(detect.machine(), detect.cpu_features())
         self.threads = threads or bundle.manifest["device"]["threads"]
-        tvm.get_global_func("runtime.config_threadpool")(1, self.threads)
+        _use_threads(self.threads)
         self._tensor = tvm.runtime.tensor
         self._arrays = bundle.arrays()  # the tensors below are views of it
         self.library = tvm.runtime.load_module(str(bundle.path / LIBRARY))
@@ -46,6 +47,19 @@ class LocalSession:
         """See `Session.run`."""
         inputs = (self._tensor(array) for array in (tokens, positions, lengths))
         return self._machine[function](*inputs, self._packed).numpy()
+
+
+def _use_threads(count: int) -> None:
+    """Give TVM's thread pool `count` threads on the processors of this process, bound to none of them.
+
+    Left alone, TVM takes half the processors of an x86 machine and binds the caller to the first one, and with it
+    everything that the process starts later.
+    """
+    import tvm
+
+    share_all = -3
+    processors = [str(cpu) for cpu in sorted(os.sched_getaffinity(0))]
+    tvm.get_global_func("runtime.config_threadpool")(share_all, count, processors)
 
 
 def chunks(count: int, buckets: tuple[int, ...] | list[int]) -> list[tuple[int, int]]:

@@ -16,6 +16,16 @@ DEVICES = ("raspberry-pi-4", "snapdragon-870")
 
 
 @dataclass
+class Session:
+    """Stands for an RPC session, so that a test's variable does not keep that one open."""
+
+    real: object
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+@dataclass
 class Boards:
     """The boards of a test process; their keys are the names of their devices."""
 
@@ -24,11 +34,11 @@ class Boards:
     @contextmanager
     def session(self, key: str, timeout: float = 120.0):
         """Open a session; what was made in it must be gone when the block ends."""
-        session = tracker.connect(self.tracker, key, timeout=timeout, wait=60)
+        session = Session(tracker.connect(self.tracker, key, timeout=timeout, wait=60))
         try:
             yield session
         finally:
-            del session
+            session.real = None
             gc.collect()
 
 

@@ -75,7 +75,7 @@ def test_missing_emulator_is_told_with_the_packages(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(emulate.shutil, "which", lambda name: "/usr/bin/qemu-aarch64")
     monkeypatch.setattr(emulate, "_SYSROOT", tmp_path)
-    with pytest.raises(AgqError, match="ld-linux-aarch64.so.1: install it with: apt-get install"):
+    with pytest.raises(AgqError, match=r"ld-linux-aarch64\.so\.1: install it with: apt-get install"):
         emulate.find_emulator()
 
 

@@ -27,7 +27,7 @@ def sleeper(tmp_path):
 
 
 def test_living_process_is_listed_and_stopped(sleeper):
-    child, process = sleeper
+    _, process = sleeper
     processes.remember(process)
     assert processes.processes() == [process]
     assert processes.free_name("sleeper") == "sleeper-2"

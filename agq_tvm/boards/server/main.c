@@ -19,6 +19,7 @@ struct board {
   int server, signals, tracker; /* tracker is -1 while there is no connection */
   char match_key[KEY_SIZE];
   int asked_for; /* pings since somebody asked for the match key without coming */
+  int told;      /* whether it was said that there is no tracker */
 };
 
 static void fail(const char *what, const char *value) {
@@ -97,7 +98,13 @@ static void offer(struct board *board) {
 
 static void find_tracker(struct board *board) {
   board->tracker = tracker_connect(&board->options);
-  if (board->tracker < 0) return;
+  if (board->tracker < 0) {
+    if (!board->told)
+      printf("no tracker at %s:%s yet: trying on\n", board->options.tracker_host, board->options.tracker_port);
+    board->told = 1;
+    return;
+  }
+  board->told = 0;
   printf("registered with the tracker %s:%s\n", board->options.tracker_host, board->options.tracker_port);
   offer(board);
 }

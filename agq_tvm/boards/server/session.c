@@ -116,6 +116,7 @@ int session_run(int connection, double time_limit, int signals) {
   fflush(NULL);
   pid_t child = fork();
   if (child == 0) serve(connection, folder);
+  if (child < 0) call_runtime("rpc.ReturnException", connection, "RPCError: the board cannot start a process");
   int status = 0, how = ENDED;
   if (child > 0) {
     how = wait_for(child, time_limit, signals, &status);
