@@ -84,13 +84,14 @@ static int list_folder(void *self, const TVMFFIAny *arguments, int32_t count, TV
 
 /* Linux's names of the AT_HWCAP and AT_HWCAP2 bits; "" for bits that no device file names. */
 static const char *const HWCAP[] = {
-    "fp",       "asimd", "evtstrm", "aes",    "pmull", "sha1", "sha2",     "crc32", "atomics", "fphp",     "asimdhp",
-    "cpuid",    "asimdrdm", "jscvt", "fcma",  "lrcpc", "dcpop", "",        "",      "",        "asimddp",  "",
-    "sve",      "asimdfhm", "dit",   "uscat", "ilrcpc", "flagm", "ssbs",   "sb"};
-static const char *const HWCAP2[] = {"", "sve2", "sveaes", "", "", "", "", "", "frint", "svei8mm", "", "", "", "i8mm",
-                                     "bf16"};
+    "fp",     "asimd", "evtstrm", "aes",   "pmull",   "sha1", "sha2", "crc32",    "atomics", "fphp",
+    "asimdhp", "cpuid", "asimdrdm", "jscvt", "fcma",  "lrcpc", "dcpop", "",       "",        "",
+    "asimddp", "",     "sve",     "asimdfhm", "dit",  "uscat", "ilrcpc", "flagm", "ssbs",    "sb"};
+static const char *const HWCAP2[] = {"",      "sve2",    "sveaes", "", "", "",     "", "",
+                                     "frint", "svei8mm", "",       "", "", "i8mm", "bf16"};
 
-static void append_names(char *text, size_t size, unsigned long bits, const char *const *names, size_t count) {
+static void append_names(char *text, size_t size, unsigned long bits, const char *const *names,
+                         size_t count) {
   for (size_t bit = 0; bit < count; ++bit)
     if ((bits >> bit & 1) && *names[bit]) {
       size_t used = strlen(text);
@@ -98,7 +99,7 @@ static void append_names(char *text, size_t size, unsigned long bits, const char
     }
 }
 
-/* The CPU's features as /proc/cpuinfo would name them; true under emulation also, where that file is the host's. */
+/* The CPU's features as /proc/cpuinfo would name them; under emulation that file is the host's. */
 static int cpu_features(void *self, const TVMFFIAny *arguments, int32_t count, TVMFFIAny *result) {
   char text[512] = "";
   (void)self, (void)arguments, (void)count;
@@ -130,8 +131,10 @@ static int set_function(const char *name, TVMFFISafeCallType call) {
 
 int register_functions(const char *folder) {
   session_folder = folder;
-  return set_function("tvm.rpc.server.workpath", work_path) || set_function("tvm.rpc.server.load_module", load_module) ||
-         set_function("tvm.rpc.server.listdir", list_folder) || set_function("agq.board.cpu_features", cpu_features);
+  return set_function("tvm.rpc.server.workpath", work_path) ||
+         set_function("tvm.rpc.server.load_module", load_module) ||
+         set_function("tvm.rpc.server.listdir", list_folder) ||
+         set_function("agq.board.cpu_features", cpu_features);
 }
 
 /* Calls one of the runtime's functions with a socket and, unless it is NULL, a message. */

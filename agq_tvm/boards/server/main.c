@@ -1,4 +1,4 @@
-/* The board server's arguments and its loop: offer the board to the tracker, accept a client, serve it, again. */
+/* The board server's arguments and its loop: offer the board to the tracker, accept a client, serve it. */
 #define _GNU_SOURCE
 #include "board.h"
 
@@ -61,7 +61,8 @@ static struct options parse(int count, char **arguments) {
       options.port = port_number(value);
     } else if (!strcmp(name, "--tracker")) {
       char *colon = strrchr(value, ':');
-      if (!colon || colon == value || !port_number(colon + 1)) fail("--tracker must be HOST:PORT, not ", value);
+      if (!colon || colon == value || !port_number(colon + 1))
+        fail("--tracker must be HOST:PORT, not ", value);
       *colon = 0;
       options.tracker_host = value;
       options.tracker_port = colon + 1;
@@ -100,7 +101,8 @@ static void find_tracker(struct board *board) {
   board->tracker = tracker_connect(&board->options);
   if (board->tracker < 0) {
     if (!board->told)
-      printf("no tracker at %s:%s yet: trying on\n", board->options.tracker_host, board->options.tracker_port);
+      printf("no tracker at %s:%s yet: trying on\n", board->options.tracker_host,
+             board->options.tracker_port);
     board->told = 1;
     return;
   }
@@ -149,7 +151,8 @@ static void run(struct board *board) {
     int count = poll(events, 3, seconds * 1000);
     if (events[0].revents) {
       struct signalfd_siginfo signal;
-      if (read(board->signals, &signal, sizeof signal) == sizeof signal && signal.ssi_signo != SIGCHLD) return;
+      ssize_t size = read(board->signals, &signal, sizeof signal);
+      if (size == sizeof signal && signal.ssi_signo != SIGCHLD) return;
     } else if (events[1].revents) {
       if (serve_one(board)) return;
     } else if (events[2].revents) {

@@ -60,7 +60,8 @@ static void serve(int connection, const char *folder) {
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, NULL);
   prctl(PR_SET_PDEATHSIG, SIGKILL);
-  int failed = chdir(folder) || register_functions(folder) || call_runtime("rpc.ServerLoop", connection, NULL);
+  int failed = chdir(folder) || register_functions(folder) ||
+               call_runtime("rpc.ServerLoop", connection, NULL);
   fflush(NULL);
   _exit(failed ? 1 : 0);
 }
@@ -93,12 +94,12 @@ static void tell_end(int connection, int how, int status, double time_limit) {
     snprintf(text, sizeof text, "RPCSessionTimeoutError: Your %gs session has expired, %s", time_limit,
              "try to increase the \"session_timeout\" value.");
   else if (how == STOPPED)
-    snprintf(text, sizeof text, "RPCError: the board was stopped");
+    snprintf(text, sizeof text, "the board was stopped");
   else if (WIFSIGNALED(status))
-    snprintf(text, sizeof text, "RPCError: the session on the board was ended by signal %d (%s)", WTERMSIG(status),
-             strsignal(WTERMSIG(status)));
+    snprintf(text, sizeof text, "the session on the board was ended by signal %d (%s)",
+             WTERMSIG(status), strsignal(WTERMSIG(status)));
   else if (WEXITSTATUS(status))
-    snprintf(text, sizeof text, "RPCError: the session on the board ended with code %d", WEXITSTATUS(status));
+    snprintf(text, sizeof text, "the session on the board ended with code %d", WEXITSTATUS(status));
   if (!*text) return;
   printf("%s\n", text);
   set_time_limit(connection, 5);
@@ -110,13 +111,13 @@ int session_run(int connection, double time_limit, int signals) {
   char folder[256];
   snprintf(folder, sizeof folder, "%s/agq-board-XXXXXX", root && *root ? root : "/tmp");
   if (!mkdtemp(folder)) {
-    call_runtime("rpc.ReturnException", connection, "RPCError: the board cannot make a folder for the session");
+    call_runtime("rpc.ReturnException", connection, "the board cannot make a folder for the session");
     return 0;
   }
   fflush(NULL);
   pid_t child = fork();
   if (child == 0) serve(connection, folder);
-  if (child < 0) call_runtime("rpc.ReturnException", connection, "RPCError: the board cannot start a process");
+  if (child < 0) call_runtime("rpc.ReturnException", connection, "the board cannot start a process");
   int status = 0, how = ENDED;
   if (child > 0) {
     how = wait_for(child, time_limit, signals, &status);

@@ -1,0 +1,110 @@
+"""Rotary step and attention against plain numpy, over caches with a past."""
+
+import numpy as np
+import pytest
+import tvm
+
+from agq_tvm.kernels.attention import AttentionKernel, build_attention, build_rope_append
+from agq_tvm.kernels.emit import LANES
+from tests.kernels.operands import compiled, runs_here
+
+CASES = [  # rows, heads, kv heads, head dim, context, cached, valid
+    (1, 9, 3, 64, 64, 0, 1),
+    (1, 4, 4, 32, 64, 63, 1),
+    (8, 6, 2, 16, 48, 21, 8),
+    (8, 6, 2, 16, 48, 45, 3),  # the padding rows would not fit the context
+    (16, 8, 1, 24, 128, 100, 16),
+    (3, 4, 2, 24, 48, 45, 3),
+]
+
+
+def keys_of(cache: np.ndarray) -> np.ndarray:
+    """Return keys as [KV, context, D]."""
+    return cache.transpose(0, 1, 3, 2).reshape(cache.shape[0], -1, cache.shape[2])
+
+
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Rotate heads [M, heads, D] by the tables' rows [M, D / 2]."""
+    a, b = np.split(x, 2, axis=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Case:
+    """A random case and what the kernels make of it."""
+
+    def __init__(self, shape, isa: str = "generic", value_lanes: int = LANES):
+        rows, heads, kv_heads, dim, context, self.cached, self.valid = shape
+        self.kernel = kernel = AttentionKernel(rows, heads, kv_heads, dim, context, value_lanes)
+        rng = np.random.default_rng(0)
+        self.keys = np.zeros(kernel.key_cache, "float16")
+        self.values = np.zeros(kernel.value_cache, "float16")
+        past = rng.standard_normal((kv_heads, self.cached, dim)).astype("float16")
+        keys_of_past = np.zeros((kv_heads, context, dim), "float16")
+        keys_of_past[:, : self.cached] = past
+        self.keys[:] = keys_of_past.reshape(kv_heads, -1, LANES, dim).transpose(0, 1, 3, 2)
+        self.values[:, : self.cached] = rng.standard_normal(past.shape)
+        self.qkv = rng.standard_normal((rows, (heads + 2 * kv_heads) * dim)).astype("float32")
+        angles = np.outer(np.arange(context), 1e4 ** -(np.arange(dim // 2) / (dim // 2)))
+        self.cos, self.sin = np.cos(angles).astype("float32"), np.sin(angles).astype("float32")
+        self.positions = np.minimum(np.arange(rows) + self.cached, context - 1).astype("int32")
+        lengths = np.array([self.cached, self.valid], "int32")
+        tensors = [
+            tvm.runtime.tensor(array)
+            for array in (self.qkv, self.cos, self.sin, self.positions, lengths, self.keys, self.values)
+        ]
+        q = tvm.runtime.tensor(np.zeros((rows, heads, dim), "float32"))
+        compiled(build_rope_append(kernel), isa)(*tensors, q)
+        out = tvm.runtime.tensor(np.full((rows, heads * dim), np.nan, "float32"))
+        compiled(build_attention(kernel), isa)(q, *tensors[5:], tensors[4], out)
+        self.new_keys, self.new_values = tensors[5].numpy(), tensors[6].numpy()
+        self.out = out.numpy()[: self.valid].reshape(self.valid, heads, dim)
+
+    def expected(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return keys [KV, context, D], values, and the output [valid, H, D]."""
+        k, n = self.kernel, self.valid
+        cos, sin = self.cos[self.positions], self.sin[self.positions]
+        heads = self.qkv.reshape(k.rows, -1, k.head_dim)
+        q, new_k, new_v = np.split(heads, [k.heads, k.heads + k.kv_heads], axis=1)
+        q, new_k = rotate(q, cos, sin), rotate(new_k, cos, sin)
+        keys, values = keys_of(self.keys).copy(), self.values.copy()
+        keys[:, self.cached : self.cached + n] = new_k[:n].transpose(1, 0, 2)
+        values[:, self.cached : self.cached + n] = new_v[:n].transpose(1, 0, 2)
+        out = np.zeros((n, k.heads, k.head_dim))
+        for m in range(n):
+            for h in range(k.heads):
+                seen, g = self.cached + m + 1, h // k.shared
+                s = keys[g, :seen].astype("float64") @ q[m, h] / np.sqrt(k.head_dim)
+                p = np.exp(s - s.max())
+                out[m, h] = (p / p.sum()) @ values[g, :seen]
+        return keys, values, out
+
+
+@pytest.mark.parametrize("isa,lanes", [("generic", 16), ("avx2", 16), ("avx512vnni", 32)])
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_attention(shape, isa, lanes):
+    if not runs_here(isa):
+        pytest.skip(f"this processor lacks what {isa} needs")
+    case = Case(shape, isa, lanes)
+    keys, values, out = case.expected()
+    np.testing.assert_allclose(keys_of(case.new_keys), keys, rtol=2e-3, atol=1e-6)  # a float16 tie apart
+    np.testing.assert_array_equal(case.new_values, values)
+    same = (keys_of(case.new_keys) == keys).all()
+    np.testing.assert_allclose(case.out, out, rtol=0, atol=2e-5 if same else 2e-3)
+
+
+def test_padding_rows_are_never_cached():
+    case = Case((8, 6, 2, 16, 48, 21, 3))
+    assert (keys_of(case.new_keys)[:, 24:] == 0).all() and (case.new_values[:, 24:] == 0).all()
+
+
+def test_scores_far_apart_stay_finite():
+    case = Case((8, 6, 2, 16, 48, 21, 8))
+    kernel = case.kernel
+    q = tvm.runtime.tensor(np.full((8, 6, 16), 1e4, "float32"))
+    keys = tvm.runtime.tensor(np.random.default_rng(0).standard_normal(kernel.key_cache).astype("float16"))
+    values = tvm.runtime.tensor(np.ones(kernel.value_cache, "float16"))
+    out = tvm.runtime.tensor(np.zeros((8, 96), "float32"))
+    lengths = tvm.runtime.tensor(np.array([21, 8], "int32"))
+    compiled(build_attention(kernel), "generic")(q, keys, values, lengths, out)
+    np.testing.assert_allclose(out.numpy(), 1, rtol=1e-6)

@@ -1,0 +1,104 @@
+"""Matrix products: reference, plain TIR and every tensorized kernel agree, integers bit for bit."""
+
+import re
+
+import numpy as np
+import pytest
+import tvm
+
+from agq_tvm.kernels import linear
+from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
+from agq_tvm.kernels.linear import LinearKernel
+from tests.kernels.operands import compiled, corner_operands, random_operands, runs_here, target_of
+
+NATIVE = ("avx512vnni", "avx2", "generic")
+# K and N are no multiples of any tile or group.
+FORMS = [
+    LinearKernel(1, 100, 150, 4, 32, True, "float16", False),
+    LinearKernel(8, 100, 150, 4, 128, False, None, True),
+    LinearKernel(6, 65, 190, 4, 64, True, "float32", False),
+    LinearKernel(1, 70, 130, 4, 64, False, None, False),
+    LinearKernel(1, 97, 100, 8, 32, True, None, False),
+    LinearKernel(8, 97, 100, 8, 32, True, None, False),
+]
+
+
+def native(isa: str):
+    if not runs_here(isa):
+        pytest.skip(f"this processor lacks what {isa} needs")
+    return INSTRUCTION_SETS[isa]
+
+
+@pytest.mark.parametrize("kernel", FORMS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("isa", NATIVE)
+def test_tensorized_kernel_is_exact_in_integers(isa, kernel):
+    isa = native(isa)
+    function = compiled(linear.build(kernel, isa), isa.name)
+    cases = {"random": random_operands(kernel, 1), **corner_operands(kernel)}
+    for name, operands in cases.items():
+        operands = operands.integer_form()
+        np.testing.assert_array_equal(operands.run(function, isa), operands.expected(), err_msg=name)
+
+
+@pytest.mark.parametrize("kernel", FORMS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("isa", NATIVE)
+def test_plain_tir_is_exact_in_integers(isa, kernel):
+    isa = native(isa)
+    function = compiled(linear.define(kernel, isa.layout(kernel.bits)), isa.name)
+    for name, operands in {"random": random_operands(kernel, 2), **corner_operands(kernel)}.items():
+        operands = operands.integer_form()
+        np.testing.assert_array_equal(operands.run(function, isa), operands.expected(), err_msg=name)
+
+
+@pytest.mark.parametrize("kernel", FORMS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("isa", NATIVE)
+def test_scaled_result(isa, kernel):
+    isa = native(isa)
+    operands = random_operands(kernel, 3)
+    expected = operands.expected()
+    got = operands.run(compiled(linear.build(kernel, isa), isa.name), isa)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * abs(expected).max())
+
+
+def test_each_group_has_its_own_sum():
+    """With one group's scale at 1 and the others at 0, the kernel returns that group's accumulators."""
+    isa = native("generic")
+    kernel = LinearKernel(4, 40, 150, 4, 32, True, "float16", False)
+    function, operands = compiled(linear.build(kernel, isa), isa.name), random_operands(kernel)
+    dots = operands.dots()
+    for group in range(kernel.groups):
+        one = operands.integer_form()
+        one.scales[:] = np.arange(kernel.groups) == group
+        np.testing.assert_array_equal(one.run(function, isa), dots[:, group])
+
+
+@pytest.mark.parametrize("isa", [name for name in INSTRUCTION_SETS if name != "generic"])
+@pytest.mark.parametrize("rows,bits", [(1, 4), (8, 4), (1, 8), (8, 8)])
+def test_instruction_is_in_the_code(isa, rows, bits):
+    isa = INSTRUCTION_SETS[isa]
+    kernel = LinearKernel(rows, 64, 128, bits, 32, True, None, False)
+    func = linear.build(kernel, isa)
+    library = tvm.compile(tvm.IRModule({kernel.name: func}), target=target_of(isa.name))
+    assembly = library.mod.inspect_source("asm")
+    instruction = isa.multiply(bits).instruction
+    assert re.search(rf"\b{instruction}\b", assembly)
+    if isa.name == "neon":
+        assert not re.search(r"\b[su]dot\b", assembly)
+
+
+def test_accumulators_stay_in_registers():
+    """The inner block of prefill stores nothing: its loads and multiplies stand without a spill between."""
+    isa = INSTRUCTION_SETS["avx512vnni"]
+    kernel = LinearKernel(8, 64, 512, 4, 128, True, None, False)
+    library = tvm.compile(
+        tvm.IRModule({kernel.name: linear.build(kernel, isa)}), target=target_of("avx512vnni")
+    )
+    lines = library.mod.inspect_source("asm").splitlines()
+    multiplies = [i for i, line in enumerate(lines) if "vpdpbusd" in line]
+    between = [line for line in lines[multiplies[0] : multiplies[-1]] if re.search(r"vmov\w+\s+%zmm\d+, .*\(", line)]
+    assert len(multiplies) == isa.rows * 4 * 8
+    assert between == []
+
+
+def test_row_tile_divides():
+    assert [linear.row_tile(rows, 4) for rows in (1, 2, 3, 6, 7, 8, 128)] == [1, 2, 3, 3, 1, 4, 4]

@@ -1,0 +1,61 @@
+"""The exponential, the embedding, and the last row."""
+
+import numpy as np
+import pytest
+import tvm
+
+from agq_tvm.flow.packing import pack_table
+from agq_tvm.kernels.embedding import build_embedding, build_last_row
+from agq_tvm.kernels.emit import exp, store_vector, task_loop
+from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
+from agq_tvm.kernels.table import kernel_table
+from agq_tvm.quantize.checkpoint import QuantizedTable
+from agq_tvm.tvm_seam import IRBuilder, T
+from tests.kernels.operands import compiled
+
+
+def test_exp_is_right_to_two_units_in_the_last_place():
+    n = 1 << 16
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("exp")
+            T.func_attr({"global_symbol": "exp"})
+            x, y = (T.arg(name, T.buffer((n,), "float32")) for name in "xy")
+            with task_loop("all", 1, [x], [y]):
+                store_vector(y, n, lambda i: exp(x[i]))
+    values = np.linspace(-87, 88, n).astype("float32")
+    values[:3] = [0, 1, -1]
+    out = tvm.runtime.tensor(np.zeros(n, "float32"))
+    compiled(builder.get(), "generic")(tvm.runtime.tensor(values), out)
+    expected = np.exp(values.astype("float64"))
+    error = abs(out.numpy() - expected) / np.spacing(expected.astype("float32"))
+    assert out.numpy()[0] == 1
+    assert error.max() <= 2
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS.values(), ids=lambda isa: isa.name)
+def test_embedding_reads_the_packed_table(isa):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-128, 128, (150, 80)).astype("int8")
+    scales = rng.standard_normal((150, 3)).astype("float16")
+    packed = pack_table(QuantizedTable(codes, scales), isa.layout_8bit)
+    tokens = np.array([0, 149, 64, 63, 15], "int32")
+    out = tvm.runtime.tensor(np.zeros((5, 80), "float32"))
+    function = compiled(build_embedding(5, 150, 80, isa.layout_8bit), "generic")
+    function(*(tvm.runtime.tensor(a) for a in (tokens, packed["w"], packed["ws"])), out)
+    expected = codes[tokens] * np.repeat(scales[tokens].astype("float32"), 32, axis=1)[:, :80]
+    np.testing.assert_array_equal(out.numpy(), expected)
+
+
+@pytest.mark.parametrize("valid", [1, 3, 8])
+def test_last_row_is_the_last_valid_one(valid):
+    x = np.random.default_rng(0).standard_normal((8, 20)).astype("float32")
+    out = tvm.runtime.tensor(np.zeros((1, 20), "float32"))
+    lengths = tvm.runtime.tensor(np.array([5, valid], "int32"))
+    compiled(build_last_row(8, 20), "generic")(tvm.runtime.tensor(x), lengths, out)
+    np.testing.assert_array_equal(out.numpy()[0], x[valid - 1])
+
+
+def test_table_names_every_kernel_once():
+    rows = kernel_table()
+    assert len({row.name for row in rows}) == len(rows) == 4 * len(INSTRUCTION_SETS)
