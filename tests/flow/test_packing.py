@@ -1,0 +1,56 @@
+"""Packed parameters hold exactly what the checkpoint says."""
+
+import numpy as np
+import pytest
+
+from agq_tvm.flow.packing import pack_linear, unpack_codes
+from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
+from agq_tvm.quantize.checkpoint import QuantizedLinear
+
+
+def random_linear(rows: int, channels: int, group: int, offsets: str | None, static: bool = False):
+    rng = np.random.default_rng(rows)
+    groups = -(-channels // group)
+    return QuantizedLinear(
+        qweight=rng.integers(0, 256, (rows, -(-channels // 2))).astype("uint8"),
+        scales=rng.standard_normal((rows, groups)).astype("float16"),
+        offsets=rng.standard_normal((rows, groups)).astype(offsets) if offsets else None,
+        in_features=channels,
+        group_size=group,
+        act_scale=np.array([0.03], "float32") if static else None,
+        act_zero=np.array([-7], "int32") if static else None,
+    )
+
+
+def test_codes_come_low_nibble_first():
+    linear = random_linear(3, 5, 32, None)
+    codes = unpack_codes(linear)
+    assert codes.shape == (3, 5)
+    for n in range(3):
+        for k in range(5):
+            assert codes[n, k] == linear.qweight[n, k // 2] >> (4 * (k % 2)) & 15
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS.values(), ids=lambda isa: isa.name)
+def test_parts_are_stacked(isa):
+    parts = (random_linear(40, 70, 32, "float16"), random_linear(9, 70, 32, None))
+    packed = pack_linear(parts, isa.layout_4bit, "float32")
+    codes = np.concatenate([unpack_codes(part) for part in parts])
+    np.testing.assert_array_equal(isa.layout_4bit.unpack(packed["w"], 49, 70), codes)
+    width, layout = isa.layout_4bit.width, isa.layout_4bit
+    scales = packed["ws"].transpose(0, 2, 3, 1).reshape(-1, 3)
+    np.testing.assert_array_equal(scales[:49], np.concatenate([part.scales for part in parts]))
+    assert (scales[49:] == 0).all() and len(scales) == layout.tiles(49) * width
+    offsets = packed["wo"].transpose(0, 2, 3, 1).reshape(-1, 3)[:49]
+    np.testing.assert_array_equal(offsets[:40], parts[0].offsets)
+    np.testing.assert_array_equal(offsets[40:], -8 * parts[1].scales.astype("float32"))
+
+
+def test_static_zero_point_becomes_bias():
+    linear = random_linear(20, 70, 32, "float16", static=True)
+    packed = pack_linear((linear,), INSTRUCTION_SETS["generic"].layout_4bit, "float16")
+    groups = np.arange(70) // 32
+    weights = linear.scales[:, groups].astype("float64") * unpack_codes(linear) + linear.offsets[:, groups]
+    bias = packed["bias"].reshape(-1)[:20]
+    np.testing.assert_allclose(bias, 0.03 * 7 * weights.sum(1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(packed["act"], np.array([0.03, -7], "float32"))

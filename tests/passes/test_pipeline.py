@@ -1,0 +1,88 @@
+"""What each phase leaves in the module."""
+
+import re
+
+import pytest
+
+from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
+from agq_tvm.models.registry import describe
+from agq_tvm.models.relax_decoder import build_decoder, function_names
+from agq_tvm.passes import pipeline
+from agq_tvm.passes.quantize_linears import LinearFormat
+from agq_tvm.tvm_seam import relax
+from tests.kernels.operands import target_of
+from tests.tiny import tiny_config
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="module", params=["per-token", "per-token-group", "static"])
+def dumped(request, tmp_path_factory):
+    """The phases' dumps by name, and the lowered module."""
+    folder = tmp_path_factory.mktemp("dump")
+    module = build_decoder(describe(tiny_config(num_hidden_layers=LAYERS)), 64, 16)
+    format = LinearFormat(4, 64, request.param, "float16")
+    lowered, tensors = pipeline.run(
+        module, target_of("avx512vnni"), format, INSTRUCTION_SETS["avx512vnni"], folder
+    )
+    texts = {path.stem[3:]: path.read_text() for path in sorted(folder.iterdir())}
+    return texts, lowered, tensors
+
+
+def relax_part(text: str, function: str) -> str:
+    """Return the source of one Relax function of a dump."""
+    return re.search(rf"def {function}\(.*?\n\n", text + "\n\n", re.S).group()
+
+
+def test_every_phase_is_dumped(dumped):
+    texts, _, _ = dumped
+    assert list(texts) == [
+        "decoder",
+        "quantize_linears",
+        "fuse_activation_quantize",
+        "legalize",
+        "schedule_kernels",
+        "bundle_parameters",
+        "lower",
+    ]
+
+
+def test_linears_are_quantized(dumped):
+    texts, _, _ = dumped
+    for name, _, _ in function_names():
+        before, after = (relax_part(texts[phase], name) for phase in ("decoder", "quantize_linears"))
+        assert before.count("R.matmul") == 4 * LAYERS + 1
+        assert "R.matmul" not in after and "R.permute_dims" not in after and "R.take" not in after
+        assert len(re.findall(r"R\.call_tir\(cls\.linear_w4a8|R\.call_tir\(linear_w4a8", after)) == 4 * LAYERS
+        assert after.count("(linear_w8a8") + after.count("cls.linear_w8a8") == 1
+
+
+def test_quantization_is_fused_with_what_comes_before(dumped):
+    texts, _, _ = dumped
+    decode = relax_part(texts["fuse_activation_quantize"], "decode")
+    assert "R.nn.rms_norm" not in decode and "R.nn.silu" not in decode and "R.split" not in decode
+    assert len(re.findall(r"[(.]rms_norm_quantize_", decode)) == 2 * LAYERS + 1
+    assert len(re.findall(r"[(.]silu_mul_quantize_", decode)) == LAYERS
+    assert len(re.findall(r"[(.]quantize_", decode)) == LAYERS  # of what attention returns
+
+
+def test_the_intrinsic_is_in_the_final_tir(dumped):
+    texts, lowered, _ = dumped
+    assert "llvm.x86.avx512.vpdpbusd.512" not in texts["legalize"]
+    assert texts["lower"].count("llvm.x86.avx512.vpdpbusd.512") > 100
+    linears = [
+        func for gvar, func in lowered.functions_items() if gvar.name_hint.startswith("linear_")
+    ]
+    assert len(linears) >= 6 * 5  # six row counts; four linears of a layer, and the head
+    assert all("llvm.x86.avx512.vpdpbusd.512" in func.script() for func in linears)
+
+
+def test_all_functions_take_the_same_parameters(dumped):
+    texts, lowered, tensors = dumped
+    assert [name for name, _, _ in tensors[: 2 * LAYERS]] == [
+        f"layers.{layer}.{cache}" for layer in range(LAYERS) for cache in ("keys", "values")
+    ]
+    types = {
+        str(func.params[-1].ty) for _, func in lowered.functions_items() if isinstance(func, relax.Function)
+    }
+    assert len(types) == 1
