@@ -1,0 +1,110 @@
+"""A bundle's own kernels on a board, asked for what no float can hide: the integer sums of every group."""
+
+import gc
+
+import numpy as np
+
+from agq_tvm.kernels.instruction_sets import instruction_set
+from agq_tvm.kernels.layout import K_BLOCK
+from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.models.relax_decoder import PREFILL_BUCKETS
+from agq_tvm.quantize.checkpoint import Checkpoint
+from agq_tvm.quantize.reference import ReferenceModel
+from agq_tvm.runtime.agreement import Agreement, agreement
+from agq_tvm.runtime.board_session import BoardSession
+from agq_tvm.runtime.bundle import Bundle
+from agq_tvm.runtime.engine import Engine
+
+
+def check_bundle(session, bundle: Bundle, checkpoint: Checkpoint, tokens: list[int], steps: int) -> Agreement:
+    """Run a bundle on a board; return how its free-running logits agree with the reference.
+
+    Raises AssertionError where an integer accumulator differs.
+
+    Parameters
+    ----------
+    tokens : list of int
+        Prefilled in chunks, but for the last `steps`, which are decoded one by one.
+    """
+    board = BoardSession(bundle, session)
+    reference = ReferenceModel.from_checkpoint(checkpoint)
+    check_accumulators(board, session, bundle, checkpoint, reference, tokens)
+    engine = Engine(bundle, board)
+    rows = [engine.prefill(tokens[:-steps], all_logits=True)]
+    rows += [engine.decode(token)[None] for token in tokens[-steps:]]
+    result = agreement(reference.logits(tokens), np.concatenate(rows))
+    del engine, board
+    gc.collect()
+    return result
+
+
+def check_accumulators(board, session, bundle, checkpoint, reference, tokens) -> None:
+    """Compare every group's dot products, of every linear, on the reference's own codes.
+
+    The kernels return floats; with scale 1 for one group and 0 for the others that float is the group's integer,
+    exactly, since it is below 2^24.
+    """
+    traced = []
+    reference.logits(tokens, trace=lambda *values: traced.append(values))
+    probe = _Probe(board, session, bundle, checkpoint)
+    assert len(traced) == len(checkpoint.config.linears) * checkpoint.config.num_layers
+    for name, codes, _, sums in traced:
+        for rows in (1, PREFILL_BUCKETS[0]):
+            got = probe.accumulators(name, codes[:rows])
+            np.testing.assert_array_equal(got, sums[:rows], err_msg=f"{name}, {rows} rows")
+
+
+class _Probe:
+    """Calls the linears of a loaded bundle with operands of our own."""
+
+    def __init__(self, board: BoardSession, session, bundle: Bundle, checkpoint: Checkpoint):
+        self.library, self.session, self.checkpoint = board.library, session, checkpoint
+        self.isa = instruction_set(bundle.manifest["device"]["instruction_set"])
+        names = [name for name, _, _ in bundle.caches] + [p.name for p in bundle.parameters]
+        self.index = {name: i for i, name in enumerate(names)}
+        dtypes = {p.name: p.dtype for p in bundle.parameters}
+        self.offsets = dtypes.get("layers.0.qkv.wo")
+        self.tensor = board._tensor
+        self.device = session.cpu(0)
+
+    def on_board(self, array: np.ndarray):
+        return self.tensor(np.ascontiguousarray(array), self.device)
+
+    def accumulators(self, name: str, codes: np.ndarray) -> np.ndarray:
+        """Return int32 [M, G, N] for int8 codes [M, K]."""
+        config, scheme = self.checkpoint.config, self.checkpoint.scheme
+        linear = next(linear for linear in config.linears if name.endswith(f".{linear.name}"))
+        kernel = LinearKernel(
+            len(codes),
+            sum(linear.rows),
+            linear.in_features,
+            4,
+            scheme.group_size,
+            scheme.activation == "per-token-group",
+            self.offsets,
+            scheme.activation == "static",
+        )
+        layout = self.isa.layout_4bit
+        M, G, tiles = len(codes), kernel.groups, layout.tiles(kernel.columns)
+        padded = np.zeros((M, G * scheme.group_size), "int8")
+        padded[:, : codes.shape[1]] = codes
+        x = padded.reshape(M, -1, layout.steps, 2, layout.depth).transpose(1, 0, 2, 3, 4)
+        assert x.shape[0] * K_BLOCK == padded.shape[1]
+        per_column = (tiles, G, layout.vectors, layout.lanes)
+        scales = [self.on_board(np.ones((M, G if kernel.per_group else 1), "float32"))]
+        weights = self.session.get_function("vm.builtin.tensor_cache.get")(f"param_{self.index[name + '.w']}")
+        operands = [self.on_board(x), *scales, self.on_board(np.zeros((M, G), "int32")), weights]
+        rest = []
+        if self.offsets:
+            rest.append(self.on_board(np.zeros(per_column, self.offsets)))
+        if kernel.bias:
+            rest.append(self.on_board(np.zeros((tiles, layout.vectors, layout.lanes), "float32")))
+        out = self.on_board(np.zeros((M, tiles * layout.width), "float32"))
+        function = self.library.get_function(kernel.name, True)
+        sums = np.empty((M, G, kernel.columns), "int32")
+        for group in range(G):
+            one = np.zeros(per_column, "float16")
+            one[:, group] = 1
+            function(*operands, self.on_board(one), *rest, out)
+            sums[:, group] = out.numpy()[:, : kernel.columns]
+        return sums
