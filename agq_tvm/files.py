@@ -33,9 +33,7 @@ def fresh_directory(path: str | os.PathLike, kind: str) -> Iterator[Path]:
     """
     final = Path(path).absolute()
     marker = f".agq-{kind}"
-    if final.exists() and not (
-        final.is_dir() and ((final / marker).exists() or not any(final.iterdir()))
-    ):
+    if final.exists() and not (final.is_dir() and ((final / marker).exists() or not any(final.iterdir()))):
         raise AgqError(f"{path} exists and is not an earlier {kind}: choose another -o, or remove it")
     beside = None
     try:

@@ -8,9 +8,7 @@ from tqdm import tqdm
 
 def progress(items: Iterable, what: str, total: int | None = None, unit: str = "it") -> Iterable:
     """Iterate over `items`, showing a bar named `what` on standard error when the work takes over a second."""
-    return tqdm(
-        items, desc=what, total=total, unit=unit, file=sys.stderr, delay=1.0, leave=False, dynamic_ncols=True
-    )
+    return tqdm(items, desc=what, total=total, unit=unit, file=sys.stderr, delay=1.0, leave=False, dynamic_ncols=True)
 
 
 def say(text: str) -> None:

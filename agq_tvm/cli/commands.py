@@ -84,7 +84,10 @@ def _quantize(subparsers) -> None:
         rows = [
             ("checkpoint", args.output),
             ("method", result["method"]),
-            ("weights", f"4 bit, groups of {result['group_size']}, {result['bits_per_weight']:.2f} bit stored"),
+            (
+                "weights",
+                f"4 bit, groups of {result['group_size']}, {result['bits_per_weight']:.2f} bit stored",
+            ),
             ("activations", result["activation"]),
             ("weight error", f"{result['relative_weight_error']:.4f}"),
             ("size", megabytes(result["bytes"])),

@@ -2,19 +2,21 @@
 
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory, sha256_file, write_json
+from agq_tvm.flow.library import LibraryRequest, build_library
 from agq_tvm.flow.packing import Packer, offsets_dtype
+from agq_tvm.kernels.instruction_sets import instruction_set
+from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.progress import progress, say
 from agq_tvm.quantize.checkpoint import Checkpoint, read_checkpoint
 from agq_tvm.runtime import bundle as bundles
 from agq_tvm.targets import Device, load_device
-from agq_tvm.targets.link import exporter
 
 DEFAULT_CONTEXT = 2048
-_VALUE_LANES = {"avx512vnni": 32}
 
 
 def compile_checkpoint(
@@ -60,7 +62,7 @@ def compile_checkpoint(
         )
     say(f"compiling {checkpoint} for {device.name} ({device.instruction_set})")
     with fresh_directory(output, "bundle") as directory:
-        _build(source, device, context, directory, Path(debug_dump) if debug_dump else None)
+        _build(source, target, device, context, directory, str(debug_dump) if debug_dump else None)
         size = sum(path.stat().st_size for path in directory.iterdir())
     return {
         "device": device.name,
@@ -80,48 +82,35 @@ def _context(checkpoint: Checkpoint, context: int | None) -> int:
 
 
 def _build(
-    checkpoint: Checkpoint, device: Device, context: int, directory: Path, dump: Path | None
+    checkpoint: Checkpoint, target: str, device: Device, context: int, directory: Path, dump: str | None
 ) -> None:
-    # TVM takes a second to import: not before it is known that there is something to compile.
-    from agq_tvm.kernels.instruction_sets import instruction_set
-    from agq_tvm.models.relax_decoder import PREFILL_BUCKETS, build_decoder
-    from agq_tvm.passes import pipeline
-    from agq_tvm.passes.quantize_linears import LinearFormat
-    from agq_tvm.tvm_seam import Target, relax
-
     isa = instruction_set(device.instruction_set)
-    scheme = checkpoint.scheme
     offsets = offsets_dtype(checkpoint)
-    target = Target(device.tvm_target())
-    module = build_decoder(checkpoint.config, context, _VALUE_LANES.get(isa.name, 16))
-    format = LinearFormat(4, scheme.group_size, scheme.activation, offsets)
-    lowered, tensors = pipeline.run(module, target, format, isa, dump)
-    executable = relax.build(lowered, target, relax_pipeline=None)
-    executable.export_library(str(directory / bundles.LIBRARY), fcompile=exporter(device))
-
+    scratch = directory / "scratch"
+    scratch.mkdir()
+    request = LibraryRequest(
+        str(checkpoint.path), target, str(directory / bundles.LIBRARY), context, offsets, str(scratch), dump
+    )
+    tensors = build_library(request)
+    shutil.rmtree(scratch)
     caches = [tensor for tensor in tensors if tensor[0].endswith((".keys", ".values"))]
-    constants = tensors[len(caches) :]
+    constants = progress(tensors[len(caches) :], "packing", unit="tensor")
     packer = Packer(checkpoint, isa, context, offsets)
-    shown = progress(constants, "packing", unit="tensor")
-    parameters = bundles.write_parameters(directory / bundles.PARAMETERS, list(shown), packer.array)
+    parameters = bundles.write_parameters(directory / bundles.PARAMETERS, constants, packer.array)
     for name in bundles.TOKENIZER_FILES:
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
-    manifest = _manifest(checkpoint, device, context, list(PREFILL_BUCKETS))
+    manifest = _manifest(checkpoint, device, context)
     manifest["layout"] = {"linears": isa.layout_4bit.name, "tables": isa.layout_8bit.name}
     manifest["caches"] = caches
-    manifest["parameters"] = [
-        {"name": p.name, "dtype": p.dtype, "shape": p.shape, "offset": p.offset, "sha256": p.sha256}
-        for p in parameters
-    ]
+    manifest["parameters"] = [asdict(parameter) for parameter in parameters]
     manifest["files"] = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(directory.iterdir())
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(directory.iterdir())
     }
     write_json(directory / bundles.MANIFEST, manifest)
 
 
-def _manifest(checkpoint: Checkpoint, device: Device, context: int, buckets: list[int]) -> dict:
+def _manifest(checkpoint: Checkpoint, device: Device, context: int) -> dict:
     config, scheme = checkpoint.config, checkpoint.scheme
     return {
         "format_version": bundles.FORMAT_VERSION,
@@ -149,5 +138,5 @@ def _manifest(checkpoint: Checkpoint, device: Device, context: int, buckets: lis
             "activation": scheme.activation,
         },
         "context": context,
-        "buckets": buckets,
+        "buckets": list(PREFILL_BUCKETS),
     }

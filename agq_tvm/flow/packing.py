@@ -28,9 +28,7 @@ def unpack_codes(linear: QuantizedLinear) -> np.ndarray:
     return pairs.reshape(len(linear.qweight), -1)[:, : linear.in_features]
 
 
-def pack_linear(
-    parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str | None
-) -> dict[str, np.ndarray]:
+def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str | None) -> dict[str, np.ndarray]:
     """Pack matrices stacked along N: ``w``, ``ws``, and ``wo``, ``bias``, ``act`` where the form has them.
 
     A static zero point z becomes part of the bias: -s_x · z · Σ_k w[n, k].
@@ -104,9 +102,7 @@ class Packer:
         """Return the packed parameter of that name, e.g. ``"layers.3.qkv.w"``."""
         owner, _, part = name.rpartition(".")
         if owner == "rope":
-            return dict(zip(("cos", "sin"), self.checkpoint.config.rope_tables(self.context), strict=True))[
-                part
-            ]
+            return dict(zip(("cos", "sin"), self.checkpoint.config.rope_tables(self.context), strict=True))[part]
         vector = self._vector_name(name)
         if vector is not None:
             return self.checkpoint.vector(vector)

@@ -121,9 +121,7 @@ def _choose_scheme(
         if not source.is_four_bit:
             raise AgqError(f"{source.label} is not 4 bit, there is no grid to keep: choose gptq or rtn")
         if group_size not in (None, KEPT_GROUP):
-            raise AgqError(
-                f"keep leaves the model's own groups of {KEPT_GROUP}: choose gptq or rtn for others"
-            )
+            raise AgqError(f"keep leaves the model's own groups of {KEPT_GROUP}: choose gptq or rtn for others")
         if symmetric and not source.is_symmetric:
             raise AgqError(f"{source.label} has offsets, keep cannot make it symmetric: choose gptq or rtn")
         return Scheme(method, KEPT_GROUP, source.is_symmetric, activation)
@@ -134,9 +132,7 @@ def _choose_scheme(
     return Scheme(method, group_size, symmetric, activation)
 
 
-def _windows(
-    directory: Path, calibration: Calibration, scheme: Scheme, source: Source
-) -> list[list[int]] | None:
+def _windows(directory: Path, calibration: Calibration, scheme: Scheme, source: Source) -> list[list[int]] | None:
     if scheme.method != "gptq" and scheme.activation != "static":
         return None
     from agq_tvm.quantize.calibration import cut_windows
@@ -171,8 +167,7 @@ def _with_static_activations(
     embedding = source.tensor(f"{source.config.embedding}.weight")
     ranges = static_ranges(source.config, linears, vectors, embedding, windows)
     return {
-        name: replace(linear, act_scale=ranges[name][0], act_zero=ranges[name][1])
-        for name, linear in linears.items()
+        name: replace(linear, act_scale=ranges[name][0], act_zero=ranges[name][1]) for name, linear in linears.items()
     }
 
 

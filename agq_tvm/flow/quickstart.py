@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 from agq_tvm import __version__
-from agq_tvm.tables import as_table, megabytes
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json, sha256_file, write_json
 from agq_tvm.flow.compile import compile_checkpoint
@@ -21,6 +20,7 @@ from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.runtime.bundle import MANIFEST, Bundle
 from agq_tvm.runtime.generate import generate
 from agq_tvm.runtime.perplexity import compare
+from agq_tvm.tables import as_table, megabytes
 from agq_tvm.targets import load_device
 
 BOARDS = ("raspberry-pi-4", "snapdragon-870")
@@ -160,7 +160,11 @@ def report(result: dict) -> str:
         ("", "float", "W4A8, compiled"),
         ("perplexity", f"{quality['float_perplexity']:.2f}", f"{quality['perplexity']:.2f}"),
         ("  change", "", f"{change:+.2f} % ± {error:.2f} (paired)"),
-        ("prefill", "", f"{speed['prefill_tokens_per_second']:.0f} tokens/s ({speed['prefill_tokens']} tokens)"),
+        (
+            "prefill",
+            "",
+            f"{speed['prefill_tokens_per_second']:.0f} tokens/s ({speed['prefill_tokens']} tokens)",
+        ),
         ("decode", "", f"{speed['decode_tokens_per_second']:.0f} tokens/s"),
         ("size", "", megabytes(speed["bytes"])),
     ]

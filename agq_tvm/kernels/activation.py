@@ -89,9 +89,7 @@ def build(kernel: QuantizeKernel, layout: Layout):
         with T.prim_func(s_tir=True):
             T.func_name(kernel.name)
             T.func_attr({"global_symbol": kernel.name, "tirx.noalias": True})
-            inputs = [
-                T.arg(f"in{i}", T.buffer(shape, "float32")) for i, shape in enumerate(kernel.input_shapes())
-            ]
+            inputs = [T.arg(f"in{i}", T.buffer(shape, "float32")) for i, shape in enumerate(kernel.input_shapes())]
             names = ("codes", "scales", "sums")
             outputs = [
                 T.arg(name, T.buffer(shape, dtype))

@@ -13,7 +13,7 @@ from tvm import te
 
 from agq_tvm.kernels.intrin.base import InstructionSet, intrinsic, nibble, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
-from agq_tvm.tvm_seam import Schedule, T, tirx
+from agq_tvm.tvm_seam import Schedule, T
 
 ZERO = {4: 8, 8: 128}
 """The code that stands for 0 in symmetric weights."""
@@ -99,8 +99,7 @@ def define(kernel: LinearKernel, layout: Layout):
     dot = te.compute(
         (NT, G, M, V, L),
         lambda t, g, m, v, j: te.sum(
-            T.Cast("int32", x[g * GB + kb, m, s, h, i])
-            * T.Cast("int32", codes[t, g * GB + kb, s, h, v, j, i]),
+            T.Cast("int32", x[g * GB + kb, m, s, h, i]) * T.Cast("int32", codes[t, g * GB + kb, s, h, v, j, i]),
             axis=axes,
         ),
         name="dot",
@@ -116,9 +115,7 @@ def define(kernel: LinearKernel, layout: Layout):
         return y * sx[m, g] if kernel.per_group else y
 
     g = te.reduce_axis((0, G), "g")
-    scaled = te.compute(
-        (NT, M, V, L), lambda t, m, v, j: te.sum(term(t, m, v, j, g), axis=[g]), name="scaled"
-    )
+    scaled = te.compute((NT, M, V, L), lambda t, m, v, j: te.sum(term(t, m, v, j, g), axis=[g]), name="scaled")
 
     def finish(m, n):
         t, v, j = n // layout.width, n % layout.width // L, n % L
@@ -202,6 +199,3 @@ def build(kernel: LinearKernel, isa: InstructionSet):
     """Return the scheduled PrimFunc of a matrix product."""
     func = define(kernel, isa.layout(kernel.bits))
     return schedule(func, kernel, isa).mod["main"].with_attr("global_symbol", kernel.name)
-
-
-

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+PREFILL_BUCKETS = (8, 16, 32, 64, 128)
+"""Row counts that prefill is compiled for."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -69,9 +72,7 @@ class DecoderConfig:
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         hidden, inner = self.hidden_size, self.intermediate_size
         return (
-            Linear(
-                "qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (q, kv, kv), hidden
-            ),
+            Linear("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (q, kv, kv), hidden),
             Linear("o", ("self_attn.o_proj",), (hidden,), q),
             Linear("gate_up", ("mlp.gate_proj", "mlp.up_proj"), (inner, inner), hidden),
             Linear("down", ("mlp.down_proj",), (hidden,), inner),

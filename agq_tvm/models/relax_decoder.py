@@ -11,11 +11,9 @@ where `lengths` is (positions cached so far, valid rows of this call), and retur
 from agq_tvm.kernels import attention as attention_kernels
 from agq_tvm.kernels import embedding as embedding_kernels
 from agq_tvm.kernels.attention import AttentionKernel
-from agq_tvm.models.decoder import DecoderConfig
-from agq_tvm.tvm_seam import relax, tvm
+from agq_tvm.models.decoder import PREFILL_BUCKETS, DecoderConfig
+from agq_tvm.tvm_seam import relax
 
-PREFILL_BUCKETS = (8, 16, 32, 64, 128)
-"""Row counts that prefill is compiled for."""
 NUM_INPUTS = 3
 """Arguments before caches and weights."""
 
@@ -104,9 +102,7 @@ class _Decoder:
 
     def _layer_weights(self, layer: int) -> dict:
         hidden = self.config.hidden_size
-        weights = {
-            name: self.param(f"layers.{layer}.{name}", (hidden,)) for name in ("input_norm", "mlp_norm")
-        }
+        weights = {name: self.param(f"layers.{layer}.{name}", (hidden,)) for name in ("input_norm", "mlp_norm")}
         for linear in self.config.linears:
             shape = (sum(linear.rows), linear.in_features)
             weights[linear.name] = self.param(f"layers.{layer}.{linear.name}", shape)
@@ -133,12 +129,7 @@ class _Decoder:
         q_type = relax.TensorType((self.rows, kernel.heads, kernel.head_dim), "float32")
         append = self.kernel(attention_kernels.build_rope_append(kernel))
         arguments = (qkv, *self.rope, self.positions, self.lengths, keys, values)
-        keys, values, q = emit(
-            relax.op.call_tir_inplace(append, arguments, [5, 6, -1], [keys.ty, values.ty, q_type])
-        )
+        keys, values, q = emit(relax.op.call_tir_inplace(append, arguments, [5, 6, -1], [keys.ty, values.ty, q_type]))
         attention = self.kernel(attention_kernels.build_attention(kernel))
         out_type = relax.TensorType((self.rows, kernel.heads * kernel.head_dim), "float32")
         return emit(relax.call_tir(attention, (q, keys, values, self.lengths), out_type))
-
-
-__all__ = ["NUM_INPUTS", "PREFILL_BUCKETS", "build_decoder", "function_names", "tvm"]

@@ -1,7 +1,7 @@
 """Fuse what makes an activation with its quantization: one kernel, no float copy in between.
 
-    quantize(rms_norm(x, gain))            ->  rms_norm_quantize(x, gain)
-    quantize(silu(split(x)[0]) * split(x)[1])  ->  silu_mul_quantize(x)
+quantize(rms_norm(x, gain))            ->  rms_norm_quantize(x, gain)
+quantize(silu(split(x)[0]) * split(x)[1])  ->  silu_mul_quantize(x)
 """
 
 import dataclasses

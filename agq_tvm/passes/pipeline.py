@@ -1,5 +1,6 @@
 """The phases from the float decoder to what TVM builds, in order."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from agq_tvm.kernels.intrin.base import InstructionSet
@@ -36,7 +37,14 @@ def phases(format: LinearFormat, isa: InstructionSet) -> list[tuple[str, list]]:
     ]
 
 
-def run(mod, target, format: LinearFormat, isa: InstructionSet, dump: Path | None = None):
+def run(
+    mod,
+    target,
+    format: LinearFormat,
+    isa: InstructionSet,
+    dump: Path | None = None,
+    step: Callable[[str], None] = lambda name: None,
+):
     """Run all phases.
 
     Parameters
@@ -46,6 +54,8 @@ def run(mod, target, format: LinearFormat, isa: InstructionSet, dump: Path | Non
     target : tvm.target.Target
     dump : Path, optional
         A directory where the module is written as TVMScript after each phase.
+    step : callable, optional
+        Called with the name of each phase before it runs.
 
     Returns
     -------
@@ -57,6 +67,7 @@ def run(mod, target, format: LinearFormat, isa: InstructionSet, dump: Path | Non
     _dump(mod, dump, 0, "decoder")
     parameters = []
     for number, (name, passes) in enumerate(phases(format, isa), 1):
+        step(name)
         if name == "bundle_parameters":
             parameters = _parameters(mod["decode"])
         with target:

@@ -111,9 +111,7 @@ class _Quantizer(relax.PyExprMutator):
             format = self._format(weight)
             self.packed[weight] = [
                 relax.Var(name, relax.TensorType(shape, dtype))
-                for name, shape, dtype in packed_parameters(
-                    weight.name, columns, channels, format, self.isa
-                )
+                for name, shape, dtype in packed_parameters(weight.name, columns, channels, format, self.isa)
             ]
         return self.packed[weight]
 

@@ -1,9 +1,9 @@
 """The bundle: a directory with everything that one device needs to run a model, and its checks.
 
-    manifest.json    versions, device, shapes, and a checksum for every file and every parameter
-    model.so         kernels and the Relax VM's program
-    params.bin       packed parameters, little-endian, each at a multiple of 64 bytes
-    tokenizer.json   (and tokenizer_config.json)
+manifest.json    versions, device, shapes, and a checksum for every file and every parameter
+model.so         kernels and the Relax VM's program
+params.bin       packed parameters, little-endian, each at a multiple of 64 bytes
+tokenizer.json   (and tokenizer_config.json)
 """
 
 import hashlib

@@ -104,9 +104,7 @@ def score(
         raise AgqError(f"a window of {window} scores nothing: give at least 2")
     starts = range(0, len(tokens) - window + 1, window)
     if not starts:
-        raise AgqError(
-            f"the text has {len(tokens)} tokens, less than one window of {window}: give a longer one"
-        )
+        raise AgqError(f"the text has {len(tokens)} tokens, less than one window of {window}: give a longer one")
     losses = []
     for start in progress(starts, "scoring", unit="window") if show_progress else starts:
         cut = [int(token) for token in tokens[start : start + window]]

@@ -7,7 +7,7 @@ import numpy as np
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.layout import K_BLOCK
 from agq_tvm.kernels.linear import LinearKernel
-from agq_tvm.models.relax_decoder import PREFILL_BUCKETS
+from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.quantize.checkpoint import Checkpoint
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.runtime.agreement import Agreement, agreement

@@ -90,9 +90,7 @@ def test_accumulators_stay_in_registers():
     """The inner block of prefill stores nothing: its loads and multiplies stand without a spill between."""
     isa = INSTRUCTION_SETS["avx512vnni"]
     kernel = LinearKernel(8, 64, 512, 4, 128, True, None, False)
-    library = tvm.compile(
-        tvm.IRModule({kernel.name: linear.build(kernel, isa)}), target=target_of("avx512vnni")
-    )
+    library = tvm.compile(tvm.IRModule({kernel.name: linear.build(kernel, isa)}), target=target_of("avx512vnni"))
     lines = library.mod.inspect_source("asm").splitlines()
     multiplies = [i for i, line in enumerate(lines) if "vpdpbusd" in line]
     between = [line for line in lines[multiplies[0] : multiplies[-1]] if re.search(r"vmov\w+\s+%zmm\d+, .*\(", line)]

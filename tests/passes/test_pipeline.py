@@ -22,9 +22,7 @@ def dumped(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dump")
     module = build_decoder(describe(tiny_config(num_hidden_layers=LAYERS)), 64, 16)
     format = LinearFormat(4, 64, request.param, "float16")
-    lowered, tensors = pipeline.run(
-        module, target_of("avx512vnni"), format, INSTRUCTION_SETS["avx512vnni"], folder
-    )
+    lowered, tensors = pipeline.run(module, target_of("avx512vnni"), format, INSTRUCTION_SETS["avx512vnni"], folder)
     texts = {path.stem[3:]: path.read_text() for path in sorted(folder.iterdir())}
     return texts, lowered, tensors
 
@@ -70,19 +68,15 @@ def test_the_intrinsic_is_in_the_final_tir(dumped):
     texts, lowered, _ = dumped
     assert "llvm.x86.avx512.vpdpbusd.512" not in texts["legalize"]
     assert texts["lower"].count("llvm.x86.avx512.vpdpbusd.512") > 100
-    linears = [
-        func for gvar, func in lowered.functions_items() if gvar.name_hint.startswith("linear_")
-    ]
+    linears = [func for gvar, func in lowered.functions_items() if gvar.name_hint.startswith("linear_")]
     assert len(linears) >= 6 * 5  # six row counts; four linears of a layer, and the head
     assert all("llvm.x86.avx512.vpdpbusd.512" in func.script() for func in linears)
 
 
 def test_all_functions_take_the_same_parameters(dumped):
-    texts, lowered, tensors = dumped
+    _, lowered, tensors = dumped
     assert [name for name, _, _ in tensors[: 2 * LAYERS]] == [
         f"layers.{layer}.{cache}" for layer in range(LAYERS) for cache in ("keys", "values")
     ]
-    types = {
-        str(func.params[-1].ty) for _, func in lowered.functions_items() if isinstance(func, relax.Function)
-    }
+    types = {str(func.params[-1].ty) for _, func in lowered.functions_items() if isinstance(func, relax.Function)}
     assert len(types) == 1

@@ -54,7 +54,7 @@ def test_missing_file(copy, name):
 def test_truncated_file(copy, name):
     path = copy / name
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(AgqError, match="bytes instead of|not valid JSON"):
+    with pytest.raises(AgqError, match=r"bytes instead of|not valid JSON"):
         load(copy)
 
 

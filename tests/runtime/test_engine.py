@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from agq_tvm.errors import AgqError
-from agq_tvm.models.relax_decoder import PREFILL_BUCKETS
+from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.runtime.agreement import agreement

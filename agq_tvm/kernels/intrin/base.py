@@ -216,7 +216,5 @@ def intrinsic(isa: InstructionSet, bits: int, packed: bool, rows: int) -> str | 
         return None
     name = f"agq.dot.{isa.name}.{layout.name}.{'packed' if packed else 'bytes'}.m{rows}"
     if TensorIntrin.get(name, allow_missing=True) is None:
-        TensorIntrin.register(
-            name, dot_desc(rows, layout, packed), dot_impl(rows, layout, multiply, packed)
-        )
+        TensorIntrin.register(name, dot_desc(rows, layout, packed), dot_impl(rows, layout, multiply, packed))
     return name

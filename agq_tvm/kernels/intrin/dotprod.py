@@ -10,9 +10,7 @@ from agq_tvm.tvm_seam import tirx
 
 def sdot(total, weights, activations):
     """Add to int32x4 the products of two int8x16, four to a lane."""
-    return tirx.call_llvm_pure_intrin(
-        "int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", total, weights, activations
-    )
+    return tirx.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", total, weights, activations)
 
 
 DOTPROD = InstructionSet(

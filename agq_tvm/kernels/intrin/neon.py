@@ -18,10 +18,7 @@ def products(weights, activations):
 def add_neighbours(values):
     """Add neighbouring lanes of int16x16 into int32x8."""
     halves = (T.vectorlow("int16x8", values), T.vectorhigh("int16x8", values))
-    sums = [
-        tirx.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp.v4i32.v8i16", half)
-        for half in halves
-    ]
+    sums = [tirx.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp.v4i32.v8i16", half) for half in halves]
     return T.vectorcombine("int32x8", *sums)
 
 
@@ -38,7 +35,6 @@ NEON = InstructionSet(
         fold=add_neighbours,
     ),
     multiply_8bit=Multiply(
-        "smull",
-        lambda total, weights, activations: total + add_neighbours(products(weights, activations))
+        "smull", lambda total, weights, activations: total + add_neighbours(products(weights, activations))
     ),
 )

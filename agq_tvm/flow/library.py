@@ -1,0 +1,141 @@
+"""Build ``model.so`` in a process of its own.
+
+LLVM ends the whole process when it cannot write a file; here that is an exit code of a child, its half-written
+files are in a folder that the parent removes, and TVM's memory goes with it. The child says on its standard
+output where it is, a line for each step.
+"""
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from agq_tvm.errors import AgqError
+from agq_tvm.files import read_json
+from agq_tvm.quantize.checkpoint import read_checkpoint
+from agq_tvm.targets import load_device
+from agq_tvm.targets.link import exporter
+
+TENSORS = "tensors.json"
+_STEPS = 10  # decoder, the pipeline's phases, code, link
+_VALUE_LANES = {"avx512vnni": 32}
+
+
+@dataclass(frozen=True)
+class LibraryRequest:
+    """What the child needs to know.
+
+    Attributes
+    ----------
+    checkpoint, target, output : str
+        The checkpoint's directory, the device, and the library to write.
+    context : int
+    offsets : str or None
+        See `agq_tvm.flow.packing.offsets_dtype`.
+    scratch : str
+        An empty directory for everything temporary; the list of tensors is left there.
+    debug_dump : str or None
+    """
+
+    checkpoint: str
+    target: str
+    output: str
+    context: int
+    offsets: str | None
+    scratch: str
+    debug_dump: str | None
+
+
+def build_library(request: LibraryRequest) -> list[tuple[str, tuple[int, ...], str]]:
+    """Build the library and return (name, shape, dtype) of all caches and parameters, in order.
+
+    Raises
+    ------
+    AgqError
+        With the child's last words, if it fails.
+    """
+    command = [sys.executable, "-m", "agq_tvm.flow.library", json.dumps(asdict(request))]
+    errors = Path(request.scratch) / "errors.txt"
+    with open(errors, "wb") as log:
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, env=os.environ | {"TMPDIR": request.scratch}
+        )
+        try:
+            _show_steps(child)
+        finally:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+    if child.returncode:
+        lines = [line for line in errors.read_text(errors="replace").splitlines() if line.strip()]
+        reason = lines[-1].removeprefix("agq: ") if lines else f"exit code {child.returncode}"
+        raise AgqError(f"cannot compile {request.checkpoint} for {request.target}: {reason}")
+    tensors = read_json(Path(request.scratch) / TENSORS, "compiled library")["tensors"]
+    return [(name, tuple(shape), dtype) for name, shape, dtype in tensors]
+
+
+def _show_steps(child: subprocess.Popen) -> None:
+    """Move a bar with every line that the child prints, and its clock in between."""
+    with selectors.DefaultSelector() as selector, _bar() as bar:
+        selector.register(child.stdout, selectors.EVENT_READ)
+        while True:
+            if not selector.select(timeout=0.5):
+                bar.refresh()
+                continue
+            line = child.stdout.readline()
+            if not line:
+                return
+            bar.set_postfix_str(line.decode().strip(), refresh=False)
+            bar.update()
+
+
+def _bar():
+    return tqdm(total=_STEPS, desc="compiling", unit="step", file=sys.stderr, leave=False, dynamic_ncols=True)
+
+
+def _build(request: LibraryRequest) -> None:
+    """Do the child's work."""
+    from agq_tvm.kernels.instruction_sets import instruction_set
+    from agq_tvm.models.relax_decoder import build_decoder
+    from agq_tvm.passes import pipeline
+    from agq_tvm.passes.quantize_linears import LinearFormat
+    from agq_tvm.tvm_seam import Target, relax
+
+    device, checkpoint = load_device(request.target), read_checkpoint(request.checkpoint)
+    isa = instruction_set(device.instruction_set)
+    target = Target(device.tvm_target())
+    _step("decoder")
+    module = build_decoder(checkpoint.config, request.context, _VALUE_LANES.get(isa.name, 16))
+    scheme = checkpoint.scheme
+    format = LinearFormat(4, scheme.group_size, scheme.activation, request.offsets)
+    dump = Path(request.debug_dump) if request.debug_dump else None
+    lowered, tensors = pipeline.run(module, target, format, isa, dump, _step)
+    _step("code generation")
+    executable = relax.build(lowered, target, relax_pipeline=None)
+    _step("link")
+    executable.export_library(request.output, fcompile=exporter(device), workspace_dir=request.scratch)
+    (Path(request.scratch) / TENSORS).write_text(json.dumps({"tensors": tensors}))
+    _step("done")
+
+
+def _step(name: str) -> None:
+    print(name, flush=True)
+
+
+def main() -> int:
+    """Run as a child: one argument, the request as JSON."""
+    try:
+        _build(LibraryRequest(**json.loads(sys.argv[1])))
+        return 0
+    except (AgqError, OSError) as error:
+        print(f"agq: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""Matrix products of a LLaMA-7B on one thread, against what the processor can do at best in the same run.
+
+    python -m benchmarks.kernels [--rounds N] [--json FILE]
+
+Decode (M = 1) reads its packed weights from memory: each product has enough distinct copies that none is in a
+cache when its turn comes again. Prefill (M = 128) is held against the multiply in registers. Rounds go through
+all kernels and both limits in turn, so that whatever else the machine does strikes them alike.
+"""
+
+import argparse
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from agq_tvm.errors import AgqError
+from agq_tvm.kernels import linear
+from agq_tvm.kernels.instruction_sets import instruction_set
+from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.layout import K_BLOCK, Layout
+from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.runtime.engine import _use_threads
+from agq_tvm.targets import load_device
+from benchmarks import limits, tables
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+"""N x K of a LLaMA-7B: attention, gate or up, down."""
+GROUP_SIZES = (32, 128)
+PREFILL_ROWS = 128
+DISTINCT_BYTES = 160 << 20
+"""Packed weights that decode goes through before it sees the first again."""
+BOUND = 70.0
+"""Share of the limit, in %, that is asked for."""
+CHECKED_COLUMNS = 8
+
+
+@dataclass
+class Case:
+    """One compiled matrix product and its operands.
+
+    Attributes
+    ----------
+    kernel : LinearKernel
+    calls : list of callable
+        One for each distinct copy of the weights.
+    bytes : int
+        Packed weights and scales of one call.
+    """
+
+    kernel: LinearKernel
+    calls: list
+    bytes: int
+
+    @property
+    def operations(self) -> float:
+        """Two for each multiply-accumulate."""
+        return 2.0 * self.kernel.rows * self.kernel.columns * self.kernel.channels
+
+    @property
+    def streams(self) -> bool:
+        """Whether memory is the limit, and not the multiplies."""
+        return self.kernel.rows == 1
+
+    def seconds(self) -> float:
+        """Time one call: the mean over all copies."""
+
+        def run_all():
+            for call in self.calls:
+                call()
+
+        return limits.seconds(run_all) / len(self.calls)
+
+
+class Weights:
+    """Distinct packed weights of one shape; any byte is two valid codes.
+
+    Parameters
+    ----------
+    columns, channels : int
+    layout : Layout
+    """
+
+    def __init__(self, columns: int, channels: int, layout: Layout):
+        shape = layout.packed_shape(columns, channels)
+        copies = -(-DISTINCT_BYTES // int(np.prod(shape)))
+        self.all = limits.aligned_empty((copies, *shape), "uint8")
+        rng = np.random.default_rng(columns + channels)
+        self.all[0] = rng.integers(0, 256, shape, "uint8")
+        for i in range(1, copies):  # all distinct, and no two tiles of a copy alike
+            np.add(self.all[0], np.uint8(37 * i % 256), out=self.all[i])
+
+
+def prepare(kernel: LinearKernel, weights: Weights, isa: InstructionSet, device, copies: int) -> Case:
+    """Compile a product, check it against numpy, and bind it to its operands.
+
+    Raises
+    ------
+    AgqError
+        If it computes something else.
+    """
+    layout, rng = isa.layout_4bit, np.random.default_rng(kernel.group_size)
+    codes = rng.integers(-127, 128, (kernel.rows, kernel.channels)).astype("int8")
+    shape = (kernel.rows, kernel.channels // K_BLOCK, layout.steps, 2, layout.depth)
+    x = np.ascontiguousarray(codes.reshape(shape).transpose(1, 0, 2, 3, 4))
+    sums = codes.reshape(kernel.rows, kernel.groups, -1).sum(-1, dtype="int32")
+    sx = rng.uniform(0.5, 2, (kernel.rows, 1)).astype("float32")
+    scales = limits.aligned_empty(
+        (copies, layout.tiles(kernel.columns), kernel.groups, layout.vectors, layout.lanes), "float16"
+    )
+    scales[:] = rng.uniform(0.5, 1, scales.shape[1:])
+    out = limits.aligned_empty((kernel.rows, layout.tiles(kernel.columns) * layout.width), "float32")
+    out[:] = np.nan
+    function, _ = limits.compiled(linear.build(kernel, isa), device)
+    shared = [limits.from_numpy(_aligned(array)) for array in (x, sx, sums)]
+    target = limits.from_numpy(out)
+
+    def call(i: int):
+        operands = (*shared, limits.from_numpy(weights.all[i]), limits.from_numpy(scales[i]), target)
+        return lambda: function(*operands)
+
+    calls = [call(i) for i in range(copies)]
+    calls[0]()
+    _check(kernel, layout, codes, sx, weights.all[0], scales[0], out)
+    return Case(kernel, calls, weights.all[0].nbytes + scales[0].nbytes)
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    copy = limits.aligned_empty(array.shape, str(array.dtype))
+    copy[:] = array
+    return copy
+
+
+def _check(kernel: LinearKernel, layout: Layout, x, sx, packed, scales, out) -> None:
+    """Compare columns of the first and the last tile."""
+    for tile in (0, layout.tiles(kernel.columns) - 1):
+        w = layout.unpack(packed[tile : tile + 1], CHECKED_COLUMNS, kernel.channels).astype("float64") - 8
+        s = scales[tile].reshape(kernel.groups, layout.width)[:, :CHECKED_COLUMNS].astype("float64")
+        w = w.T * np.repeat(s, kernel.group_size, axis=0)
+        expected = (x.astype("float64") @ w) * sx
+        got = out[:, tile * layout.width :][:, :CHECKED_COLUMNS]
+        if not np.allclose(got, expected, rtol=0, atol=1e-5 * abs(expected).max()):
+            raise AgqError(f"{kernel.name} does not compute what numpy does: it was not timed")
+
+
+def all_cases(isa: InstructionSet, device) -> list[Case]:
+    """Prepare every shape, group size and number of rows."""
+    cases = []
+    for columns, channels in SHAPES:
+        weights = Weights(columns, channels, isa.layout_4bit)
+        for rows in (1, PREFILL_ROWS):
+            for group_size in GROUP_SIZES:
+                kernel = LinearKernel(rows, columns, channels, 4, group_size, False, None, False)
+                copies = len(weights.all) if rows == 1 else 1
+                print(f"preparing {kernel.name}", file=sys.stderr)
+                cases.append(prepare(kernel, weights, isa, device, copies))
+    return cases
+
+
+def time_all(cases: list[Case], rates: dict[str, limits.Limit], rounds: int) -> tuple[list, dict]:
+    """Time cases and limits in turn: seconds of every round, and rates of every round.
+
+    The limits come before, between and after the cases of a round.
+    """
+    seconds = [[] for _ in cases]
+    measured = {name: [] for name in rates}
+
+    def measure_limits():
+        for name, limit in rates.items():
+            measured[name].append(limit.rate())
+
+    for counted in [False] + [True] * rounds:
+        if not counted:
+            for case in cases:
+                case.seconds()
+            measure_limits()
+            measured = {name: [] for name in rates}
+            continue
+        for i, case in enumerate(cases):
+            if i % 4 == 0:
+                measure_limits()
+            seconds[i].append(case.seconds())
+        measure_limits()
+    return seconds, measured
+
+
+def row_of(case: Case, seconds: list[float], at_best: dict[str, float]) -> dict:
+    """Summarize a case; the limit that it is held against is the median of the same run."""
+    median = statistics.median(seconds)
+    unit = "GB/s" if case.streams else "GOP/s"
+    rate = (case.bytes if case.streams else case.operations) / median / 1e9
+    share = 100 * rate / at_best[unit] if unit in at_best else None
+    return {
+        "kernel": case.kernel.name,
+        "shape": f"{case.kernel.columns}x{case.kernel.channels}",
+        "rows": case.kernel.rows,
+        "group_size": case.kernel.group_size,
+        "milliseconds": 1e3 * median,
+        "milliseconds_std": 1e3 * statistics.pstdev(seconds),
+        "bytes": case.bytes,
+        "rate": rate,
+        "unit": unit,
+        "share_percent": share,
+        "bound_percent": BOUND,
+        "met": share is not None and share >= BOUND,
+    }
+
+
+def as_lines(rows: list[dict]) -> str:
+    """Write the rows as a table."""
+    head = ("kernel", "N x K", "M", "group", "ms", "rate", "unit", "of limit %", "bound %", "met")
+    lines = [
+        (
+            "gemv" if row["rows"] == 1 else "gemm",
+            row["shape"],
+            str(row["rows"]),
+            str(row["group_size"]),
+            f"{row['milliseconds']:.3f}",
+            f"{row['rate']:.1f}",
+            row["unit"],
+            "-" if row["share_percent"] is None else f"{row['share_percent']:.1f}",
+            f"{row['bound_percent']:.0f}",
+            "yes" if row["met"] else "no",
+        )
+        for row in rows
+    ]
+    return tables.aligned([head, *lines])
+
+
+def main() -> None:
+    """Measure, print, and write JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=21, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, default=tables.RESULTS / "kernels.json", metavar="FILE")
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    _use_threads(1)
+    device = load_device("host")
+    isa = instruction_set(device.instruction_set)
+    try:
+        cases = all_cases(isa, device)
+    except AgqError as error:
+        sys.exit(f"error: {error}")
+    rates = {"GB/s": limits.memory_limit(1), "GOP/s": limits.multiply_limit()}
+    rates = {unit: limit for unit, limit in rates.items() if limit is not None}
+    seconds, measured = time_all(cases, rates, args.rounds)
+    at_best = {unit: statistics.median(values) for unit, values in measured.items()}
+    rows = [row_of(case, times, at_best) for case, times in zip(cases, seconds, strict=True)]
+    found = {
+        unit: {"median": at_best[unit], "best": max(values), "std": statistics.pstdev(values)}
+        for unit, values in measured.items()
+    }
+    for unit, limit in found.items():
+        what = "memory read" if unit == "GB/s" else "multiply in registers"
+        print(f"{what}: {limit['median']:.1f} {unit} median, {limit['best']:.1f} best")
+    print(as_lines(rows))
+    contents = {"instruction_set": isa.name, "threads": 1, "rounds": args.rounds, "limits": found}
+    packages = ("apache-tvm", "numpy")
+    tables.write_report(
+        args.json, tables.report("benchmarks.kernels", packages, **contents, results=rows)
+    )
+
+
+if __name__ == "__main__":
+    main()

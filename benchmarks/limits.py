@@ -1,0 +1,189 @@
+"""What this machine can do at best: reading memory, and multiplying bytes in registers.
+
+Both are kernels that TVM compiles for the same target as what is compared with them, so that nothing but the
+processor is measured. They are timed in short rounds between the rounds of the kernels under test.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from agq_tvm.kernels.emit import task_loop
+from agq_tvm.kernels.instruction_sets import instruction_set
+from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.targets import Device, load_device
+from agq_tvm.tvm_seam import IRBuilder, T, Target, tirx, tvm
+
+READ_BYTES = 256 << 20
+"""Eight times a large last-level cache."""
+LANES = 16
+"""int32 values of one load: 64 bytes, which LLVM splits where registers are narrower."""
+STREAMS = 8
+"""Loads, each with a sum of its own, in one step of a loop."""
+STEPS = 64
+"""Vectors of activations that the multiply loop goes through: they stay in the first cache."""
+WEIGHTS = 4
+"""Vectors of weights that it keeps in registers."""
+
+
+def read_kernel(size: int, threads: int):
+    """Return a PrimFunc that reads `size` bytes once and adds them up.
+
+    Buffers: data int32 [threads, steps, STREAMS, LANES]; sums int32 [threads, STREAMS, LANES] (output), the sums
+    over the steps, which wrap around.
+    """
+    steps = size // (threads * STREAMS * LANES * 4)
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("read")
+            T.func_attr({"global_symbol": "read", "tirx.noalias": True})
+            data = T.arg("data", T.buffer((threads, steps, STREAMS, LANES), "int32"))
+            sums = T.arg("sums", T.buffer((threads, STREAMS, LANES), "int32"))
+            with task_loop("read_part", threads, [data], [sums]) as part:
+                totals = T.sblock_alloc_buffer((STREAMS, LANES), "int32", scope="local")
+                for j in range(STREAMS):
+                    _store(totals, [j], LANES, T.broadcast(T.int32(0), LANES))
+                with T.serial(steps) as step:
+                    for j in range(STREAMS):
+                        value = data.vload([part, step, j, 0], f"int32x{LANES}")
+                        _store(totals, [j], LANES, totals.vload([j, 0], f"int32x{LANES}") + value)
+                for j in range(STREAMS):
+                    _store(sums, [part, j], LANES, totals.vload([j, 0], f"int32x{LANES}"))
+    return builder.get()
+
+
+def multiply_kernel(isa: InstructionSet, rounds: int):
+    """Return a PrimFunc that does nothing but the multiply-accumulates of an instruction set.
+
+    Twelve independent totals (eight where there are 16 registers): weights stay in registers, activations come
+    from the first cache, one load for four multiplies.
+
+    Buffers: w uint8 or int8 [WEIGHTS, B], x int8 [STEPS, B], B the bytes of a vector; totals of the multiply's
+    type [X, WEIGHTS, lanes] (output), where total [i, v] gets the products of w[v] with every X-th x from i on.
+    """
+    multiply, layout = isa.multiply_4bit, isa.layout_4bit
+    size, at_once = layout.lanes * layout.depth, activations_at_once(isa)
+    lanes = multiply.total_lanes or layout.lanes
+    kind = f"{multiply.total}x{lanes}"
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("multiply")
+            T.func_attr({"global_symbol": "multiply", "tirx.noalias": True})
+            w = T.arg("w", T.buffer((WEIGHTS, size), "uint8"))
+            x = T.arg("x", T.buffer((STEPS // at_once * at_once, size), "int8"))
+            out = T.arg("out", T.buffer((at_once, WEIGHTS, lanes), multiply.total))
+            with task_loop("multiply_all", 1, [w, x], [out]):
+                totals = T.sblock_alloc_buffer((at_once, WEIGHTS, lanes), multiply.total, scope="local")
+                tile = [(i, v) for i in range(at_once) for v in range(WEIGHTS)]
+                for i, v in tile:
+                    _store(totals, [i, v], lanes, T.broadcast(tirx.const(0, multiply.total), lanes))
+                with T.serial(rounds), T.serial(STEPS // at_once) as step:
+                    for i, v in tile:
+                        value = multiply.accumulate(
+                            totals.vload([i, v, 0], kind),
+                            w.vload([v, 0], f"uint8x{size}"),
+                            x.vload([step * at_once + i, 0], f"int8x{size}"),
+                        )
+                        _store(totals, [i, v], lanes, value)
+                for i, v in tile:
+                    _store(out, [i, v], lanes, totals.vload([i, v, 0], kind))
+    return builder.get()
+
+
+def activations_at_once(isa: InstructionSet) -> int:
+    """Return X, how many vectors of activations the multiply loop handles together."""
+    return 2 if isa.name == "avx2" else 3
+
+
+def _store(buffer, index: list, lanes: int, value) -> None:
+    T.buffer_store(buffer, value, [*index, slice(0, lanes)])
+
+
+def compiled(func, device: Device) -> tuple[Callable, str]:
+    """Compile one PrimFunc: something to call, and its assembly."""
+    name = str(func.attrs["global_symbol"])
+    library = tvm.compile(tvm.IRModule({name: func}), target=Target(device.tvm_target()))
+    return library[name], library.mod.inspect_source("asm")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A kernel at the limit, ready to be timed.
+
+    Attributes
+    ----------
+    run : callable
+        Runs it once.
+    work : float
+        Bytes read, or operations (two for a multiply-accumulate), in one run.
+    """
+
+    run: Callable[[], None]
+    work: float
+
+    def rate(self) -> float:
+        """Time one run: GB/s or GOP/s."""
+        return self.work / seconds(self.run) / 1e9
+
+
+def seconds(run: Callable[[], None]) -> float:
+    """Time one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def from_numpy(array: np.ndarray):
+    """Give TVM a view of an array; numpy asks for huge pages, TVM's own allocator does not."""
+    return tvm.runtime.from_dlpack(array)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Make an array at a multiple of 64 bytes, as compiled code expects."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, "uint8")
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def memory_limit(threads: int = 1, size: int = READ_BYTES, device: Device | None = None) -> Limit:
+    """Prepare reading `size` bytes of distinct memory with `threads` threads of TVM's pool."""
+    function, _ = compiled(read_kernel(size, threads), device or load_device("host"))
+    shape = (threads, size // (threads * STREAMS * LANES * 4), STREAMS, LANES)
+    data = aligned_empty(shape, "int32")
+    data.reshape(-1)[:] = np.arange(data.size, dtype="int32")
+    tensors = from_numpy(data), from_numpy(aligned_empty((threads, STREAMS, LANES), "int32"))
+    return Limit(lambda: function(*tensors), data.nbytes)
+
+
+def multiply_limit(rounds: int = 4000, device: Device | None = None) -> Limit | None:
+    """Prepare the multiply loop; None where an instruction set has no multiply of its own."""
+    device = device or load_device("host")
+    isa = instruction_set(device.instruction_set)
+    if isa.multiply_4bit is None:
+        return None
+    function, _ = compiled(multiply_kernel(isa, rounds), device)
+    w, x, out = multiply_arrays(isa)
+    tensors = [from_numpy(array) for array in (w, x, out)]
+    return Limit(lambda: function(*tensors), 2.0 * rounds * len(x) * WEIGHTS * x.shape[1])
+
+
+def multiply_arrays(isa: InstructionSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Make the operands of `multiply_kernel`: codes 0..15, activations -127..127, totals."""
+    layout, multiply, at_once = isa.layout_4bit, isa.multiply_4bit, activations_at_once(isa)
+    size, lanes = layout.lanes * layout.depth, multiply.total_lanes or layout.lanes
+    rng = np.random.default_rng(0)
+    w = aligned_empty((WEIGHTS, size), "uint8")
+    x = aligned_empty((STEPS // at_once * at_once, size), "int8")
+    w[:] = rng.integers(0, 16, w.shape)
+    x[:] = rng.integers(-127, 128, x.shape)
+    return w, x, aligned_empty((at_once, WEIGHTS, lanes), multiply.total)
+
+
+def measure(limit: Limit, rounds: int = 25) -> tuple[float, float]:
+    """Return the median and the best rate of many rounds, after one that is not counted."""
+    rates = [limit.rate() for _ in range(rounds + 1)][1:]
+    return statistics.median(rates), max(rates)

@@ -1,0 +1,166 @@
+"""The command line as a user meets it: results on standard output, one sentence and code 2 for a mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from agq_tvm.cli.main import build_parser
+from tests.tiny import write_tiny_llama
+
+
+def result_of(process) -> dict:
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def refused(process, *words: str) -> None:
+    assert process.returncode == 2, process.stderr
+    lines = [line for line in process.stderr.splitlines() if line.startswith("agq: ")]
+    assert len(lines) == 1 and "Traceback" not in process.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("It was a dark and stormy night; the rain fell in torrents. " * 20)
+    return path
+
+
+def test_whole_way(agq, tmp_path, text):
+    model = write_tiny_llama(tmp_path / "model", seed=3)
+    checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
+    made = result_of(agq("quantize", model, "-o", checkpoint, "--method", "rtn", "--group-size", "32", "--json"))
+    assert made["method"] == "rtn" and made["group_size"] == 32
+    made = result_of(agq("compile", checkpoint, "--target", "host", "-o", bundle, "--context", "128", "--json"))
+    assert made["context"] == 128
+    written = result_of(agq("generate", bundle, "--prompt", "It was", "--max-tokens", "5", "--json"))
+    assert written["prompt"] == "It was" and 0 <= written["generated_tokens"] <= 5
+    plain = agq("generate", bundle, "--prompt", "It was", "--max-tokens", "5")
+    assert plain.stdout == "It was" + written["text"] + "\n"
+    scores = [
+        result_of(agq("eval", what, "--data", text, "--window", "64", "--json")) for what in (bundle, checkpoint, model)
+    ]
+    assert all(set(score) >= {"perplexity", "nll", "nll_stderr", "tokens"} for score in scores)
+    assert scores[0]["tokens"] == scores[1]["tokens"] == scores[2]["tokens"] > 500
+    assert scores[0]["nll"] == pytest.approx(scores[1]["nll"], rel=1e-3)
+    assert scores[0]["nll"] != scores[2]["nll"]
+    speed = result_of(agq("bench", bundle, "--prefill", "40", "--decode", "5", "--rounds", "1", "--json"))
+    assert speed["prefill_tokens_per_second"] > 0 and speed["decode_tokens_per_second"] > 0
+
+
+def test_targets_and_kernels(agq):
+    targets = result_of(agq("targets", "--json"))
+    assert {"raspberry-pi-4", "snapdragon-870"} <= {target["name"] for target in targets["targets"]}
+    assert "raspberry-pi-4" in agq("targets").stdout
+    kernels = result_of(agq("kernels", "--json"))["kernels"]
+    assert {"vpdpbusd", "vpmaddubsw", "sdot", "smlal"} <= {kernel["instruction"] for kernel in kernels}
+
+
+def test_unknown_target(agq, tiny_checkpoint, tmp_path):
+    refused(
+        agq("compile", tiny_checkpoint, "--target", "toaster", "-o", tmp_path / "b"),
+        "toaster",
+        "raspberry-pi-4",
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_not_a_checkpoint(agq, tmp_path):
+    refused(agq("compile", tmp_path / "nothing", "--target", "host", "-o", tmp_path / "b"), "nothing")
+    refused(agq("eval", tmp_path / "nothing", "--data", "persuasion"), "nothing")
+    refused(agq("generate", tmp_path / "nothing", "--prompt", "x"), "is not a bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_truncated_checkpoint(agq, tiny_checkpoint, tmp_path):
+    broken = shutil.copytree(tiny_checkpoint, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    refused(agq("compile", broken, "--target", "host", "-o", tmp_path / "b"), "broken")
+    assert not (tmp_path / "b").exists()
+
+
+def test_float_activations_are_not_compiled(agq, tmp_path):
+    model = write_tiny_llama(tmp_path / "model")
+    ckpt = tmp_path / "ckpt"
+    assert agq("quantize", model, "-o", ckpt, "--method", "rtn", "--activation", "none").returncode == 0
+    refused(agq("compile", ckpt, "--target", "host", "-o", tmp_path / "b"), "--activation per-token-group")
+
+
+@pytest.mark.parametrize("context", ["8", "100000"])
+def test_context_that_does_not_fit(agq, tiny_checkpoint, tmp_path, context):
+    arguments = ("compile", tiny_checkpoint, "--target", "host", "-o", tmp_path / "b", "--context", context)
+    refused(agq(*arguments), context, "256")
+
+
+def test_output_that_is_not_ours_is_left_alone(agq, tiny_checkpoint, tmp_path):
+    (tmp_path / "keep.txt").write_text("mine")
+    refused(agq("compile", tiny_checkpoint, "--target", "host", "-o", tmp_path), "not an earlier bundle")
+    assert (tmp_path / "keep.txt").read_text() == "mine"
+
+
+def test_full_disk(tiny_checkpoint, tmp_path):
+    """A limit on file size stands for the full disk: both end a write half-way."""
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+        "from agq_tvm.cli.main import main\n"
+        f"sys.exit(main(['compile', {str(tiny_checkpoint)!r}, '--target', 'host', '-o', {str(tmp_path / 'b')!r}]))\n"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    refused(process)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bundle_for_another_machine(agq, tiny_checkpoint, tmp_path):
+    bundle = tmp_path / "b"
+    assert agq("compile", tiny_checkpoint, "--target", "generic-aarch64", "-o", bundle).returncode == 0
+    refused(agq("generate", bundle, "--prompt", "x"), "aarch64", "--target host")
+
+
+def test_every_command_has_help(agq):
+    names = list(build_parser()._subparsers._group_actions[0].choices)
+    assert {
+        "quickstart",
+        "quantize",
+        "compile",
+        "generate",
+        "eval",
+        "bench",
+        "targets",
+        "kernels",
+        "boards",
+    } <= set(names)
+    for name in names:
+        with pytest.raises(SystemExit) as stop:
+            build_parser().parse_args([name, "--help"])
+        assert stop.value.code == 0
+
+
+def test_import_is_light():
+    """`import agq_tvm` and the command's own start need neither torch nor TVM."""
+    script = (
+        "import sys, agq_tvm, agq_tvm.cli.main\n"
+        "agq_tvm.cli.main.build_parser()\n"
+        "print([m for m in ('torch', 'transformers', 'tvm') if m in sys.modules])"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert process.stdout.strip() == "[]"
+
+
+def test_running_needs_no_torch(tiny_bundle):
+    script = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from agq_tvm.runtime.bundle import Bundle\n"
+        "from agq_tvm.runtime.engine import Engine\n"
+        f"print(len(Engine(Bundle({str(tiny_bundle)!r})).prefill([1, 2, 3])))"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert process.stdout.strip() == "260", process.stderr
