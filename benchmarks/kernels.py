@@ -161,27 +161,18 @@ def all_cases(isa: InstructionSet, device) -> list[Case]:
 def time_all(cases: list[Case], rates: dict[str, limits.Limit], rounds: int) -> tuple[list, dict]:
     """Time cases and limits in turn: seconds of every round, and rates of every round.
 
-    The limits come before, between and after the cases of a round.
+    Both limits come before every case; reading memory also leaves nothing of the weights in a cache.
     """
     seconds = [[] for _ in cases]
     measured = {name: [] for name in rates}
-
-    def measure_limits():
-        for name, limit in rates.items():
-            measured[name].append(limit.rate())
-
-    for counted in [False] + [True] * rounds:
-        if not counted:
-            for case in cases:
-                case.seconds()
-            measure_limits()
-            measured = {name: [] for name in rates}
-            continue
-        for i, case in enumerate(cases):
-            if i % 4 == 0:
-                measure_limits()
-            seconds[i].append(case.seconds())
-        measure_limits()
+    for number in range(rounds + 1):
+        for case, times in zip(cases, seconds, strict=True):
+            found = {name: limit.rate() for name, limit in rates.items()}
+            time = case.seconds()
+            if number:  # the first round is not counted
+                times.append(time)
+                for name, rate in found.items():
+                    measured[name].append(rate)
     return seconds, measured
 
 
