@@ -59,8 +59,8 @@ def agq():
     """Run `agq` in a process of its own: ``agq("eval", …) -> CompletedProcess``."""
     import sys
 
-    def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    def run(*arguments: str, timeout: float = 300, **options) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "agq_tvm", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
 
     return run

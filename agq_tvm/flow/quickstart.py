@@ -24,7 +24,7 @@ from agq_tvm.tables import as_table, megabytes
 from agq_tvm.targets import load_device
 
 BOARDS = ("raspberry-pi-4", "snapdragon-870")
-TEXT, WINDOW, TOKENS = "persuasion", 512, 16 * 512
+TEXT, WINDOW, WINDOWS = "persuasion", 512, 16
 _BENCH_LIMIT = 600.0
 
 
@@ -76,7 +76,7 @@ def quickstart(model: str, output: str | os.PathLike, prompt: str) -> dict:
 
 
 def _checkpoint(model: str, folder: Path) -> Path:
-    path, origin = folder / "checkpoint", folder / "origin.json"
+    path, origin = folder / "checkpoint", folder / ".origin.json"
     made = {"model": str(model), "agq_tvm": __version__}
     if origin.is_file() and path.is_dir() and read_json(origin, "quickstart folder") == made:
         try:
@@ -117,12 +117,13 @@ def _bench_apart(bundle: Path) -> dict:
 
 def _quality(model: str, bundle: Path) -> dict:
     say(f"perplexity of the float model and of the bundle on {TEXT}")
-    baseline = evaluate_reference(model, TEXT, WINDOW, TOKENS)
-    quantized = evaluate_bundle(bundle, TEXT, WINDOW, TOKENS)
+    window = min(WINDOW, Bundle(bundle).manifest["context"])
+    baseline = evaluate_reference(model, TEXT, window, WINDOWS * window)
+    quantized = evaluate_bundle(bundle, TEXT, window, WINDOWS * window)
     difference = compare(quantized, baseline)
     return {
         "text": TEXT,
-        "window": WINDOW,
+        "window": window,
         "tokens": baseline.tokens,
         "float_perplexity": baseline.perplexity,
         "perplexity": quantized.perplexity,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from agq_tvm.boards.tracker import board_features
 from agq_tvm.runtime.bundle import LIBRARY, PARAMETERS, Bundle
 
 _CPU = 1  # DLPack's device type
@@ -19,7 +20,12 @@ class BoardSession:
     ----------
     bundle : Bundle
     session : tvm.rpc.RPCSession
-        From `agq_tvm.boards`; it stays open as long as this object lives.
+        From `agq_tvm.boards.tracker.connect`; it stays open as long as this object lives.
+
+    Raises
+    ------
+    AgqError
+        If the bundle is damaged, or the board's processor lacks what it needs (TVM's own Python server cannot tell).
     """
 
     def __init__(self, bundle: Bundle, session):
@@ -29,6 +35,11 @@ class BoardSession:
         self._rpc, self._device, self._tensor = session, session.cpu(0), tvm.runtime.tensor
         self._call = session.get_function
         bundle.arrays()  # checks what is about to be sent
+        features = board_features(session)
+        if features is not None:
+            bundle.check_runs_on("aarch64" if "asimd" in features else "x86_64", features)
+        # The big cores, as many as the device has.
+        self._call("runtime.config_threadpool")(1, bundle.manifest["device"]["threads"])
         session.upload(str(bundle.path / LIBRARY))
         self.library = session.load_module(LIBRARY)
         self._machine = relax.VirtualMachine(self.library, self._device)

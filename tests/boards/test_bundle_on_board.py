@@ -7,10 +7,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from agq_tvm.boards.tracker import board_features
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.compile import compile_checkpoint
 from agq_tvm.quantize.checkpoint import read_checkpoint
+from agq_tvm.runtime.board_session import BoardSession
 from agq_tvm.runtime.bundle import Bundle
 from agq_tvm.targets import load_device
 from tests.boards.conftest import DEVICES
@@ -35,7 +35,6 @@ def test_tiny_model(boards, device_bundle, tiny_checkpoint):
     bundle, checkpoint = Bundle(path), read_checkpoint(tiny_checkpoint)
     tokens = np.random.default_rng(1).integers(0, checkpoint.config.vocab_size, 40).tolist()
     with boards.session(name) as session:
-        bundle.check_runs_on("aarch64", board_features(session))
         same = check_bundle(session, bundle, checkpoint, tokens, steps=6)
     assert same.mean_kl <= 1e-3 and same.top1 >= 0.99
 
@@ -47,9 +46,10 @@ def test_bundle_for_a_better_processor_is_refused_before_it_runs(boards, tmp_pat
         lambda path: compile_checkpoint(tiny_checkpoint, "snapdragon-870", path),
     )
     with boards.session("raspberry-pi-4") as session:
-        features = board_features(session)
-    with pytest.raises(AgqError, match=r"snapdragon-870 and needs .*asimddp"):
-        Bundle(path).check_runs_on("aarch64", features)
+        with pytest.raises(AgqError, match=r"snapdragon-870 and needs .*asimddp") as refusal:
+            BoardSession(Bundle(path), session)
+        assert session.listdir("") == ""  # nothing was even uploaded
+        del refusal
 
 
 def test_disassembly(device_bundle):

@@ -1,0 +1,84 @@
+"""The kernels at the limit do the work that they are credited with; how fast is not tested."""
+
+import numpy as np
+import pytest
+
+from agq_tvm.kernels.instruction_sets import instruction_set
+from agq_tvm.targets import load_device
+from agq_tvm.targets.detect import cpu_features, machine, missing_features
+from benchmarks import limits
+
+DEVICES = ("x86-64-avx512vnni", "x86-64-avx2")
+
+
+def device_here(name: str):
+    device = load_device(name)
+    if missing_features(device, cpu_features(), machine()):
+        pytest.skip(f"this processor does not run code for {name}")
+    return device
+
+
+def run(func, device, arrays) -> str:
+    function, assembly = limits.compiled(func, device)
+    function(*(limits.from_numpy(array) for array in arrays))
+    return assembly
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_read_adds_up_every_byte(threads):
+    device, size = load_device("host"), 1 << 16
+    data = limits.aligned_empty((threads, size // threads // 512, limits.STREAMS, limits.LANES), "int32")
+    data[:] = np.random.default_rng(0).integers(-(1 << 31), 1 << 31, data.shape)
+    sums = limits.aligned_empty((threads, limits.STREAMS, limits.LANES), "int32")
+    run(limits.read_kernel(size, threads), device, [data, sums])
+    assert data.nbytes == size
+    np.testing.assert_array_equal(sums, data.sum(1, dtype="int32"))
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_multiply_does_every_product(name):
+    device, rounds = device_here(name), 3
+    isa = instruction_set(device.instruction_set)
+    w, x, out = limits.multiply_arrays(isa)
+    assembly = run(limits.multiply_kernel(isa, rounds), device, [w, x, out])
+    at_once, _, lanes = out.shape
+    # A lane of `out` sums this many neighbouring bytes of a product.
+    products = np.einsum("isb,vb->ivb", x.reshape(-1, at_once, x.shape[1]).swapaxes(0, 1).astype("int64"), w)
+    expected = rounds * products.reshape(*out.shape[:2], lanes, -1).sum(-1)
+    np.testing.assert_array_equal(out, expected.astype(out.dtype))
+    assert isa.multiply_4bit.instruction in assembly
+
+
+@pytest.mark.parametrize("name,register", [("x86-64-avx512vnni", "%zmm"), ("x86-64-avx2", "%ymm")])
+def test_read_loads_whole_registers(name, register):
+    _, assembly = limits.compiled(limits.read_kernel(1 << 16, 1), load_device(name))
+    loads = [line for line in assembly.splitlines() if "vpaddd" in line and "(%r" in line and register in line]
+    assert len(loads) >= limits.STREAMS
+
+
+def test_multiply_keeps_its_totals_in_registers():
+    device = load_device("x86-64-avx512vnni")
+    _, assembly = limits.compiled(limits.multiply_kernel(instruction_set("avx512vnni"), 3), device)
+    multiplies = [line for line in assembly.splitlines() if "vpdpbusd" in line]
+    totals = {line.split(",")[-1].strip() for line in multiplies}
+    assert len(totals) >= 12
+    assert not any("(" in line for line in multiplies)
+
+
+def test_limits_are_positive():
+    assert limits.measure(limits.memory_limit(1, size=1 << 20), rounds=3)[0] > 0
+    limit = limits.multiply_limit(rounds=10)
+    assert limit is None or limits.measure(limit, rounds=3)[0] > 0
+
+
+def test_limit_counts_its_work():
+    assert limits.memory_limit(1, size=1 << 20).work == 1 << 20
+    device = device_here("x86-64-avx512vnni")
+    # 63 activations of 64 bytes by 4 vectors of weights, ten times.
+    assert limits.multiply_limit(rounds=10, device=device).work == 2 * 10 * 63 * 4 * 64
+
+
+def test_measure_gives_median_and_best(monkeypatch):
+    times = iter([9.0, 1.0, 2.0, 4.0])  # the first is not counted
+    monkeypatch.setattr(limits, "seconds", lambda run: next(times))
+    assert limits.measure(limits.Limit(lambda: None, 4e9), rounds=3) == (2.0, 4.0)
