@@ -249,9 +249,7 @@ def main() -> None:
     print(as_lines(rows))
     contents = {"instruction_set": isa.name, "threads": 1, "rounds": args.rounds, "limits": found}
     packages = ("apache-tvm", "numpy")
-    tables.write_report(
-        args.json, tables.report("benchmarks.kernels", packages, **contents, results=rows)
-    )
+    tables.write_report(args.json, tables.report("benchmarks.kernels", packages, **contents, results=rows))
 
 
 if __name__ == "__main__":

@@ -97,9 +97,7 @@ class Torch:
         source = open_source(model)
         config = LlamaConfig(**source.raw_config, attn_implementation="sdpa")
         self._model = LlamaForCausalLM(config).to(self._dtype).eval()
-        tensors = {
-            name: torch.from_numpy(np.array(source.tensor(name))) for name in tensor_shapes(source.config)
-        }
+        tensors = {name: torch.from_numpy(np.array(source.tensor(name))) for name in tensor_shapes(source.config)}
         missing, unexpected = self._model.load_state_dict(tensors, strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:
             raise AgqError(f"transformers' Llama does not take the tensors of {model}: {missing + unexpected}")
@@ -129,9 +127,7 @@ class Torch:
         return self._torch.backends.mkldnn.flags(enabled=mkldnn, **unchanged)
 
     def _forward(self, tokens, cache):
-        return self._model(
-            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits
+        return self._model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
     def _prefill(self, static: bool, mkldnn: bool) -> float:
         with self._torch.inference_mode(), self._using(mkldnn):
@@ -290,18 +286,14 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
 def summary(rates: dict, size: int) -> dict:
     """Compare the medians: ratios ours / PyTorch, and the share of what memory allows, with their bounds."""
     medians = {
-        name: {work: statistics.median(values) for work, values in found.items()}
-        for name, found in rates.items()
+        name: {work: statistics.median(values) for work, values in found.items()} for name, found in rates.items()
     }
     ours = medians["agq_tvm"]
     found = {"decode_percent_of_memory_rate": 100 * ours["decode"] * size / (1e9 * ours["memory"])}
     for name, dtype in TORCH.items():
         for work in ("decode", "prefill"):
             found[f"{work}_over_torch_{dtype}"] = ours[work] / medians[name][work]
-    return {
-        name: {"value": found[name], "bound": bound, "met": found[name] >= bound}
-        for name, bound in BOUNDS.items()
-    }
+    return {name: {"value": found[name], "bound": bound, "met": found[name] >= bound} for name, bound in BOUNDS.items()}
 
 
 def print_tables(rates: dict, compared: dict, size: int) -> None:
@@ -309,9 +301,7 @@ def print_tables(rates: dict, compared: dict, size: int) -> None:
     lines = [("engine", f"pp{PREFILL_TOKENS} tok/s", "±", f"tg{DECODE_TOKENS} tok/s", "±")]
     for name, found in rates.items():
         cells = [
-            f"{f(found[work]):.1f}"
-            for work in ("prefill", "decode")
-            for f in (statistics.median, statistics.pstdev)
+            f"{f(found[work]):.1f}" for work in ("prefill", "decode") for f in (statistics.median, statistics.pstdev)
         ]
         lines.append((name, *cells))
     print(tables.aligned(lines))

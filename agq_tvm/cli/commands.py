@@ -152,7 +152,6 @@ def _generate(subparsers) -> None:
         if args.json:
             print(json.dumps(generate(args.bundle, args.prompt, args.max_tokens, args.threads)))
         else:
-            show(args.prompt)
             generate(args.bundle, args.prompt, args.max_tokens, args.threads, show)
             show("\n")
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# A row (or group) below this is taken for zeros: the reciprocal of its scale would be infinite.
+# A row, a group or half a range below this is taken for zeros: the reciprocal of its scale would be infinite.
 SMALLEST = 127 * torch.finfo(torch.float32).tiny
 
 
@@ -53,7 +53,8 @@ def static_codes(x: Tensor, scale: float, zero: int) -> Tensor:
 def static_range(low: float, high: float) -> tuple[float, int]:
     """Return scale and zero point that spread all codes over `low` to `high`, widened to hold 0."""
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = float(torch.tensor((high - low) / 254, dtype=torch.float32)) or 1.0
+    span = high - low
+    scale = float(torch.tensor(span / 254, dtype=torch.float32)) if span >= 2 * SMALLEST else 1.0
     return scale, max(-127, min(127, round(-127 - low / scale)))
 
 

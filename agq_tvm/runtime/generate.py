@@ -26,7 +26,7 @@ def generate(
     threads : int, optional
         Those of the device by default.
     show : callable, optional
-        Called with each new piece of text as it comes.
+        Called with the prompt, once the model is loaded, then with each new piece of text as it comes.
 
     Returns
     -------
@@ -44,6 +44,8 @@ def generate(
     tokens = tokenizer.encode(prompt).ids
     stop = frozenset(loaded.manifest["model"]["eos_token_ids"])
     start, produced, text = time.perf_counter(), [], ""
+    if show:
+        show(prompt)
     for token in engine.generate(tokens, limit, stop):
         produced.append(token)
         longer = tokenizer.decode(produced)
