@@ -52,7 +52,9 @@ def generate(
         if show and not longer.endswith("\ufffd"):  # else a character that is not complete
             show(longer[len(text) :])
             text = longer
-    text = tokenizer.decode(produced)
+    shown, text = text, tokenizer.decode(produced)
+    if show:
+        show(text[len(shown) :])
     return {
         "prompt": prompt,
         "text": text,
