@@ -23,7 +23,7 @@ from agq_tvm.kernels.layout import K_BLOCK, Layout
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.runtime.engine import _use_threads
 from agq_tvm.targets import load_device
-from benchmarks import limits, tables
+from benchmarks import limits, seconds, tables
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 """N x K of a LLaMA-7B: attention, gate or up, down."""
@@ -70,7 +70,7 @@ class Case:
             for call in self.calls:
                 call()
 
-        return limits.seconds(run_all) / len(self.calls)
+        return seconds(run_all) / len(self.calls)
 
 
 class Weights:
@@ -163,22 +163,22 @@ def time_all(cases: list[Case], rates: dict[str, limits.Limit], rounds: int) -> 
 
     Both limits come before every case; reading memory also leaves nothing of the weights in a cache.
     """
-    seconds = [[] for _ in cases]
+    times = [[] for _ in cases]
     measured = {name: [] for name in rates}
     for number in range(rounds + 1):
-        for case, times in zip(cases, seconds, strict=True):
+        for case, own in zip(cases, times, strict=True):
             found = {name: limit.rate() for name, limit in rates.items()}
-            time = case.seconds()
+            once = case.seconds()
             if number:  # the first round is not counted
-                times.append(time)
+                own.append(once)
                 for name, rate in found.items():
                     measured[name].append(rate)
-    return seconds, measured
+    return times, measured
 
 
-def row_of(case: Case, seconds: list[float], at_best: dict[str, float]) -> dict:
+def row_of(case: Case, times: list[float], at_best: dict[str, float]) -> dict:
     """Summarize a case; the limit that it is held against is the median of the same run."""
-    median = statistics.median(seconds)
+    median = statistics.median(times)
     unit = "GB/s" if case.streams else "GOP/s"
     rate = (case.bytes if case.streams else case.operations) / median / 1e9
     share = 100 * rate / at_best[unit] if unit in at_best else None
@@ -188,7 +188,7 @@ def row_of(case: Case, seconds: list[float], at_best: dict[str, float]) -> dict:
         "rows": case.kernel.rows,
         "group_size": case.kernel.group_size,
         "milliseconds": 1e3 * median,
-        "milliseconds_std": 1e3 * statistics.pstdev(seconds),
+        "milliseconds_std": 1e3 * statistics.pstdev(times),
         "bytes": case.bytes,
         "rate": rate,
         "unit": unit,
@@ -236,9 +236,9 @@ def main() -> None:
         sys.exit(f"error: {error}")
     rates = {"GB/s": limits.memory_limit(1), "GOP/s": limits.multiply_limit()}
     rates = {unit: limit for unit, limit in rates.items() if limit is not None}
-    seconds, measured = time_all(cases, rates, args.rounds)
+    times, measured = time_all(cases, rates, args.rounds)
     at_best = {unit: statistics.median(values) for unit, values in measured.items()}
-    rows = [row_of(case, times, at_best) for case, times in zip(cases, seconds, strict=True)]
+    rows = [row_of(case, own, at_best) for case, own in zip(cases, times, strict=True)]
     found = {
         unit: {"median": at_best[unit], "best": max(values), "std": statistics.pstdev(values)}
         for unit, values in measured.items()

@@ -5,7 +5,6 @@ processor is measured. They are timed in short rounds between the rounds of the 
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.targets import Device, load_device
 from agq_tvm.tvm_seam import IRBuilder, T, Target, tirx, tvm
+from benchmarks import seconds
 
 READ_BYTES = 256 << 20
 """Eight times a large last-level cache."""
@@ -127,13 +127,6 @@ class Limit:
     def rate(self) -> float:
         """Time one run: GB/s or GOP/s."""
         return self.work / seconds(self.run) / 1e9
-
-
-def seconds(run: Callable[[], None]) -> float:
-    """Time one call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def from_numpy(array: np.ndarray):

@@ -13,13 +13,12 @@ import multiprocessing
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 from agq_tvm.errors import AgqError
-from benchmarks import tables
+from benchmarks import seconds, tables
 
 PREFILL_TOKENS, DECODE_TOKENS = 512, 64
 STARTING_LIMIT, ROUND_LIMIT = 600, 300
@@ -60,18 +59,22 @@ class Ours:
     def prefill(self) -> float:
         """Time the prompt: tokens per second."""
         self._engine.reset()
-        start = time.perf_counter()
-        self.logits = self._engine.prefill(self._prompt)
-        return PREFILL_TOKENS / (time.perf_counter() - start)
+
+        def work():
+            self.logits = self._engine.prefill(self._prompt)
+
+        return PREFILL_TOKENS / seconds(work)
 
     def decode(self) -> float:
         """Time tokens after a prompt of one: tokens per second."""
         self._engine.reset()
         self._engine.prefill(self._prompt[:1])
-        start = time.perf_counter()
-        for token in self._prompt[:DECODE_TOKENS]:
-            self._engine.decode(token)
-        return DECODE_TOKENS / (time.perf_counter() - start)
+
+        def work():
+            for token in self._prompt[:DECODE_TOKENS]:
+                self._engine.decode(token)
+
+        return DECODE_TOKENS / seconds(work)
 
     def memory(self) -> float:
         """Read memory: GB/s, the median of five."""
@@ -132,18 +135,22 @@ class Torch:
     def _prefill(self, static: bool, mkldnn: bool) -> float:
         with self._torch.inference_mode(), self._using(mkldnn):
             cache = self._cache(static)
-            start = time.perf_counter()
-            self.logits = self._forward(self._prompt, cache)[0, -1].float().numpy()
-            return PREFILL_TOKENS / (time.perf_counter() - start)
+
+            def work():
+                self.logits = self._forward(self._prompt, cache)[0, -1].float().numpy()
+
+            return PREFILL_TOKENS / seconds(work)
 
     def _decode(self, static: bool, mkldnn: bool) -> float:
         with self._torch.inference_mode(), self._using(mkldnn):
             cache = self._cache(static)
             self._forward(self._prompt[:, :1], cache)
-            start = time.perf_counter()
-            for i in range(DECODE_TOKENS):
-                self._forward(self._prompt[:, i : i + 1], cache)
-            return DECODE_TOKENS / (time.perf_counter() - start)
+
+            def work():
+                for i in range(DECODE_TOKENS):
+                    self._forward(self._prompt[:, i : i + 1], cache)
+
+            return DECODE_TOKENS / seconds(work)
 
     def prefill(self) -> float:
         """Time the prompt: tokens per second."""

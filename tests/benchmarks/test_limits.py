@@ -1,12 +1,14 @@
 """The kernels at the limit do the work that they are credited with; how fast is not tested."""
 
+import time
+
 import numpy as np
 import pytest
 
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.targets import load_device
 from agq_tvm.targets.detect import cpu_features, machine, missing_features
-from benchmarks import limits
+from benchmarks import limits, seconds
 
 DEVICES = ("x86-64-avx512vnni", "x86-64-avx2")
 
@@ -76,6 +78,10 @@ def test_limit_counts_its_work():
     device = device_here("x86-64-avx512vnni")
     # 63 activations of 64 bytes by 4 vectors of weights, ten times.
     assert limits.multiply_limit(rounds=10, device=device).work == 2 * 10 * 63 * 4 * 64
+
+
+def test_seconds_does_not_count_waiting():
+    assert seconds(lambda: time.sleep(0.2)) < 0.1
 
 
 def test_measure_gives_median_and_best(monkeypatch):
