@@ -104,14 +104,20 @@ def define(kernel: LinearKernel, layout: Layout):
         ),
         name="dot",
     )
+
+    def widened(values, name):
+        return te.compute(values.shape, lambda *at: T.Cast("float32", values(*at)), name=name)
+
+    scales = widened(ws, "scales")
+    offsets = widened(wo, "offsets") if kernel.offsets else None
     # Adds `center` times the sum of activations: stored codes back to q (offsets), or to q - zero (symmetric).
     center = layout.zero - (0 if kernel.offsets else ZERO[kernel.bits])
 
     def term(t, m, v, j, g):
         total = dot[t, g, m, v, j] if center == 0 else dot[t, g, m, v, j] + xsum[m, g] * center
-        y = T.Cast("float32", total) * T.Cast("float32", ws[t, g, v, j])
+        y = T.Cast("float32", total) * scales[t, g, v, j]
         if kernel.offsets:
-            y = y + T.Cast("float32", xsum[m, g]) * T.Cast("float32", wo[t, g, v, j])
+            y = y + T.Cast("float32", xsum[m, g]) * offsets[t, g, v, j]
         return y * sx[m, g] if kernel.per_group else y
 
     g = te.reduce_axis((0, G), "g")
@@ -160,10 +166,7 @@ def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
     _vector_tile(sch, r, v, j)
     # dot: one register tile at a time.
     sch.compute_at(dot, m, preserve_unit_loops=True)
-    if packed:
-        sch.compute_inline(sch.get_sblock("unpack"))
-    elif kernel.bits == 4:
-        _unpack_at(sch, g)
+    _place_conversions(sch, kernel, g)
     *_, r, v, j, kb, s, h, i = sch.get_loops(dot)
     sch.reorder(kb, r, v, j, s, h, i)
     name = intrinsic(isa, kernel.bits, packed, rows)
@@ -185,14 +188,21 @@ def _vector_tile(sch: Schedule, r, v, j) -> None:
     sch.vectorize(j)
 
 
-def _unpack_at(sch: Schedule, g) -> None:
-    """Unpack the codes of one group of a tile, a vector of bytes at a time."""
-    unpack = sch.get_sblock("unpack")
-    sch.compute_at(unpack, g, preserve_unit_loops=True)
-    *_, h, v, j, i = sch.get_loops(unpack)
-    sch.vectorize(sch.fuse(j, i))
-    sch.unroll(v)
-    sch.unroll(h)
+def _place_conversions(sch: Schedule, kernel: LinearKernel, g) -> None:
+    """Unpack codes and widen scales once for each group of a tile, or where they are used if there is one row."""
+    names = ["unpack"] if kernel.bits == 4 else []
+    names += ["scales", "offsets"] if kernel.offsets else ["scales"]
+    for name in names:
+        block = sch.get_sblock(name)
+        if kernel.rows == 1:
+            sch.compute_inline(block)
+            continue
+        sch.compute_at(block, g, preserve_unit_loops=True)
+        loops = sch.get_loops(block)
+        lanes = sch.fuse(*loops[-2:]) if name == "unpack" else loops[-1]
+        sch.vectorize(lanes)
+        for loop in loops[-4:-2] if name == "unpack" else loops[-2:-1]:
+            sch.unroll(loop)
 
 
 def build(kernel: LinearKernel, isa: InstructionSet):

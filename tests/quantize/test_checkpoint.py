@@ -14,12 +14,6 @@ Q = "model.layers.0.self_attn.q_proj"
 K = "model.layers.0.self_attn.k_proj"
 
 
-@pytest.fixture
-def static(checkpoint_of):
-    """A checkpoint of tiny size with every kind of tensor but biases."""
-    return checkpoint_of(activation="static", config={"tie_word_embeddings": False})
-
-
 def change_tensors(path, change) -> None:
     tensors = load_file(path / "model.safetensors")
     change(tensors)
@@ -45,9 +39,9 @@ def read_everything(path) -> None:
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_reads_back_what_was_quantized(tmp_path, checkpoint_of, group_size, symmetric):
-    checkpoint = read_checkpoint(checkpoint_of(group_size=group_size, symmetric=symmetric))
-    source = open_source(tmp_path / "source")
+def test_reads_back_what_was_quantized(quantized, group_size, symmetric):
+    checkpoint = read_checkpoint(quantized(group_size=group_size, symmetric=symmetric))
+    source = open_source(checkpoint.path.parent / "source")
     assert checkpoint.config == source.config
     assert checkpoint.scheme == Scheme("rtn", group_size, symmetric, "per-token-group")
     for name, (rows, columns) in linear_shapes(source.config).items():

@@ -18,7 +18,7 @@ AVX512VNNI = InstructionSet(
     name="avx512vnni",
     layout_4bit=Layout(bits=4, vectors=4, lanes=16, depth=4, zero=0),
     layout_8bit=Layout(bits=8, vectors=4, lanes=16, depth=4, zero=0),
-    rows=4,
+    rows=2,
     multiply_4bit=Multiply("vpdpbusd", vpdpbusd),
     multiply_8bit=Multiply("vpdpbusd", vpdpbusd),
 )
