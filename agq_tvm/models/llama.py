@@ -48,9 +48,7 @@ def describe(config: Mapping) -> DecoderConfig:
         )
     head_dim = _size(config, "head_dim", hidden // heads)
     if heads % kv_heads:
-        raise AgqError(
-            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-        )
+        raise AgqError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
         raise AgqError(f"config.json: head_dim {head_dim} is odd, rotary positions need an even one")
     vocab = _size(config, "vocab_size")
@@ -143,9 +141,7 @@ def _inverse_frequencies(settings: dict, head_dim: int) -> tuple[float, ...]:
         return tuple(f / factor for f in plain)
     if kind == "llama3":
         return tuple(_llama3(f, settings) for f in plain)
-    raise AgqError(
-        f"config.json: rope type {kind!r} is not supported, only 'default', 'linear' and 'llama3' are"
-    )
+    raise AgqError(f"config.json: rope type {kind!r} is not supported, only 'default', 'linear' and 'llama3' are")
 
 
 def _llama3(frequency: float, settings: dict) -> float:

@@ -185,9 +185,7 @@ class ReferenceModel:
         if activation not in ACTIVATIONS:
             raise AgqError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
         if activation == "static" and checkpoint.scheme.activation != "static":
-            raise AgqError(
-                f"{checkpoint.path} has no static activation scales: quantize with static activations"
-            )
+            raise AgqError(f"{checkpoint.path} has no static activation scales: quantize with static activations")
 
         def load_layer(layer: int) -> Layer:
             linears = {}
@@ -251,9 +249,7 @@ class ReferenceModel:
 
     def _check_tokens(self, tokens: list[int]) -> None:
         if not 0 < len(tokens) <= self.config.context_length:
-            raise AgqError(
-                f"{len(tokens)} tokens do not fit the model: give 1 to {self.config.context_length}"
-            )
+            raise AgqError(f"{len(tokens)} tokens do not fit the model: give 1 to {self.config.context_length}")
         if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
             raise AgqError(f"there are tokens outside the model's vocabulary of {self.config.vocab_size}")
 

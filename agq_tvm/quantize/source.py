@@ -138,8 +138,7 @@ def open_source(model: str | os.PathLike) -> Source:
     if _HUB_ID.fullmatch(name):
         return HuggingFaceSource(_download(name), label=name)
     raise AgqError(
-        f"there is no model {name}: give a directory, a .gguf file, a hub id (owner/name) or one of "
-        f"{', '.join(KNOWN)}"
+        f"there is no model {name}: give a directory, a .gguf file, a hub id (owner/name) or one of {', '.join(KNOWN)}"
     )
 
 
@@ -147,9 +146,7 @@ def _download(hub_id: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise AgqError(
-            f"fetching {hub_id} needs the Hugging Face client: pip install 'agq-tvm[quantize]'"
-        ) from error
+        raise AgqError(f"fetching {hub_id} needs the Hugging Face client: pip install 'agq-tvm[quantize]'") from error
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)))
     except Exception as error:  # The hub client raises those of its HTTP library too, which changes.
@@ -178,9 +175,7 @@ class HuggingFaceSource(Source):
         for name, file in self._files.items():
             part = file.get_slice(name)
             if part.get_dtype() not in _FLOATS:
-                raise AgqError(
-                    f"{label}: {name} is {part.get_dtype()}, only {', '.join(_FLOATS)} are supported"
-                )
+                raise AgqError(f"{label}: {name} is {part.get_dtype()}, only {', '.join(_FLOATS)} are supported")
             found[name] = tuple(part.get_shape())
         check_shapes(label, self.config, found)
 

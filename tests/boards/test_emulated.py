@@ -162,9 +162,10 @@ def board_port(boards, key: str) -> int:
 )
 def test_rubbish_does_not_hurt_a_board(boards, rubbish):
     with socket.create_connection(("127.0.0.1", board_port(boards, "raspberry-pi-4")), timeout=30) as client:
-        client.sendall(rubbish)
-        client.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(ConnectionResetError):
+        # The server may hang up before we are done.
+        with contextlib.suppress(OSError):
+            client.sendall(rubbish)
+            client.shutdown(socket.SHUT_WR)
             assert client.recv(100) in (b"", struct.pack("<i", 0xFF271 + 2))
     with boards.session("raspberry-pi-4") as session:
         assert session.listdir("") == ""
