@@ -16,9 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     start = actions.add_parser("start", help="start an emulated board (and a tracker, if there is none)")
     start.add_argument("device", metavar="DEVICE", help="for example raspberry-pi-4")
-    start.add_argument(
-        "--tracker", metavar="HOST:PORT", help="register there (default: a tracker of our own)"
-    )
+    start.add_argument("--tracker", metavar="HOST:PORT", help="register there (default: a tracker of our own)")
     start.add_argument("--key", help="what to register as (default: the device's name)")
     start.set_defaults(run=start_command)
 
@@ -65,28 +63,16 @@ def list_command(arguments: argparse.Namespace) -> int:
     from agq_tvm.boards import emulate
 
     running = emulate.list_boards()
-    registered = {
-        process.name: process.kind == "tracker" or emulate.is_registered(process) for process in running
-    }
+    registered = {process.name: process.kind == "tracker" or emulate.is_registered(process) for process in running}
     if arguments.json:
-        print(
-            json.dumps(
-                [asdict(process) | {"registered": registered[process.name]} for process in running], indent=1
-            )
-        )
+        print(json.dumps([asdict(process) | {"registered": registered[process.name]} for process in running], indent=1))
         return 0
     if not running:
         print("no emulated board runs: start one with `agq boards emulate start raspberry-pi-4`")
         return 0
     rows = [("NAME", "DEVICE", "TRACKER", "KEY", "PROCESS", "STATE")]
     for process in running:
-        state = (
-            "runs"
-            if process.kind == "tracker"
-            else "registered"
-            if registered[process.name]
-            else "not registered"
-        )
+        state = "runs" if process.kind == "tracker" else "registered" if registered[process.name] else "not registered"
         row = (
             process.name,
             process.device or "-",
@@ -117,9 +103,7 @@ def server_command(arguments: argparse.Namespace) -> int:
 
     device = load_device(arguments.device)
     copy_server(device, arguments.output)
-    print(
-        f"{arguments.output}: the board server for {device.machine}; copy the folder to the board, run there"
-    )
+    print(f"{arguments.output}: the board server for {device.machine}; copy the folder to the board, run there")
     print(f"  ./{SERVER} --key {device.name} --tracker HOST:PORT")
     print("It listens on 127.0.0.1 unless --host says otherwise: whoever reaches its port owns the board.")
     return 0

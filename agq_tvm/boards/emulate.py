@@ -37,9 +37,7 @@ def find_emulator() -> str:
         If it or the Arm C library is not installed.
     """
     emulator = shutil.which(_EMULATOR)
-    missing = [
-        str(_SYSROOT / "lib" / name) for name in _SYSROOT_FILES if not (_SYSROOT / "lib" / name).exists()
-    ]
+    missing = [str(_SYSROOT / "lib" / name) for name in _SYSROOT_FILES if not (_SYSROOT / "lib" / name).exists()]
     if emulator is None:
         missing.insert(0, _EMULATOR)
     if missing:
@@ -178,9 +176,7 @@ def _wait(process: Process, child: subprocess.Popen, ready: Callable[[], bool]) 
     deadline = time.monotonic() + _START_LIMIT
     while not ready():
         if child.poll() is not None:
-            raise AgqError(
-                f"{process.name} ended as it started: {processes.last_line(process.log)} ({process.log})"
-            )
+            raise AgqError(f"{process.name} ended as it started: {processes.last_line(process.log)} ({process.log})")
         if time.monotonic() > deadline:
             raise AgqError(f"{process.name} is not ready after {_START_LIMIT:.0f} s: see {process.log}")
         time.sleep(0.05)

@@ -59,9 +59,7 @@ def state_directory() -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise AgqError(
-            f"cannot write {path} ({error.strerror}): set XDG_STATE_HOME to a writable folder"
-        ) from error
+        raise AgqError(f"cannot write {path} ({error.strerror}): set XDG_STATE_HOME to a writable folder") from error
     return path
 
 

@@ -86,9 +86,7 @@ def _download(folder: Path, versions: dict[str, str], device: Device) -> None:
             timeout=_TIME_LIMIT,
         )
     except subprocess.TimeoutExpired:
-        raise AgqError(
-            f"the download of TVM's runtime took over {_TIME_LIMIT / 60:.0f} minutes: try again"
-        ) from None
+        raise AgqError(f"the download of TVM's runtime took over {_TIME_LIMIT / 60:.0f} minutes: try again") from None
     if result.returncode:
         lines = result.stdout.decode(errors="replace").strip().splitlines() or ["pip said nothing"]
         raise AgqError(f"cannot download TVM's runtime for {device.machine} with pip: {lines[-1].strip()}")
@@ -97,9 +95,7 @@ def _download(folder: Path, versions: dict[str, str], device: Device) -> None:
 def _wheel(folder: Path, name: str, version: str, device: Device) -> Path:
     """Return the one wheel of a distribution, by its exact name, version and architecture."""
     start = re.escape(f"{name.replace('-', '_')}-{version}-")
-    found = [
-        path for path in folder.iterdir() if re.fullmatch(rf"{start}[\w.-]+_{device.machine}\.whl", path.name)
-    ]
+    found = [path for path in folder.iterdir() if re.fullmatch(rf"{start}[\w.-]+_{device.machine}\.whl", path.name)]
     if len(found) != 1:
         names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise AgqError(f"pip did not bring one {name} {version} for {device.machine}: it brought {names}")

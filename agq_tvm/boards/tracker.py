@@ -56,9 +56,7 @@ def tracker_summary(host: str, port: int, timeout: float = 5.0) -> dict[str, dic
     try:
         answer = _ask(host, port, [TrackerCode.SUMMARY], timeout)
     except TimeoutError:
-        raise AgqError(
-            f"no tracker answers at {host}:{port} within {timeout:g} s: correct --tracker"
-        ) from None
+        raise AgqError(f"no tracker answers at {host}:{port} within {timeout:g} s: correct --tracker") from None
     try:
         code, summary = answer
         if code != TrackerCode.SUCCESS:
@@ -157,9 +155,7 @@ def _ask(host: str, port: int, request: list, timeout: float) -> object:
         raise
     except OSError as error:
         reason = error.strerror or error
-        raise AgqError(
-            f"no tracker answers at {host}:{port} ({reason}): start one, or correct --tracker"
-        ) from error
+        raise AgqError(f"no tracker answers at {host}:{port} ({reason}): start one, or correct --tracker") from error
 
 
 def _read_answer(connection: socket.socket) -> object:

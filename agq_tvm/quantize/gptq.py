@@ -6,7 +6,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.quantize.checkpoint import QuantizedLinear, group_count
 from agq_tvm.quantize.weights import assemble, choose_grid, encode
 
-DAMPING = 0.01
+DAMPING = 0.05
 _BLOCK = 128  # a multiple of every group size
 
 
@@ -55,7 +55,7 @@ def gptq(weight: np.ndarray, hessian: np.ndarray, group_size: int, symmetric: bo
 def inverse_factor(hessian: np.ndarray) -> np.ndarray:
     """Return U, upper triangular float32 [K, K] with ``Uᵀ U = (H + damping)⁻¹``.
 
-    An input that was always zero counts as one that is independent of all others. Damping starts at 1 % of
+    An input that was always zero counts as one that is independent of all others. Damping starts at 5 % of
     the mean diagonal and grows tenfold, twice, if rounding left the matrix indefinite.
 
     Raises

@@ -19,6 +19,8 @@ from agq_tvm.quantize.gptq import gptq
 from agq_tvm.quantize.reference import stacked_weights
 from agq_tvm.quantize.source import Source
 
+_SMALLEST_SQUARE = 1e-30
+
 
 class _Windows:
     """The hidden states of windows of one length, advanced by one linear at a time."""
@@ -79,7 +81,7 @@ def _quantize_linear(
 ) -> tuple[QuantizedLinear, ...]:
     hessian = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
     for x in inputs:
-        hessian += x.T @ x
+        hessian += (x * token_weights(x)).T @ x
     weights = [source.tensor(f"{prefix}{part}.weight") for part in linear.parts]
     try:
         stacked = gptq(np.concatenate(weights), hessian.numpy(), scheme.group_size, scheme.symmetric)
@@ -88,6 +90,23 @@ def _quantize_linear(
     if not np.isfinite(stacked.scales).all():
         raise AgqError(f"{prefix}{linear.parts[0]}: GPTQ left float16's range: use rtn")
     return _split(stacked, linear.rows)
+
+
+def token_weights(x: Tensor) -> Tensor:
+    """Return what each token counts in a Hessian: the inverse of its mean square, so that all count alike.
+
+    The first token of a window can be thousands of times larger than the others (a sink of attention). Counted
+    by its size it drowns them, and their errors are left to chance; left out, its own error ruins the model.
+
+    Parameters
+    ----------
+    x : float32 tensor [T, K]
+
+    Returns
+    -------
+    float32 tensor [T, 1]
+    """
+    return 1 / x.square().mean(-1, keepdim=True).clamp_min(_SMALLEST_SQUARE)
 
 
 def _split(stacked: QuantizedLinear, rows: tuple[int, ...]) -> tuple[QuantizedLinear, ...]:

@@ -77,9 +77,7 @@ def best_device(machine: str, features: Iterable[str]) -> str:
     from agq_tvm.targets.device import load_device
 
     if machine not in _CANDIDATES:
-        raise AgqError(
-            f"this machine's architecture {machine!r} is not supported: only {', '.join(_CANDIDATES)}"
-        )
+        raise AgqError(f"this machine's architecture {machine!r} is not supported: only {', '.join(_CANDIDATES)}")
     features = frozenset(features)
     for name in _CANDIDATES[machine]:
         if not missing_features(load_device(name), features, machine):

@@ -129,9 +129,7 @@ def load_device(name: str | os.PathLike) -> Device:
     if path.suffix != ".toml":
         if str(name) not in device_names():
             names = ", ".join(device_names())
-            raise AgqError(
-                f"unknown device {str(name)!r}: choose host, {names}, or give a path to a .toml file"
-            )
+            raise AgqError(f"unknown device {str(name)!r}: choose host, {names}, or give a path to a .toml file")
         path = DEVICES / f"{name}.toml"
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -168,9 +166,7 @@ class _Checker:
         triple = self.choice(values, "triple", known.TRIPLES)
         machine = known.TRIPLES[triple]
         device = Device(
-            name=self.pattern(
-                values, "name", r"[a-z0-9][a-z0-9-]{0,63}", "lower-case letters, digits and dashes"
-            ),
+            name=self.pattern(values, "name", r"[a-z0-9][a-z0-9-]{0,63}", "lower-case letters, digits and dashes"),
             description=self.text(values, "description"),
             triple=triple,
             cpu=self.choice(values, "cpu", known.CPUS[machine]),
@@ -180,16 +176,12 @@ class _Checker:
             clusters=self.clusters(values["clusters"], machine),
             memory_gib=self.memory(values["memory_gib"]),
             glibc=self.pattern(values, "glibc", r"2\.[0-9]{1,2}", 'a version such as "2.28"'),
-            emulator=self.choice(values, "emulator", known.EMULATORS[machine])
-            if "emulator" in values
-            else None,
+            emulator=self.choice(values, "emulator", known.EMULATORS[machine]) if "emulator" in values else None,
         )
         missing = known.INSTRUCTION_SET_NEEDS[device.instruction_set] - set(device.required_features)
         if missing:
             needed = ", ".join(sorted(missing))
-            raise self.error(
-                "required_features", f"must name {needed} for instruction_set {device.instruction_set}"
-            )
+            raise self.error("required_features", f"must name {needed} for instruction_set {device.instruction_set}")
         if not device.threads:
             raise self.error("clusters", "must have at least one with big = true")
         return device
@@ -219,9 +211,7 @@ class _Checker:
     def choice(self, values: dict, key: str, choices) -> str:
         value = self.text(values, key)
         if value not in choices:
-            raise self.error(
-                key, f"cannot be {value!r}: it may be {', '.join(sorted(choices)) or 'left out'}"
-            )
+            raise self.error(key, f"cannot be {value!r}: it may be {', '.join(sorted(choices)) or 'left out'}")
         return value
 
     def names(self, values: dict, key: str, choices: frozenset) -> tuple[str, ...]:

@@ -31,9 +31,7 @@ def cache_directory(name: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise AgqError(
-            f"cannot write {path} ({error.strerror}): set XDG_CACHE_HOME to a writable folder"
-        ) from error
+        raise AgqError(f"cannot write {path} ({error.strerror}): set XDG_CACHE_HOME to a writable folder") from error
     if not os.access(path, os.W_OK):
         raise AgqError(f"cannot write {path}: set XDG_CACHE_HOME to a writable folder")
     return path
@@ -127,9 +125,7 @@ class Exporter:
     device: Device
     output_format: ClassVar[str] = "so"
 
-    def __call__(
-        self, file_name: str, files: Sequence[str], options: Sequence[str] | None = None, **_
-    ) -> None:
+    def __call__(self, file_name: str, files: Sequence[str], options: Sequence[str] | None = None, **_) -> None:
         link_shared(file_name, files, self.device, options or ())
 
 

@@ -43,9 +43,7 @@ def test_start_list_stop(own_state, capsys):
     table = capsys.readouterr().out
     assert "second" not in table
     assert table.splitlines()[2].split()[-1] == "registered"
-    with pytest.raises(
-        AgqError, match="no emulated board 'second' runs here; running: tracker, raspberry-pi-4"
-    ):
+    with pytest.raises(AgqError, match="no emulated board 'second' runs here; running: tracker, raspberry-pi-4"):
         agq("emulate", "stop", "second")
     assert agq("emulate", "stop", "all") == 0
     assert emulate.list_boards() == []

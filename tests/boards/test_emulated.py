@@ -132,9 +132,7 @@ def test_parameters_and_caches_stay_on_the_board(boards, tmp_path):
         caches = call("vm.builtin.param_array_from_cache")("cache", 2)
         params = call("vm.builtin.param_array_from_cache")("param", 2)
         vm = tvm.relax.VirtualMachine(session.load_module("model.so"), session.cpu(0))
-        x, position = (
-            tvm.runtime.empty(*form, session.cpu(0)) for form in (((4,), "float32"), ((1,), "int32"))
-        )
+        x, position = (tvm.runtime.empty(*form, session.cpu(0)) for form in (((4,), "float32"), ((1,), "int32")))
         expected = np.zeros(4, "float32")
         for step in range(3):
             value = np.arange(4, dtype="float32") + step

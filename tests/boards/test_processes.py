@@ -48,9 +48,7 @@ def test_process_with_a_reused_number_is_not_touched(sleeper):
 
 
 def test_process_that_ignores_the_request_is_ended_by_force(tmp_path):
-    code = (
-        "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
-    )
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
     log = tmp_path / "log"
     child, started = processes.launch([sys.executable, "-c", code], log)
     process = Process("stubborn", "board", "d", "k", "127.0.0.1:1", child.pid, started, str(log))

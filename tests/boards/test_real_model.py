@@ -25,9 +25,7 @@ TEXT = (
 
 @pytest.fixture(scope="session")
 def real_checkpoint(tmp_path_factory):
-    return once(
-        tmp_path_factory, "smollm2-checkpoint", lambda path: quantize("smollm2-135m-instruct", path)
-    )
+    return once(tmp_path_factory, "smollm2-checkpoint", lambda path: quantize("smollm2-135m-instruct", path))
 
 
 @pytest.fixture(scope="session")

@@ -46,9 +46,7 @@ def test_runtime_is_downloaded_once_with_exact_versions(monkeypatch):
     )
     assert runtime_files.runtime_folder(DEVICE) == folder
     (command,) = commands
-    assert command[-2:] == [
-        f"{name}=={version}" for name, version in runtime_files.runtime_versions().items()
-    ]
+    assert command[-2:] == [f"{name}=={version}" for name, version in runtime_files.runtime_versions().items()]
     assert "manylinux_2_28_aarch64" in command
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, "board-runtime.lock"]
 

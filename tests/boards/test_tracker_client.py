@@ -84,9 +84,7 @@ def test_summary_of_a_tracker(server):
         connect(f"127.0.0.1:{port}", "gone")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "host", "host:", ":9190", "host:0", "host:65536", "host:-1", "host:x", "host:²"]
-)
+@pytest.mark.parametrize("text", ["", "host", "host:", ":9190", "host:0", "host:65536", "host:-1", "host:x", "host:²"])
 def test_wrong_addresses(text):
     with pytest.raises(AgqError, match="HOST:PORT"):
         parse_tracker(text)

@@ -28,9 +28,7 @@ def test_features_of_an_arm_machine():
 
 
 def test_only_features_of_every_core_count():
-    text = (
-        "processor : 0\nflags\t\t: sse avx2 avx512f\nvmx flags : vnmi\n\nprocessor : 1\nflags\t\t: sse avx2\n"
-    )
+    text = "processor : 0\nflags\t\t: sse avx2 avx512f\nvmx flags : vnmi\n\nprocessor : 1\nflags\t\t: sse avx2\n"
     assert detect.parse_cpuinfo(text) == {"sse", "avx2"}
 
 
@@ -68,9 +66,7 @@ def test_missing_features():
     assert detect.missing_features(device, VNNI, "x86_64") == ["aarch64"]
 
 
-@pytest.mark.parametrize(
-    ("system", "name"), [("AMD64", "x86_64"), ("arm64", "aarch64"), ("riscv64", "riscv64")]
-)
+@pytest.mark.parametrize(("system", "name"), [("AMD64", "x86_64"), ("arm64", "aarch64"), ("riscv64", "riscv64")])
 def test_machine_has_linux_names(monkeypatch, system, name):
     monkeypatch.setattr("platform.machine", lambda: system)
     assert detect.machine() == name
