@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from agq_tvm.errors import AgqError
-from agq_tvm.quantize.gptq import gptq, inverse_factor
+from agq_tvm.quantize.gptq import DAMPING, gptq, inverse_factor
 from agq_tvm.quantize.weights import dequantize, rtn, unpack
 
 
@@ -40,7 +40,7 @@ def test_agrees_with_solving_for_the_rest_after_every_column():
     x = rng.standard_normal((200, 40)) @ rng.standard_normal((40, 40))
     hessian = x.T @ x
     ours = gptq(weight, hessian, 64, False)
-    damped = hessian + 0.01 * np.diag(hessian).mean() * np.eye(40)
+    damped = hessian + DAMPING * np.diag(hessian).mean() * np.eye(40)
     scale, offset = ours.scales.astype("float64"), ours.offsets.astype("float64")
     free = weight.astype("float64")
     for k in range(40):
@@ -69,7 +69,7 @@ def test_the_factor_inverts_even_a_singular_hessian():
     x = np.ones((3, 50))
     factor = inverse_factor(x.T @ x).astype("float64")
     assert np.allclose(np.tril(factor, -1), 0)
-    damped = x.T @ x + 0.01 * 3 * np.eye(50)
+    damped = x.T @ x + DAMPING * 3 * np.eye(50)
     np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(50), atol=1e-3)
 
 
