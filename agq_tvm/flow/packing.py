@@ -1,7 +1,5 @@
 """From a checkpoint's tensors to the packed parameters that compiled kernels read."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from agq_tvm.kernels.intrin.base import InstructionSet
@@ -128,6 +126,3 @@ class Packer:
         _, layer, role = owner.split(".")
         parts = next(linear.parts for linear in config.linears if linear.name == role)
         return pack_linear(self.checkpoint.fused(int(layer), parts), self.isa.layout_4bit, self.offsets)
-
-
-PackedArrays = Callable[[str], np.ndarray]

@@ -1,6 +1,6 @@
 """Reading rows: the embedding of tokens from the packed 8-bit table, and the last valid row of a chunk."""
 
-from agq_tvm.kernels.emit import store_vector, task_loop
+from agq_tvm.kernels.emit import task_loop
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.kernels.linear import ZERO
 from agq_tvm.tvm_seam import IRBuilder, T
@@ -56,6 +56,3 @@ def build_last_row(rows: int, hidden: int):
 def _copy_row(x, lengths, out, hidden: int) -> None:
     with T.serial(hidden) as k:
         T.buffer_store(out, x[lengths[1] - 1, k], [0, k])
-
-
-__all__ = ["build_embedding", "build_last_row", "store_vector"]

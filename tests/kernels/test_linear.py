@@ -29,23 +29,15 @@ def native(isa: str):
     return INSTRUCTION_SETS[isa]
 
 
+@pytest.mark.parametrize("form", ["tensorized", "plain"])
 @pytest.mark.parametrize("kernel", FORMS, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("isa", NATIVE)
-def test_tensorized_kernel_is_exact_in_integers(isa, kernel):
+def test_exact_in_integers(isa, kernel, form):
     isa = native(isa)
-    function = compiled(linear.build(kernel, isa), isa.name)
-    cases = {"random": random_operands(kernel, 1), **corner_operands(kernel)}
-    for name, operands in cases.items():
-        operands = operands.integer_form()
-        np.testing.assert_array_equal(operands.run(function, isa), operands.expected(), err_msg=name)
-
-
-@pytest.mark.parametrize("kernel", FORMS, ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize("isa", NATIVE)
-def test_plain_tir_is_exact_in_integers(isa, kernel):
-    isa = native(isa)
-    function = compiled(linear.define(kernel, isa.layout(kernel.bits)), isa.name)
-    for name, operands in {"random": random_operands(kernel, 2), **corner_operands(kernel)}.items():
+    plain = form == "plain"
+    func = linear.define(kernel, isa.layout(kernel.bits)) if plain else linear.build(kernel, isa)
+    function = compiled(func, isa.name)
+    for name, operands in {"random": random_operands(kernel, 1), **corner_operands(kernel)}.items():
         operands = operands.integer_form()
         np.testing.assert_array_equal(operands.run(function, isa), operands.expected(), err_msg=name)
 
