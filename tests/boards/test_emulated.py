@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import select
 import socket
 import struct
 import time
@@ -113,6 +114,21 @@ def test_session_ends_at_its_time_limit(boards):
         assert "Your 0.5s session has expired" in message(work)
     with boards.session("raspberry-pi-4") as session:
         assert session.listdir("") == ""
+
+
+def test_end_is_told_even_while_the_client_is_sending(boards):
+    answer = tracker._ask(*tracker.parse_tracker(boards.tracker), [4, "raspberry-pi-4", "", 1], 30)
+    host, port, match_key = answer[1]
+    key = f"client:{match_key} -timeout=0.5".encode()
+    with socket.create_connection((host, port), timeout=30) as client:
+        client.sendall(struct.pack("<ii", 0xFF271, len(key)) + key)
+        client.sendall(struct.pack("<Q", 1 << 30))  # a packet that never ends
+        end, later = time.monotonic() + 30, 100
+        while later and time.monotonic() < end:
+            client.sendall(bytes(64))
+            later -= bool(select.select([client], [], [], 0.001)[0])
+        received = b"".join(iter(lambda: client.recv(4096), b""))
+    assert b"Your 0.5s session has expired" in received
 
 
 def test_parameters_and_caches_stay_on_the_board(boards, tmp_path):

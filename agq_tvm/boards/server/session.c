@@ -87,6 +87,19 @@ static int wait_for(pid_t child, double time_limit, int signals, int *status) {
   }
 }
 
+/* Reads what the client still sends, for a second at most: closing a socket that holds unread bytes resets
+ * the connection, and the client may lose the text that was just sent to it. */
+static void drain(int connection) {
+  char unread[4096];
+  double end = now() + 1;
+  shutdown(connection, SHUT_WR);
+  for (double left = 1; left > 0; left = end - now()) {
+    struct pollfd event = {.fd = connection, .events = POLLIN};
+    if (poll(&event, 1, (int)(left * 1000) + 1) <= 0) return;
+    if (read(connection, unread, sizeof unread) <= 0) return;
+  }
+}
+
 /* Tells the client why its session is over; its pending call fails with this text. */
 static void tell_end(int connection, int how, int status, double time_limit) {
   char text[200] = "";
@@ -104,6 +117,7 @@ static void tell_end(int connection, int how, int status, double time_limit) {
   printf("%s\n", text);
   set_time_limit(connection, 5);
   call_runtime("rpc.ReturnException", connection, text);
+  drain(connection);
 }
 
 int session_run(int connection, double time_limit, int signals) {
