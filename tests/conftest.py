@@ -14,6 +14,19 @@ from tests.tiny import write_tiny_llama
 _PATIENCE = 300
 
 
+def pytest_addoption(parser):
+    """Let slow tests run on models that one has."""
+    parser.addoption("--models", metavar="DIR", help="directory of trained Hugging Face models, for -m slow")
+
+
+def pytest_generate_tests(metafunc):
+    """Call tests that ask for a `trained` model with every one that there is."""
+    if "trained" in metafunc.fixturenames:
+        folder = metafunc.config.getoption("models")
+        found = sorted(config.parent for config in Path(folder).glob("*/config.json")) if folder else []
+        metafunc.parametrize("trained", found, ids=lambda path: path.name)
+
+
 def once(tmp_path_factory, name: str, make) -> Path:
     """Call ``make(path)`` in the first process that asks, wait for it in the others, and return the path."""
     base = tmp_path_factory.getbasetemp()

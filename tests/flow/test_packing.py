@@ -1,5 +1,7 @@
 """Packed parameters hold exactly what the checkpoint says."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -54,3 +56,17 @@ def test_static_zero_point_becomes_bias():
     bias = packed["bias"].reshape(-1)[:20]
     np.testing.assert_allclose(bias, 0.03 * 7 * weights.sum(1), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(packed["act"], np.array([0.03, -7], "float32"))
+
+
+def test_a_bias_is_packed_with_or_without_static_activations():
+    isa = INSTRUCTION_SETS["generic"]
+    own = np.random.default_rng(1).standard_normal(20).astype("float32")
+    static = random_linear(20, 70, 32, "float16", static=True)
+    constant = pack_linear((static,), isa.layout_4bit, "float16")["bias"].reshape(-1)[:20]
+    both = pack_linear((replace(static, bias=own),), isa.layout_4bit, "float16")["bias"].reshape(-1)[:20]
+    np.testing.assert_allclose(both, own + constant, rtol=1e-5, atol=1e-6)
+    plain = random_linear(20, 70, 32, "float16")
+    assert "bias" not in pack_linear((plain,), isa.layout_4bit, "float16")
+    packed = pack_linear((replace(plain, bias=own),), isa.layout_4bit, "float16")
+    np.testing.assert_array_equal(packed["bias"].reshape(-1)[:20], own)
+    assert "act" not in packed

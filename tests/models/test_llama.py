@@ -84,3 +84,54 @@ def test_rotary_frequencies_are_those_of_transformers(scaling):
 def test_refuses_in_one_sentence(overrides, words):
     with pytest.raises(AgqError, match=words):
         describe(tiny_config(**overrides))
+
+
+def test_relatives_have_their_own_biases():
+    biases = {
+        "llama": [False] * 4,
+        "mistral": [False] * 4,
+        "qwen2": [True, False, False, False],
+    }
+    for family, expected in biases.items():
+        assert [linear.bias for linear in describe(tiny_config(family)).linears] == expected
+    config = describe(tiny_config(attention_bias=True))
+    assert [linear.bias for linear in config.linears] == [True, True, False, False]
+    config = describe(tiny_config(mlp_bias=True))
+    assert [linear.bias for linear in config.linears] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "context"),
+    [
+        ("mistral", {"sliding_window": None}, 256),
+        ("mistral", {"sliding_window": 100}, 100),
+        ("mistral", {"sliding_window": 1000}, 256),
+        ("mistral", {"max_position_embeddings": 32768}, 4096),  # what transformers takes for granted
+        ("qwen2", {"sliding_window": 100}, 256),
+        ("qwen2", {"sliding_window": 100, "use_sliding_window": True}, 100),
+    ],
+)
+def test_a_sliding_window_limits_the_context(family, overrides, context):
+    assert describe(tiny_config(family, **overrides)).context_length == context
+
+
+@pytest.mark.parametrize(("family", "heads"), [("llama", 32), ("mistral", 8), ("qwen2", 32)])
+def test_families_differ_in_the_kv_heads_they_take_for_granted(family, heads):
+    config = tiny_config(family, num_attention_heads=32, hidden_size=128, head_dim=4)
+    assert describe(config | {"num_key_value_heads": None}).num_kv_heads == 32
+    del config["num_key_value_heads"]
+    assert describe(config).num_kv_heads == heads
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "words"),
+    [
+        ("mistral", {"sliding_window": 0}, "sliding_window"),
+        ("mistral", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window"),
+        ("qwen2", {"hidden_size": None}, "has no hidden_size: it does not describe a model of the family Qwen2"),
+    ],
+)
+def test_relatives_refuse_in_one_sentence(family, overrides, words):
+    with pytest.raises(AgqError, match=words):
+        describe(tiny_config(family, **overrides))

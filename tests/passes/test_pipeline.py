@@ -9,7 +9,7 @@ from agq_tvm.models.registry import describe
 from agq_tvm.models.relax_decoder import build_decoder, function_names
 from agq_tvm.passes import pipeline
 from agq_tvm.passes.quantize_linears import LinearFormat
-from agq_tvm.tvm_seam import relax
+from agq_tvm.tvm_seam import relax, tvm
 from tests.kernels.operands import target_of
 from tests.tiny import tiny_config
 
@@ -81,3 +81,47 @@ def test_all_functions_take_the_same_parameters(dumped):
     ]
     types = {str(func.params[-1].ty) for _, func in lowered.functions_items() if isinstance(func, relax.Function)}
     assert len(types) == 1
+
+
+@pytest.fixture(scope="module")
+def fused():
+    """Return ``make(family, **overrides)``: the Relax function `decode` after all fusions."""
+
+    def make(family: str, **overrides) -> str:
+        module = build_decoder(describe(tiny_config(family, **overrides)), 64, 16)
+        isa = INSTRUCTION_SETS["generic"]
+        for name, passes in pipeline.phases(LinearFormat(4, 64, "per-token-group", None), isa):
+            with target_of("generic"):
+                module = tvm.transform.Sequential(passes)(module)
+            if name == "lower_norms":
+                return relax_part(module.script(show_meta=False), "decode")
+
+    return make
+
+
+ONE_LAYER = {"num_hidden_layers": 1}
+SHARED = {"apply_residual_connection_post_layernorm": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "counts", "activation"),
+    [  # how many norms are fused, how many stay, and how many quantizations have nothing before them
+        ("opt", ONE_LAYER, [3, 0, 1], "relu"),
+        ("opt", ONE_LAYER | {"activation_function": "gelu"}, [3, 0, 1], "gelu"),
+        ("opt", ONE_LAYER | {"do_layer_norm_before": False}, [1, 1, 3], "relu"),
+        ("bloom", {"n_layer": 1}, [3, 1, 1], "gelu_tanh"),
+        ("bloom", {"n_layer": 1} | SHARED, [1, 3, 3], "gelu_tanh"),
+    ],
+)
+def test_norms_are_fused_unless_a_residual_needs_them(fused, family, overrides, counts, activation):
+    decode = fused(family, **overrides)
+    assert "R.nn." not in decode
+    patterns = ("layer_norm_quantize_", "layer_norm_m", "quantize_per", f"{activation}_quantize_")
+    assert [len(re.findall(rf"call_tir\((?:cls\.)?{pattern}", decode)) for pattern in patterns] == [*counts, 1]
+
+
+def test_biases_are_added_by_the_linears(fused):
+    decode = fused("qwen2", **ONE_LAYER)
+    assert len(re.findall(r"call_tir\((?:cls\.)?linear_w4a8g64_group_sym_bias_", decode)) == 1
+    assert len(re.findall(r"call_tir\((?:cls\.)?linear_w4a8g64_group_sym_m1", decode)) == 3
+    assert decode.count("R.add(") == 2  # the two residuals

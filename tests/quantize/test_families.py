@@ -1,4 +1,4 @@
-"""The float forward of every family and variant against transformers."""
+"""Every family and variant in float against transformers, and through GPTQ."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,13 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from agq_tvm.errors import AgqError
+from agq_tvm.flow.quantize import Calibration, quantize
+from agq_tvm.quantize.calibration import encode_text
+from agq_tvm.quantize.checkpoint import bias_shapes, read_checkpoint
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.source import open_source
+from agq_tvm.quantize.texts import load_text
 from tests.tiny import write_tiny_model
 
 TOKENS = np.random.default_rng(0).integers(3, 259, 70).tolist()
@@ -67,3 +72,39 @@ def test_files_of_the_bare_decoder_are_read(tmp_path, family):
     prefix = open_source(path).config.base_prefix
     save_file({name.removeprefix(prefix): value for name, value in tensors.items()}, path / "model.safetensors")
     np.testing.assert_array_equal(ReferenceModel.from_source(open_source(path)).logits(TOKENS), expected)
+
+
+@pytest.mark.parametrize(
+    "variant", ["llama with all biases", "opt like opt-350m", "opt with plain norms", "bloom with 3 heads"]
+)
+def test_gptq_walks_through_every_family(tmp_path, variant):
+    family, overrides = VARIANTS[variant]
+    source = open_source(write_tiny_model(tmp_path / "m", family, 7, **overrides))
+    tokens = encode_text(tmp_path / "m" / "tokenizer.json", load_text("persuasion")[0])[:200]
+    exact, error = ReferenceModel.from_source(source).logits(tokens), {}
+    for method in ("gptq", "rtn"):
+        calibration = Calibration(samples=16, length=64)
+        quantize(tmp_path / "m", tmp_path / method, method, 64, activation="none", calibration=calibration)
+        checkpoint = read_checkpoint(tmp_path / method)
+        error[method] = np.square(ReferenceModel.from_checkpoint(checkpoint).logits(tokens) - exact).sum()
+        for name in bias_shapes(source.config):
+            np.testing.assert_array_equal(checkpoint.linear(name.removesuffix(".bias")).bias, source.tensor(name))
+    assert error["gptq"] < 0.8 * error["rtn"]
+
+
+def test_a_bias_that_is_missing_is_refused(tmp_path):
+    path = write_tiny_model(tmp_path / "m", "opt")
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.decoder.layers.1.fc1.bias"]
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(AgqError, match=r"no tensor model\.decoder\.layers\.1\.fc1\.bias"):
+        open_source(path)
+
+
+def test_a_bias_that_the_config_does_not_know_is_refused(tmp_path):
+    path = write_tiny_model(tmp_path / "m", "qwen2")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.bias"] = np.zeros(96, "float32")
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(AgqError, match=r"o_proj\.bias that its config does not account for"):
+        open_source(path)
