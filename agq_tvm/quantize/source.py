@@ -17,13 +17,14 @@ from agq_tvm.models.registry import describe
 from agq_tvm.quantize.checkpoint import (
     QuantizedLinear,
     QuantizedTable,
+    Scheme,
     linear_shapes,
     quantization_config,
     table_shapes,
     vector_names,
 )
 from agq_tvm.quantize.known import KNOWN, fetch_known
-from agq_tvm.quantize.weights import checked
+from agq_tvm.quantize.weights import checked, rtn
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FLOATS = ("F32", "F16", "BF16")
@@ -258,3 +259,10 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise AgqError(f"cannot read {path}: {error}") from error
+
+
+def quantize_matrix(source: Source, name: str, scheme: Scheme) -> QuantizedLinear:
+    """Quantize one matrix by a method that needs no calibration: ``"keep"`` or ``"rtn"``."""
+    if scheme.method == "keep":
+        return source.kept_linear(name)
+    return rtn(source.tensor(f"{name}.weight"), scheme.group_size, scheme.symmetric)
