@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ from agq_tvm.quantize.checkpoint import (
     vector_shapes,
     write_checkpoint,
 )
-from agq_tvm.quantize.source import Source, open_source
-from agq_tvm.quantize.weights import dequantize, quantize_table, rtn
+from agq_tvm.quantize.source import Source, open_source, quantize_matrix
+from agq_tvm.quantize.weights import dequantize, quantize_table
 
 KEPT_GROUP = 32
 
@@ -96,8 +96,6 @@ def quantize(
         linears = _linears(source, scheme, windows)
         tables = {name: _table(source, name) for name in table_shapes(source.config)}
         vectors = {name: source.tensor(name) for name in vector_shapes(source.config)}
-        if scheme.activation == "static":
-            linears = _with_static_activations(source, linears, windows)
         error = _relative_error(source, linears)
         write_checkpoint(directory, source.raw_config, scheme, linears, tables, vectors)
         size = (directory / "model.safetensors").stat().st_size
@@ -142,32 +140,16 @@ def _windows(directory: Path, calibration: Calibration, scheme: Scheme, source: 
 
 
 def _linears(source: Source, scheme: Scheme, windows: list[list[int]] | None) -> dict[str, QuantizedLinear]:
-    if scheme.method == "gptq":
+    if windows is not None:
         from agq_tvm.quantize.streaming import quantize_layers
 
         return quantize_layers(source, scheme, windows)
     names = progress(linear_shapes(source.config), "quantizing")
-    if scheme.method == "keep":
-        return {name: source.kept_linear(name) for name in names}
-    rounded = {name: rtn(source.tensor(f"{name}.weight"), scheme.group_size, scheme.symmetric) for name in names}
-    return {name: replace(linear, bias=source.bias(name)) for name, linear in rounded.items()}
+    return {name: quantize_matrix(source, name, scheme) for name in names}
 
 
 def _table(source: Source, name: str) -> QuantizedTable:
     return source.kept_table(name) or quantize_table(source.tensor(f"{name}.weight"))
-
-
-def _with_static_activations(
-    source: Source,
-    linears: dict[str, QuantizedLinear],
-    windows: list[list[int]],
-) -> dict[str, QuantizedLinear]:
-    from agq_tvm.quantize.streaming import static_ranges
-
-    ranges = static_ranges(source, linears, windows)
-    return {
-        name: replace(linear, act_scale=ranges[name][0], act_zero=ranges[name][1]) for name, linear in linears.items()
-    }
 
 
 def _relative_error(source: Source, linears: dict[str, QuantizedLinear]) -> float:

@@ -1,5 +1,7 @@
 """Eight-bit activation codes, -127..127 in every mode, in torch."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -62,3 +64,53 @@ def to_groups(x: Tensor, group_size: int) -> Tensor:
     """Reshape [T, K] to [T, G, group_size], the last group padded with zeros."""
     missing = -x.shape[1] % group_size
     return torch.nn.functional.pad(x, (0, missing)).unflatten(1, (-1, group_size))
+
+
+@dataclass(frozen=True)
+class ActivationQuantizer:
+    """How the input of a linear becomes codes.
+
+    Attributes
+    ----------
+    mode : str
+        ``"per-token"``, ``"per-token-group"``, ``"static"`` or ``"none"`` (left as it is).
+    group_size : int
+        Channels of a group.
+    static : pair of float and int, optional
+        Scale and zero point, for ``"static"``.
+    """
+
+    mode: str
+    group_size: int
+    static: tuple[float, int] | None = None
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize rows of activations; not for ``"none"``.
+
+        Parameters
+        ----------
+        x : float32 tensor [T, K]
+
+        Returns
+        -------
+        codes : float32 tensor [T, K]
+            Integers in -127..127.
+        scales : float32 tensor [T, G] for groups, else [T, 1]
+        """
+        if self.mode == "per-token":
+            return dynamic_codes(x)
+        if self.mode == "per-token-group":
+            return grouped_codes(x, self.group_size)
+        scale, zero = self.static
+        return static_codes(x, scale, zero), torch.full((len(x), 1), scale)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return what the codes of x [T, K] stand for, float32 [T, K]."""
+        if self.mode == "none":
+            return x
+        codes, scales = self.codes(x)
+        if self.mode == "static":
+            return (codes - self.static[1]) * scales
+        if self.mode == "per-token-group":
+            scales = scales.repeat_interleave(self.group_size, 1)[:, : x.shape[1]]
+        return codes * scales

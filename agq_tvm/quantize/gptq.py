@@ -10,10 +10,15 @@ DAMPING = 0.05
 _BLOCK = 128  # a multiple of every group size
 
 
-def gptq(weight: np.ndarray, hessian: np.ndarray, group_size: int, symmetric: bool) -> QuantizedLinear:
+def gptq(
+    weight: np.ndarray, hessian: np.ndarray, group_size: int, symmetric: bool, drift: np.ndarray | None = None
+) -> QuantizedLinear:
     """Quantize a matrix so that its outputs on the calibration inputs change little.
 
-    The grid of a group is chosen when its first column is reached, for the weights as updated by then.
+    The grid of a group is chosen when its first column is reached, for the weights as updated by then. The
+    inputs x come out of layers that are quantized already, and so differ from those of the float model: given
+    `drift`, the weights are first fitted to give the float model's outputs (asymmetric calibration, as in GPTAQ
+    by Li et al., 2025).
 
     Parameters
     ----------
@@ -22,6 +27,8 @@ def gptq(weight: np.ndarray, hessian: np.ndarray, group_size: int, symmetric: bo
         Sum of ``xᵀ x`` over the calibration inputs x [T, K]; any factor in front of it is the same.
     group_size : int
     symmetric : bool
+    drift : float array [K, K], optional
+        Sum of ``(x_float - x)ᵀ x``, with the same factor in front as the Hessian.
 
     Raises
     ------
@@ -30,9 +37,10 @@ def gptq(weight: np.ndarray, hessian: np.ndarray, group_size: int, symmetric: bo
     """
     rows, columns = weight.shape
     weight = weight.astype("float32")  # a copy, updated below
-    unused = np.diag(hessian) == 0
-    weight[:, unused] = 0
     factor = inverse_factor(hessian)
+    if drift is not None:
+        weight += weight @ drift.astype("float32") @ factor.T @ factor
+    weight[:, np.diag(hessian) == 0] = 0
     codes = np.empty((rows, columns), "uint8")
     scales = np.empty((rows, group_count(columns, group_size)), "float32")
     offsets = np.empty_like(scales)

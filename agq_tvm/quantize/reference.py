@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import DecoderConfig
-from agq_tvm.quantize.activations import dynamic_codes, grouped_codes, static_codes, to_groups
+from agq_tvm.quantize.activations import ActivationQuantizer, grouped_codes, to_groups
 from agq_tvm.quantize.checkpoint import ACTIVATIONS, TABLE_GROUP, Checkpoint, QuantizedLinear
 from agq_tvm.quantize.forward import (
     Entry,
@@ -72,20 +72,12 @@ class QuantizedOperator:
 
     def __init__(self, parts: tuple[QuantizedLinear, ...], activation: str) -> None:
         self._parts = parts
-        self._activation = activation
-        self._group_size = parts[0].group_size
         self._float = stacked_weights(parts)
-        if activation == "static":
-            self._scale, self._zero = float(parts[0].act_scale[0]), int(parts[0].act_zero[0])
+        self._quantizer = activation_quantizer(parts, activation)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply float32 [T, K] to float32 [T, N]."""
-        codes, scales = self._codes(x)
-        if self._activation == "static":
-            return self._float((codes - self._zero) * scales)
-        if self._activation == "per-token-group":
-            scales = scales.repeat_interleave(self._group_size, 1)[:, : x.shape[1]]
-        return self._float(codes * scales)
+        return self._float(self._quantizer.rounded(x))
 
     def exact(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Multiply float32 [T, K] as the contract says.
@@ -99,20 +91,14 @@ class QuantizedOperator:
         sums : int32 tensor [T, G, N]
             ``sum over the group of activation code * weight code``.
         """
-        codes, scales = self._codes(x)
+        codes, scales = self._quantizer.codes(x)
+        group_size = self._quantizer.group_size
         q, s, o = self._grid()
-        grouped = to_groups(codes, self._group_size).transpose(0, 1)  # [G, T, g]
-        sums = grouped @ to_groups(q, self._group_size).permute(1, 2, 0)  # exact: integers below 2^24
+        grouped = to_groups(codes, group_size).transpose(0, 1)  # [G, T, g]
+        sums = grouped @ to_groups(q, group_size).permute(1, 2, 0)  # exact: integers below 2^24
         per_group = s.T[:, None] * sums + o.T[:, None] * grouped.sum(-1, keepdim=True)  # [G, T, N]
         y = (scales.T[..., None] * per_group).sum(0) + self._constant(q, s, o)
         return y, codes.to(torch.int8), scales, sums.transpose(0, 1).to(torch.int32)
-
-    def _codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self._activation == "per-token":
-            return dynamic_codes(x)
-        if self._activation == "per-token-group":
-            return grouped_codes(x, self._group_size)
-        return static_codes(x, self._scale, self._zero), torch.full((len(x), 1), self._scale)
 
     def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes [N, K], scales [N, G] and offsets [N, G] in float32."""
@@ -123,11 +109,12 @@ class QuantizedOperator:
 
     def _constant(self, q: Tensor, s: Tensor, o: Tensor) -> Tensor | float:
         constant = 0.0 if self._float.bias is None else self._float.bias
-        if self._activation != "static":
+        if self._quantizer.static is None:
             return constant
-        counts = to_groups(torch.ones(1, q.shape[1]), self._group_size).sum(-1)
-        weights = (s * to_groups(q, self._group_size).sum(-1) + o * counts).sum(-1)
-        return constant - self._scale * self._zero * weights
+        (scale, zero), group_size = self._quantizer.static, self._quantizer.group_size
+        counts = to_groups(torch.ones(1, q.shape[1]), group_size).sum(-1)
+        weights = (s * to_groups(q, group_size).sum(-1) + o * counts).sum(-1)
+        return constant - scale * zero * weights
 
 
 class TableOperator:
@@ -245,11 +232,9 @@ class ReferenceModel:
 
         def load_layer(layer: int) -> Layer:
             prefix = config.layer_prefix.format(layer=layer)
-            linears = {}
-            for linear in config.linears:
-                names = [prefix + part for part in linear.parts]
-                bias = torch.cat([torch.from_numpy(source.bias(name)) for name in names]) if linear.bias else None
-                linears[linear.name] = FloatLinear(torch.cat([_weight(source, name) for name in names]), bias)
+            linears = {
+                linear.name: float_linear(source, [prefix + part for part in linear.parts]) for linear in config.linears
+            }
             return Layer(read_norms(config, layer, source.tensor), linears)
 
         entry, exit = _ends(config, partial(_weight, source), FloatLinear, source.tensor)
@@ -304,8 +289,23 @@ def _ends(
     return entry, Exit(norm, project, operator(head))
 
 
+def float_linear(source: Source, names: list[str]) -> FloatLinear:
+    """Return the modules `names`, which share an input, stacked along N, as the model has them."""
+    weight = torch.cat([_weight(source, name) for name in names])
+    biases = [source.bias(name) for name in names]
+    return FloatLinear(weight, None if biases[0] is None else torch.from_numpy(np.concatenate(biases)))
+
+
 def _weight(source: Source, name: str) -> Tensor:
     return torch.from_numpy(source.tensor(f"{name}.weight"))
+
+
+def activation_quantizer(parts: tuple[QuantizedLinear, ...], activation: str) -> ActivationQuantizer:
+    """Return the quantizer of the input that some linears share."""
+    static = None
+    if activation == "static":
+        static = float(parts[0].act_scale[0]), int(parts[0].act_zero[0])
+    return ActivationQuantizer(activation, parts[0].group_size, static)
 
 
 def stacked_weights(parts: tuple[QuantizedLinear, ...]) -> FloatLinear:

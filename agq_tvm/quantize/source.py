@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16 by this import, and safetensors needs it)
@@ -17,6 +18,7 @@ from agq_tvm.models.registry import describe
 from agq_tvm.quantize.checkpoint import (
     QuantizedLinear,
     QuantizedTable,
+    Scheme,
     bias_shapes,
     linear_shapes,
     quantization_config,
@@ -24,7 +26,7 @@ from agq_tvm.quantize.checkpoint import (
     vector_shapes,
 )
 from agq_tvm.quantize.known import KNOWN, fetch_known
-from agq_tvm.quantize.weights import checked
+from agq_tvm.quantize.weights import checked, rtn
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FLOATS = ("F32", "F16", "BF16")
@@ -292,3 +294,11 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise AgqError(f"cannot read {path}: {error}") from error
+
+
+def quantize_matrix(source: Source, name: str, scheme: Scheme) -> QuantizedLinear:
+    """Quantize one matrix by a method that needs no calibration: ``"keep"`` or ``"rtn"``."""
+    if scheme.method == "keep":
+        return source.kept_linear(name)
+    rounded = rtn(source.tensor(f"{name}.weight"), scheme.group_size, scheme.symmetric)
+    return replace(rounded, bias=source.bias(name))

@@ -1,9 +1,10 @@
 """Calibration that walks through a model layer by layer, every window in step with the others.
 
-Memory is that of the windows' hidden states, one layer's weights in float and one Hessian.
+Memory is that of the windows' hidden states (for GPTQ, in the float model too), one layer's weights in float and
+two matrices of a linear's inner dimension squared.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +14,12 @@ from torch import Tensor
 from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import Linear
 from agq_tvm.progress import progress
-from agq_tvm.quantize.activations import static_range
+from agq_tvm.quantize.activations import ActivationQuantizer, static_range
 from agq_tvm.quantize.checkpoint import QuantizedLinear, Scheme
 from agq_tvm.quantize.forward import LayerSteps, Norms, attention_positions, layer_steps, read_norms
 from agq_tvm.quantize.gptq import gptq
-from agq_tvm.quantize.reference import float_entry, stacked_weights
-from agq_tvm.quantize.source import Source
+from agq_tvm.quantize.reference import float_entry, float_linear, stacked_weights
+from agq_tvm.quantize.source import Source, quantize_matrix
 
 _SMALLEST_SQUARE = 1e-30
 
@@ -52,9 +53,10 @@ class _Windows:
 
 @torch.inference_mode()
 def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) -> dict[str, QuantizedLinear]:
-    """Quantize every linear by GPTQ, on inputs that come out of the already quantized ones before it.
+    """Quantize every linear, on inputs that come out of the already quantized ones before it.
 
-    Linears that share an input share its Hessian. Activations stay float.
+    Inputs are rounded as the scheme rounds activations. GPTQ fits each linear to what the float model gives;
+    linears that share an input share its Hessian.
 
     Parameters
     ----------
@@ -62,36 +64,68 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
     scheme : Scheme
     windows : list of lists of int
         Calibration tokens.
+
+    Returns
+    -------
+    dict
+        By the name of the matrix; with static activations, scale and zero point are set.
     """
     config = source.config
     states = _Windows(source, windows)
+    exact = _Windows(source, windows) if scheme.method == "gptq" else None
     quantized: dict[str, QuantizedLinear] = {}
-    for layer in progress(range(config.num_layers), "GPTQ", unit="layer"):
+    for layer in progress(range(config.num_layers), "calibrating", unit="layer"):
         prefix = config.layer_prefix.format(layer=layer)
-        inputs = states.enter_layer(read_norms(config, layer, source.tensor))
+        norms = read_norms(config, layer, source.tensor)
+        inputs = states.enter_layer(norms)
+        wanted = exact.enter_layer(norms) if exact else inputs
         for linear in config.linears:
-            parts = _quantize_linear(source, prefix, linear, inputs, scheme)
-            quantized |= zip((prefix + part for part in linear.parts), parts, strict=True)
+            names = [prefix + part for part in linear.parts]
+            quantizer = _quantizer(inputs, scheme)
+            inputs = [quantizer.rounded(x) for x in inputs]
+            if exact:
+                float_operator = float_linear(source, names)
+                parts = _by_gptq(source, names, linear, inputs, wanted, scheme)
+                wanted = exact.advance(float_operator(x) for x in wanted)
+            else:
+                parts = tuple(quantize_matrix(source, name, scheme) for name in names)
+            if quantizer.static:
+                parts = tuple(_with_static(part, *quantizer.static) for part in parts)
+            quantized |= zip(names, parts, strict=True)
             operator = stacked_weights(parts)
             inputs = states.advance(operator(x) for x in inputs)
     return quantized
 
 
-def _quantize_linear(
-    source: Source, prefix: str, linear: Linear, inputs: list[Tensor], scheme: Scheme
+def _quantizer(inputs: list[Tensor], scheme: Scheme) -> ActivationQuantizer:
+    static = None
+    if scheme.activation == "static":
+        static = static_range(min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs))
+    return ActivationQuantizer(scheme.activation, scheme.group_size, static)
+
+
+def _with_static(linear: QuantizedLinear, scale: float, zero: int) -> QuantizedLinear:
+    return replace(linear, act_scale=np.array([scale], "float32"), act_zero=np.array([zero], "int32"))
+
+
+def _by_gptq(
+    source: Source, names: list[str], linear: Linear, inputs: list[Tensor], wanted: list[Tensor], scheme: Scheme
 ) -> tuple[QuantizedLinear, ...]:
     hessian = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
-    for x in inputs:
-        hessian += (x * token_weights(x)).T @ x
-    weights = [source.tensor(f"{prefix}{part}.weight") for part in linear.parts]
+    drift = torch.zeros_like(hessian)
+    for x, x_float in zip(inputs, wanted, strict=True):
+        weighted = x * token_weights(x)
+        hessian += weighted.T @ x
+        drift += (x_float - x).T @ weighted
+    weight = np.concatenate([source.tensor(f"{name}.weight") for name in names])
     try:
-        stacked = gptq(np.concatenate(weights), hessian.numpy(), scheme.group_size, scheme.symmetric)
+        stacked = gptq(weight, hessian.numpy(), scheme.group_size, scheme.symmetric, drift.numpy())
     except AgqError as error:
-        raise AgqError(f"{prefix}{linear.parts[0]}: {error}") from error
+        raise AgqError(f"{names[0]}: {error}") from error
     if not np.isfinite(stacked.scales).all():
-        raise AgqError(f"{prefix}{linear.parts[0]}: GPTQ left float16's range: use rtn")
-    parts = zip(linear.parts, _split(stacked, linear.rows), strict=True)
-    return tuple(replace(part, bias=source.bias(prefix + name)) for name, part in parts)
+        raise AgqError(f"{names[0]}: GPTQ left float16's range: use rtn")
+    parts = _split(stacked, linear.rows)
+    return tuple(replace(part, bias=source.bias(name)) for part, name in zip(parts, names, strict=True))
 
 
 def token_weights(x: Tensor) -> Tensor:
@@ -123,41 +157,3 @@ def _split(stacked: QuantizedLinear, rows: tuple[int, ...]) -> tuple[QuantizedLi
         )
         for count, end in zip(rows, ends, strict=True)
     )
-
-
-@torch.inference_mode()
-def static_ranges(
-    source: Source,
-    linears: Mapping[str, QuantizedLinear],
-    windows: list[list[int]],
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Find scale and zero point of every linear's input, from its smallest and largest calibration value.
-
-    Parameters
-    ----------
-    source : Source
-        Embedding and norms are its own.
-    linears : mapping of QuantizedLinear
-        Run with float activations.
-    windows : list of lists of int
-
-    Returns
-    -------
-    dict
-        By the name of the linear: scale float32 [1] and zero point int32 [1]; linears that share an input
-        share them.
-    """
-    config = source.config
-    states = _Windows(source, windows)
-    ranges = {}
-    for layer in progress(range(config.num_layers), "calibrating", unit="layer"):
-        prefix = config.layer_prefix.format(layer=layer)
-        inputs = states.enter_layer(read_norms(config, layer, source.tensor))
-        for linear in config.linears:
-            names = [prefix + part for part in linear.parts]
-            low, high = min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs)
-            scale, zero = static_range(low, high)
-            ranges |= dict.fromkeys(names, (np.array([scale], "float32"), np.array([zero], "int32")))
-            operator = stacked_weights(tuple(linears[name] for name in names))
-            inputs = states.advance(operator(x) for x in inputs)
-    return ranges

@@ -51,6 +51,27 @@ def test_agrees_with_solving_for_the_rest_after_every_column():
         free[:, rest] += np.outer(error, np.linalg.solve(damped[rest, rest], damped[rest, k]))
 
 
+def test_drifted_inputs_are_made_up_for():
+    """Inputs that layers before have changed: fitted weights come nearer to the outputs of the true inputs."""
+    rng = np.random.default_rng(5)
+    x_float = correlated(rng, 512, 128) + 0.3 * rng.standard_normal((512, 128)).astype("float32")
+    x = (0.9 * x_float + 0.2 * rng.standard_normal((512, 128)) @ rng.standard_normal((128, 128))).astype("float32")
+    weight = rng.standard_normal((24, 128)).astype("float32")
+    wanted = x_float @ weight.T
+
+    def error(linear) -> float:
+        return float(np.square(x @ dequantize(linear).T - wanted).sum())
+
+    fitted = gptq(weight, x.T @ x, 64, False, (x_float - x).T @ x)
+    assert error(fitted) < 0.7 * error(gptq(weight, x.T @ x, 64, False))
+    # The same as plain GPTQ on the damped least-squares fit.
+    hessian = (x.T @ x).astype("float64")
+    damped = hessian + DAMPING * np.diag(hessian).mean() * np.eye(128)
+    fit = weight + weight @ (x_float - x).T @ x @ np.linalg.inv(damped)
+    by_hand = gptq(fit.astype("float32"), hessian, 64, False)
+    assert (dequantize(fitted) == dequantize(by_hand)).mean() > 0.9
+
+
 def test_an_input_that_is_never_used_does_no_harm():
     rng = np.random.default_rng(3)
     x = rng.standard_normal((100, 64)).astype("float32")

@@ -3,13 +3,13 @@ import pytest
 import torch
 
 from agq_tvm.errors import AgqError
-from agq_tvm.quantize.activations import static_range
+from agq_tvm.quantize.activations import ActivationQuantizer, static_range
 from agq_tvm.quantize.checkpoint import Scheme, linear_shapes, read_checkpoint
 from agq_tvm.quantize.forward import attention_positions, layer_steps, read_norms, run_layer
 from agq_tvm.quantize.gptq import gptq
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.source import open_source
-from agq_tvm.quantize.streaming import quantize_layers, static_ranges, token_weights
+from agq_tvm.quantize.streaming import quantize_layers, token_weights
 from agq_tvm.quantize.weights import dequantize, quantize_table, rtn
 
 WINDOWS = [np.random.default_rng(i).integers(3, 259, 64).tolist() for i in range(24)]
@@ -26,8 +26,8 @@ def by_gptq(source):
     return quantize_layers(source, SCHEME, WINDOWS)
 
 
-def inputs_by_hand(source, linears, stop_layer: int, stop_linear: str) -> list[torch.Tensor]:
-    """Run every window through the quantized layers by itself; return the inputs of one linear."""
+def inputs_by_hand(source, weight_of, stop_layer: int, stop_linear: str) -> list[torch.Tensor]:
+    """Run every window through the layers by itself; return the inputs of one linear."""
     config, found = source.config, []
     embedding = torch.from_numpy(source.tensor("model.embed_tokens.weight"))
     for window in WINDOWS:
@@ -40,8 +40,7 @@ def inputs_by_hand(source, linears, stop_layer: int, stop_linear: str) -> list[t
             def linear(name, x, layer=layer, prefix=prefix, parts=parts):
                 if (layer, name) == (stop_layer, stop_linear):
                     found.append(x)
-                weights = [torch.from_numpy(dequantize(linears[prefix + part])) for part in parts[name]]
-                return x @ torch.cat(weights).T
+                return x @ torch.cat([torch.from_numpy(weight_of(prefix + part)) for part in parts[name]]).T
 
             hidden = run_layer(layer_steps(config, norms, hidden, attention_positions(config, 64), False), linear)
     return found
@@ -49,15 +48,35 @@ def inputs_by_hand(source, linears, stop_layer: int, stop_linear: str) -> list[t
 
 @pytest.mark.parametrize(("layer", "name"), [(0, "qkv"), (0, "down"), (1, "o"), (1, "gate_up")])
 def test_every_linear_is_gptq_on_what_comes_out_of_the_quantized_ones(source, by_gptq, layer, name):
-    inputs = inputs_by_hand(source, by_gptq, layer, name)
-    hessian = sum((x * token_weights(x)).double().T @ x.double() for x in inputs).numpy()
+    inputs = inputs_by_hand(source, lambda part: dequantize(by_gptq[part]), layer, name)
+    wanted = inputs_by_hand(source, lambda part: source.tensor(f"{part}.weight"), layer, name)
+    weighted = [(x * token_weights(x)).double() for x in inputs]
+    hessian = sum(w.T @ x.double() for w, x in zip(weighted, inputs, strict=True)).numpy()
+    drift = sum((y - x).double().T @ w for w, x, y in zip(weighted, inputs, wanted, strict=True)).numpy()
+    assert (np.abs(drift).max() > 0) == ((layer, name) != (0, "qkv"))
     linear = next(linear for linear in source.config.linears if linear.name == name)
     names = [f"model.layers.{layer}.{part}" for part in linear.parts]
     for part in names:
-        expected = gptq(source.tensor(f"{part}.weight"), hessian, 64, False)
+        expected = gptq(source.tensor(f"{part}.weight"), hessian, 64, False, drift)
         # Sums in another order can move a code that is on a tie, and with it the rest of its row.
         same = dequantize(by_gptq[part]) == dequantize(expected)
         assert same.mean() > 0.95
+
+
+@pytest.mark.parametrize("activation", ["per-token", "per-token-group"])
+def test_inputs_are_rounded_as_the_scheme_says(source, activation):
+    """With activations of the scheme, the first linear sees the rounded inputs and later ones what follows."""
+    scheme = Scheme("gptq", 64, False, activation)
+    linears = quantize_layers(source, scheme, WINDOWS[:4])
+    quantizer = ActivationQuantizer(activation, 64)
+    found = inputs_by_hand(source, lambda part: source.tensor(f"{part}.weight"), 0, "qkv")[:4]
+    rounded = [quantizer.rounded(x) for x in found]
+    weighted = [(x * token_weights(x)).double() for x in rounded]
+    hessian = sum(w.T @ x.double() for w, x in zip(weighted, rounded, strict=True)).numpy()
+    drift = sum((y - x).double().T @ w for w, x, y in zip(weighted, rounded, found, strict=True)).numpy()
+    name = "model.layers.0.self_attn.q_proj"
+    expected = gptq(source.tensor(f"{name}.weight"), hessian, 64, False, drift)
+    assert (dequantize(linears[name]) == dequantize(expected)).mean() > 0.95
 
 
 def test_gptq_predicts_better_than_rounding(source, by_gptq):
@@ -72,6 +91,8 @@ def test_gptq_predicts_better_than_rounding(source, by_gptq):
             def tensor(self, name):
                 linear = linears.get(name.removesuffix(".weight"))
                 return source.tensor(name) if linear is None else dequantize(linear)
+
+            bias = source.bias
 
         return float(np.square(ReferenceModel.from_source(Quantized()).logits(held_out) - exact).sum())
 
@@ -95,16 +116,18 @@ def test_gptq_names_the_linear_that_fails(source, monkeypatch):
         quantize_layers(source, SCHEME, WINDOWS[:1])
 
 
-def test_static_ranges_hold_the_smallest_and_the_largest_input(source, by_gptq):
-    ranges = static_ranges(source, by_gptq, WINDOWS)
-    assert ranges.keys() == by_gptq.keys()
-    for layer, name, part in ((0, "qkv", "self_attn.k_proj"), (1, "down", "mlp.down_proj")):
-        inputs = torch.cat(inputs_by_hand(source, by_gptq, layer, name))
-        scale, zero = static_range(inputs.min().item(), inputs.max().item())
-        found_scale, found_zero = ranges[f"model.layers.{layer}.{part}"]
-        np.testing.assert_allclose(found_scale, [scale], rtol=1e-4)
-        assert abs(found_zero[0] - zero) <= 1
-        assert (found_scale.dtype, found_zero.dtype) == (np.float32, np.int32)
+def test_static_ranges_hold_the_smallest_and_the_largest_input(source):
+    linears = quantize_layers(source, Scheme("rtn", 64, False, "static"), WINDOWS)
+    assert linears.keys() == linear_shapes(source.config).keys()
+    assert linears["model.layers.0.self_attn.k_proj"].act_scale.dtype == np.float32
+    assert linears["model.layers.0.self_attn.k_proj"].act_zero.dtype == np.int32
+    inputs = inputs_by_hand(source, lambda part: source.tensor(f"{part}.weight"), 0, "qkv")
+    scale, zero = static_range(min(x.min().item() for x in inputs), max(x.max().item() for x in inputs))
+    for part in ("q", "k", "v"):
+        linear = linears[f"model.layers.0.self_attn.{part}_proj"]
+        assert (linear.act_scale[0], linear.act_zero[0]) == (np.float32(scale), zero)
+        expected = rtn(source.tensor(f"model.layers.0.self_attn.{part}_proj.weight"), 64, False)
+        np.testing.assert_array_equal(linear.qweight, expected.qweight)
 
 
 def test_static_calibration_uses_the_kept_embedding(quantized):
