@@ -10,6 +10,8 @@ from torch.nn import functional
 from agq_tvm.models.decoder import DecoderConfig
 
 LayerSteps = Generator[tuple[str, Tensor], Tensor, Tensor]
+# Called with queries [H, T, D] and keys [KV heads, T, D] as attention multiplies them, after their rotation.
+WatchAttention = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,12 @@ def rope_tables(config: DecoderConfig, length: int) -> tuple[Tensor, Tensor]:
 
 
 def layer_steps(
-    config: DecoderConfig, norms: Norms, hidden: Tensor, rope: tuple[Tensor, Tensor], half_cache: bool
+    config: DecoderConfig,
+    norms: Norms,
+    hidden: Tensor,
+    rope: tuple[Tensor, Tensor],
+    half_cache: bool,
+    watch: WatchAttention | None = None,
 ) -> LayerSteps:
     """Run one layer, leaving the linears to the caller.
 
@@ -47,9 +54,11 @@ def layer_steps(
     rope : pair of float32 tensors [T, head_dim]
     half_cache : bool
         Round keys (after their rotation) and values to float16, as a compiled model caches them.
+    watch : callable, optional
+        Shown the queries and keys.
     """
     qkv = yield "qkv", rms_norm(hidden, norms.attention, config.norm_epsilon)
-    hidden = hidden + (yield "o", _attention(config, qkv, rope, half_cache))
+    hidden = hidden + (yield "o", _attention(config, qkv, rope, half_cache, watch))
     gate_up = yield "gate_up", rms_norm(hidden, norms.mlp, config.norm_epsilon)
     gate, up = gate_up.chunk(2, -1)
     return hidden + (yield "down", functional.silu(gate) * up)
@@ -65,13 +74,21 @@ def run_layer(steps: LayerSteps, linear: Callable[[str, Tensor], Tensor]) -> Ten
         return stop.value
 
 
-def _attention(config: DecoderConfig, qkv: Tensor, rope: tuple[Tensor, Tensor], half_cache: bool) -> Tensor:
+def _attention(
+    config: DecoderConfig,
+    qkv: Tensor,
+    rope: tuple[Tensor, Tensor],
+    half_cache: bool,
+    watch: WatchAttention | None,
+) -> Tensor:
     heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
     rows = qkv.view(len(qkv), heads + 2 * kv_heads, width).transpose(0, 1)
     q, k, v = rows.split((heads, kv_heads, kv_heads))
     q, k = _rotate(q, *rope), _rotate(k, *rope)
     if half_cache:
         k, v = k.half().float(), v.half().float()
+    if watch is not None:
+        watch(q, k)
     out = functional.scaled_dot_product_attention(
         q[None], k[None], v[None], is_causal=True, scale=width**-0.5, enable_gqa=True
     )[0]
