@@ -22,7 +22,7 @@ from agq_tvm.targets import load_device
 from agq_tvm.targets.link import exporter
 
 TENSORS = "tensors.json"
-_STEPS = 10  # decoder, the pipeline's phases, code, link
+_STEPS = 11  # decoder, the pipeline's phases, code, link
 _VALUE_LANES = {"avx512vnni": 32}
 
 
@@ -75,6 +75,11 @@ def build_library(request: LibraryRequest) -> list[tuple[str, tuple[int, ...], s
         lines = [line for line in errors.read_text(errors="replace").splitlines() if line.strip()]
         reason = lines[-1].removeprefix("agq: ") if lines else f"exit code {child.returncode}"
         raise AgqError(f"cannot compile {request.checkpoint} for {request.target}: {reason}")
+    return read_tensors(request)
+
+
+def read_tensors(request: LibraryRequest) -> list[tuple[str, tuple[int, ...], str]]:
+    """Read the list of tensors that the child has left."""
     tensors = read_json(Path(request.scratch) / TENSORS, "compiled library")["tensors"]
     return [(name, tuple(shape), dtype) for name, shape, dtype in tensors]
 

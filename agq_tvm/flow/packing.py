@@ -29,7 +29,7 @@ def unpack_codes(linear: QuantizedLinear) -> np.ndarray:
 def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str | None) -> dict[str, np.ndarray]:
     """Pack matrices stacked along N: ``w``, ``ws``, and ``wo``, ``bias``, ``act`` where the form has them.
 
-    A static zero point z becomes part of the bias: -s_x · z · Σ_k w[n, k].
+    A static zero point z becomes part of the bias: b[n] - s_x · z · Σ_k w[n, k].
     """
     first = parts[0]
     codes = np.concatenate([unpack_codes(part) for part in parts])
@@ -41,12 +41,11 @@ def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str
     if offsets:
         values = np.concatenate([_offsets(part) for part in parts])
         packed["wo"] = layout.pack_columns(values.astype(offsets))
+    if first.act_scale is not None or any(part.bias is not None for part in parts):
+        constant = np.concatenate([_constant(part) for part in parts]).astype("float32")
+        packed["bias"] = np.ascontiguousarray(layout.pack_columns(constant[:, None])[:, 0])
     if first.act_scale is not None:
-        scale, zero = float(first.act_scale[0]), int(first.act_zero[0])
-        sums = np.concatenate([_weight_sums(part) for part in parts])
-        bias = (-scale * zero * sums).astype("float32")
-        packed["bias"] = np.ascontiguousarray(layout.pack_columns(bias[:, None])[:, 0])
-        packed["act"] = np.array([scale, zero], "float32")
+        packed["act"] = np.concatenate([first.act_scale, first.act_zero]).astype("float32")
     return packed
 
 
@@ -61,13 +60,21 @@ def pack_codes(codes: np.ndarray, group_size: int, layout: Layout) -> np.ndarray
 
 
 def pack_table(table: QuantizedTable, layout: Layout) -> dict[str, np.ndarray]:
-    """Pack an embedding or lm_head of signed bytes."""
+    """Pack a matrix of signed bytes, such as the embedding."""
     codes = table.qweight.view("uint8") + np.uint8(128)
     return {"w": pack_codes(codes, TABLE_GROUP, layout), "ws": layout.pack_columns(table.scales)}
 
 
 def _offsets(linear: QuantizedLinear) -> np.ndarray:
     return linear.offsets if linear.offsets is not None else linear.scales * np.float16(-8)
+
+
+def _constant(linear: QuantizedLinear) -> np.ndarray:
+    """Return what is added to every row of a linear's result, float64 [N]."""
+    constant = np.zeros(len(linear.qweight)) if linear.bias is None else linear.bias.astype("float64")
+    if linear.act_scale is None:
+        return constant
+    return constant - float(linear.act_scale[0]) * int(linear.act_zero[0]) * _weight_sums(linear)
 
 
 def _weight_sums(linear: QuantizedLinear) -> np.ndarray:
@@ -87,7 +94,7 @@ class Packer:
     checkpoint : Checkpoint
     isa : InstructionSet
     context : int
-        Length of the rotary tables.
+        Positions of the rotary tables and of learned positions.
     offsets : str or None
         `offsets_dtype` of the checkpoint.
     """
@@ -99,28 +106,32 @@ class Packer:
     def array(self, name: str) -> np.ndarray:
         """Return the packed parameter of that name, e.g. ``"layers.3.qkv.w"``."""
         owner, _, part = name.rpartition(".")
+        config = self.checkpoint.config
         if owner == "rope":
-            return dict(zip(("cos", "sin"), self.checkpoint.config.rope_tables(self.context), strict=True))[part]
-        vector = self._vector_name(name)
-        if vector is not None:
-            return self.checkpoint.vector(vector)
+            return dict(zip(("cos", "sin"), config.rope_tables(self.context), strict=True))[part]
+        if name == "alibi.slopes":
+            return config.alibi_slopes()
+        if name == "position_table":
+            table = self.checkpoint.vector(f"{config.position_table}.weight")
+            return table[config.position_offset :][: self.context]
+        if owner.endswith("_norm"):
+            return self._norm(owner)[part]
         if self._last[0] != owner:
             self._last = (owner, self._pack(owner))
         return self._last[1][part]
 
-    def _vector_name(self, name: str) -> str | None:
+    def _norm(self, owner: str) -> dict[str, np.ndarray]:
+        """Return the vectors of a norm, ``"final_norm"`` or e.g. ``"layers.3.input_norm"``, by their part."""
         config = self.checkpoint.config
-        if name == "final_norm":
-            return f"{config.final_norm}.weight"
-        for norm, module in (("input_norm", config.input_norm), ("mlp_norm", config.mlp_norm)):
-            if name.endswith(f".{norm}"):
-                layer = int(name.split(".")[1])
-                return f"{config.layer_prefix.format(layer=layer)}{module}.weight"
-        return None
+        *layer, role = owner.split(".")
+        prefix = config.layer_prefix.format(layer=layer[1]) if layer else ""
+        module = prefix + getattr(config, role)
+        vectors = config.norm.vectors(module, config.hidden_size, self.checkpoint.vector)
+        return dict(zip(config.norm.parts, vectors, strict=True))
 
     def _pack(self, owner: str) -> dict[str, np.ndarray]:
         config = self.checkpoint.config
-        if owner in ("embedding", "head"):
+        if owner in config.tables:
             table = self.checkpoint.table(getattr(config, owner))
             return pack_table(table, self.isa.layout_8bit)
         _, layer, role = owner.split(".")

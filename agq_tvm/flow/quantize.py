@@ -17,7 +17,7 @@ from agq_tvm.quantize.checkpoint import (
     Scheme,
     linear_shapes,
     table_shapes,
-    vector_names,
+    vector_shapes,
     write_checkpoint,
 )
 from agq_tvm.quantize.source import Source, open_source
@@ -95,9 +95,9 @@ def quantize(
         say(f"quantizing {source.label}: {scheme.method}, groups of {scheme.group_size}")
         linears = _linears(source, scheme, windows)
         tables = {name: _table(source, name) for name in table_shapes(source.config)}
-        vectors = {name: source.tensor(name) for name in vector_names(source.config)}
+        vectors = {name: source.tensor(name) for name in vector_shapes(source.config)}
         if scheme.activation == "static":
-            linears = _with_static_activations(source, linears, vectors, windows)
+            linears = _with_static_activations(source, linears, windows)
         error = _relative_error(source, linears)
         write_checkpoint(directory, source.raw_config, scheme, linears, tables, vectors)
         size = (directory / "model.safetensors").stat().st_size
@@ -149,7 +149,8 @@ def _linears(source: Source, scheme: Scheme, windows: list[list[int]] | None) ->
     names = progress(linear_shapes(source.config), "quantizing")
     if scheme.method == "keep":
         return {name: source.kept_linear(name) for name in names}
-    return {name: rtn(source.tensor(f"{name}.weight"), scheme.group_size, scheme.symmetric) for name in names}
+    rounded = {name: rtn(source.tensor(f"{name}.weight"), scheme.group_size, scheme.symmetric) for name in names}
+    return {name: replace(linear, bias=source.bias(name)) for name, linear in rounded.items()}
 
 
 def _table(source: Source, name: str) -> QuantizedTable:
@@ -159,13 +160,11 @@ def _table(source: Source, name: str) -> QuantizedTable:
 def _with_static_activations(
     source: Source,
     linears: dict[str, QuantizedLinear],
-    vectors: dict[str, np.ndarray],
     windows: list[list[int]],
 ) -> dict[str, QuantizedLinear]:
     from agq_tvm.quantize.streaming import static_ranges
 
-    embedding = source.tensor(f"{source.config.embedding}.weight")
-    ranges = static_ranges(source.config, linears, vectors, embedding, windows)
+    ranges = static_ranges(source, linears, windows)
     return {
         name: replace(linear, act_scale=ranges[name][0], act_zero=ranges[name][1]) for name, linear in linears.items()
     }

@@ -5,19 +5,21 @@ q = round half to even of y · (1/s); a row (or group) of zeros has s = 1. Stati
 -127..127.
 """
 
+import math
 from dataclasses import dataclass
 
 from agq_tvm.kernels.emit import (
     LANES,
+    erf,
     exp,
     float32,
-    lane_chunks,
     reduce_lanes,
     store_vector,
     task_loop,
 )
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
+from agq_tvm.kernels.norm import store_moments, store_sum
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
 SMALLEST_MAXIMUM = 127 * 2.0**-126
@@ -31,7 +33,7 @@ class QuantizeKernel:
     Attributes
     ----------
     source : str
-        ``"plain"``, ``"rms_norm"`` or ``"silu_mul"``: what makes y from the inputs.
+        One of `SOURCES`: what makes y from the inputs.
     rows, channels : int
         M and K of the linear that follows.
     group_size : int
@@ -67,9 +69,10 @@ class QuantizeKernel:
         return f"{prefix}quantize_{mode}_g{self.group_size}_m{self.rows}_k{self.channels}"
 
     def input_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the float32 inputs: x and, by source, the norm's gain; static adds (s, z)."""
+        """Shapes of the float32 inputs: x and, by source, the norm's gain and bias; static adds (s, z)."""
         M, K = self.rows, self.channels
-        shapes = {"plain": [(M, K)], "rms_norm": [(M, K), (K,)], "silu_mul": [(M, 2 * K)]}[self.source]
+        vectors = {"rms_norm": 1, "layer_norm": 2}.get(self.source, 0)
+        shapes = [(M, 2 * K if self.source == "silu_mul" else K), *[(K,)] * vectors]
         return [*shapes, (2,)] if self.mode == "static" else shapes
 
     def output_shapes(self, layout: Layout) -> list[tuple[tuple[int, ...], str]]:
@@ -101,7 +104,7 @@ def build(kernel: QuantizeKernel, layout: Layout):
                 scalar = T.sblock_alloc_buffer((2,), "float32")
                 counts = T.sblock_alloc_buffer((LANES,), "int32")
                 total = T.sblock_alloc_buffer((1,), "int32")
-                _SOURCES[kernel.source](kernel, inputs, m, y, partial, scalar)
+                SOURCES[kernel.source](kernel, inputs, m, y, partial, scalar)
                 if padded > K:
                     with T.serial(padded - K) as k:
                         T.buffer_store(y, float32(0), [K + k])
@@ -116,16 +119,17 @@ def _plain(kernel, inputs, m, y, partial, scalar) -> None:
 def _rms_norm(kernel, inputs, m, y, partial, scalar) -> None:
     """y = (x / sqrt(mean x² + ε)) · gain."""
     x, gain = inputs[0], inputs[1]
-    with T.vectorized(LANES) as j:
-        T.buffer_store(partial, float32(0), [j])
-    chunks, lanes = lane_chunks(kernel.channels)
-    with T.serial(chunks) as c, T.vectorized(lanes) as j:
-        value = x[m, c * lanes + j]
-        T.buffer_store(partial, partial[j] + value * value, [j])
-    reduce_lanes(partial, lambda a, b: a + b, scalar)
+    store_sum(partial, scalar, kernel.channels, lambda k: x[m, k] * x[m, k])
     mean = scalar[0] / float32(kernel.channels)
     T.buffer_store(scalar, float32(1) / tirx.sqrt(mean + float32(kernel.epsilon)), [1])
     store_vector(y, kernel.channels, lambda k: x[m, k] * scalar[1] * gain[k])
+
+
+def _layer_norm(kernel, inputs, m, y, partial, scalar) -> None:
+    """y = (x - mean) / sqrt(variance + ε) · gain + bias."""
+    x, gain, bias = inputs[:3]
+    store_moments(x, m, kernel.channels, kernel.epsilon, partial, scalar)
+    store_vector(y, kernel.channels, lambda k: (x[m, k] - scalar[1]) * scalar[0] * gain[k] + bias[k])
 
 
 def _silu_mul(kernel, inputs, m, y, partial, scalar) -> None:
@@ -138,7 +142,41 @@ def _silu_mul(kernel, inputs, m, y, partial, scalar) -> None:
     store_vector(y, kernel.channels, value)
 
 
-_SOURCES = {"plain": _plain, "rms_norm": _rms_norm, "silu_mul": _silu_mul}
+def _relu(kernel, inputs, m, y, partial, scalar) -> None:
+    store_vector(y, kernel.channels, lambda k: tirx.max(inputs[0][m, k], float32(0)))
+
+
+def _gelu(kernel, inputs, m, y, partial, scalar) -> None:
+    """y = x · (1 + erf(x / √2)) / 2."""
+
+    def value(k):
+        x = inputs[0][m, k]
+        return x * float32(0.5) * (float32(1) + erf(x * float32(math.sqrt(0.5))))
+
+    store_vector(y, kernel.channels, value)
+
+
+def _gelu_tanh(kernel, inputs, m, y, partial, scalar) -> None:
+    """y = x · (1 + tanh u) / 2 = x / (1 + e^-2u), u = √(2/π) · (x + 0.044715 x³)."""
+
+    def value(k):
+        x = inputs[0][m, k]
+        twice = float32(2 * math.sqrt(2 / math.pi)) * x * (float32(1) + float32(0.044715) * x * x)
+        return x / (float32(1) + exp(float32(0) - twice))
+
+    store_vector(y, kernel.channels, value)
+
+
+SOURCES = {
+    "plain": _plain,
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "silu_mul": _silu_mul,
+    "relu": _relu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+}
+"""What can be fused with a quantization, by name."""
 
 
 def _quantize_row(kernel, static, m, y, partial, scalar, counts, total, outputs, layout) -> None:

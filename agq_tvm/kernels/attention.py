@@ -1,4 +1,4 @@
-"""Attention over caches that are updated in place, and the rotary step that fills them.
+"""Attention over caches that are updated in place, and the step that fills them, with or without rotation.
 
 Caches: keys float16 [KV, context / 16, head_dim, 16], sixteen positions side by side so that a vector of scores
 needs no sum across lanes; values float16 [KV, context, head_dim]. `lengths` holds two int32: positions cached
@@ -25,6 +25,8 @@ class AttentionKernel:
         M, H, KV, D and the length of the caches (a multiple of 16).
     value_lanes : int
         Channels of the values summed at a time, so that the sums of a tile of rows stay in registers.
+    alibi : bool
+        Whether scores get the slope of their head times the distance of the key from the row, 0 or less.
     """
 
     rows: int
@@ -33,6 +35,7 @@ class AttentionKernel:
     head_dim: int
     context: int
     value_lanes: int = LANES
+    alibi: bool = False
 
     @property
     def shared(self) -> int:
@@ -48,12 +51,17 @@ class AttentionKernel:
     @property
     def name(self) -> str:
         """E.g. ``attention_m128_h9_kv3_d64_c2048``."""
-        return f"attention_{self.suffix}"
+        return f"alibi_attention_{self.suffix}" if self.alibi else f"attention_{self.suffix}"
 
     @property
     def rope_name(self) -> str:
         """E.g. ``rope_append_m128_h9_kv3_d64_c2048``."""
         return f"rope_append_{self.suffix}"
+
+    @property
+    def append_name(self) -> str:
+        """E.g. ``append_m128_h9_kv3_d64_c2048``."""
+        return f"append_{self.suffix}"
 
     @property
     def suffix(self) -> str:
@@ -109,19 +117,55 @@ def build_rope_append(kernel: AttentionKernel):
                     with T.serial(KV) as g:
                         with T.serial(half) as d:
                             for high in (False, True):
-                                key = T.Cast("float16", rotated(H * D + g * D, d, high))
-                                where = [g, place // LANES, d + half * high, place % LANES]
-                                T.buffer_store(keys, key, where)
-                        with T.vectorized(D) as d:
-                            value = T.Cast("float16", qkv[m, (H + KV) * D + g * D + d])
-                            T.buffer_store(values, value, [g, place, d])
+                                _store_key(keys, g, place, d + half * high, rotated(H * D + g * D, d, high))
+                        _store_value(kernel, qkv, m, g, place, values)
     return builder.get()
+
+
+def build_append(kernel: AttentionKernel):
+    """Return the kernel that scales q by 1/sqrt(D) and appends k and v to the caches, without rotation.
+
+    Buffers, in order: qkv float32 [M, (H + 2 KV) D]; lengths int32 [2]; keys and values (updated); q float32
+    [M, H, D] (output).
+    """
+    M, H, KV, D = kernel.rows, kernel.heads, kernel.kv_heads, kernel.head_dim
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(kernel.append_name)
+            T.func_attr({"global_symbol": kernel.append_name, "tirx.noalias": True})
+            qkv = T.arg("qkv", T.buffer((M, (H + 2 * KV) * D), "float32"))
+            lengths = T.arg("lengths", T.buffer((2,), "int32"))
+            keys = T.arg("keys", T.buffer(kernel.key_cache, "float16"))
+            values = T.arg("values", T.buffer(kernel.value_cache, "float16"))
+            q = T.arg("q", T.buffer((M, H, D), "float32"))
+            with task_loop("row", M, [qkv, lengths], [keys, values, q]) as m:
+                with T.serial(H) as h, T.vectorized(D) as d:
+                    T.buffer_store(q, qkv[m, h * D + d] * float32(D**-0.5), [m, h, d])
+                with T.If(m < lengths[1]), T.Then():
+                    place = lengths[0] + m
+                    with T.serial(KV) as g:
+                        with T.serial(D) as d:
+                            _store_key(keys, g, place, d, qkv[m, (H + g) * D + d])
+                        _store_value(kernel, qkv, m, g, place, values)
+    return builder.get()
+
+
+def _store_key(keys, g, place, d, value) -> None:
+    T.buffer_store(keys, T.Cast("float16", value), [g, place // LANES, d, place % LANES])
+
+
+def _store_value(kernel: AttentionKernel, qkv, m, g, place, values) -> None:
+    start = (kernel.heads + kernel.kv_heads) * kernel.head_dim
+    with T.vectorized(kernel.head_dim) as d:
+        value = T.Cast("float16", qkv[m, start + g * kernel.head_dim + d])
+        T.buffer_store(values, value, [g, place, d])
 
 
 def build_attention(kernel: AttentionKernel):
     """Return causal attention of M rows over the caches, softmax in two passes.
 
-    Buffers, in order: q float32 [M, H, D], already scaled; keys, values; lengths int32 [2]; out float32 [M, H D].
+    Buffers, in order: q float32 [M, H, D], already scaled; keys, values; lengths int32 [2]; slopes float32 [H] if
+    `kernel.alibi`; out float32 [M, H D].
     A task is one KV head and a few rows with all query heads that share it, so a key or value is loaded and
     converted once for them.
     """
@@ -136,21 +180,22 @@ def build_attention(kernel: AttentionKernel):
             keys = T.arg("keys", T.buffer(kernel.key_cache, "float16"))
             values = T.arg("values", T.buffer(kernel.value_cache, "float16"))
             lengths = T.arg("lengths", T.buffer((2,), "int32"))
+            slopes = [T.arg("slopes", T.buffer((H,), "float32"))] if kernel.alibi else []
             out = T.arg("out", T.buffer((M, H * D), "float32"))
-            with task_loop("tile", kernel.kv_heads * tiles, [q, keys, values, lengths], [out]) as task:
+            with task_loop("tile", kernel.kv_heads * tiles, [q, keys, values, lengths, *slopes], [out]) as task:
                 scores = T.sblock_alloc_buffer((pairs, kernel.context), "float32")
                 norm = T.sblock_alloc_buffer((pairs, 1), "float32")
                 kv, row = task // tiles, task % tiles * R
                 at = [(row + p // kernel.shared, kv * kernel.shared + p % kernel.shared) for p in range(pairs)]
                 end = tirx.min(lengths[0] + row + R, tirx.const(kernel.context, "int32"))
                 blocks = (end + (LANES - 1)) // LANES
-                _scores(kernel, at, kv, blocks, q, keys, lengths, scores)
+                _scores(kernel, at, kv, blocks, q, keys, lengths, slopes, scores)
                 _softmax(at, blocks, scores, norm)
                 _weighted_values(kernel, at, kv, end, scores, norm, values, out)
     return builder.get()
 
 
-def _scores(kernel, at, kv, blocks, q, keys, lengths, scores) -> None:
+def _scores(kernel, at, kv, blocks, q, keys, lengths, slopes, scores) -> None:
     """scores[p, j] = q_p · k_j, masked beyond the row's own position; all pairs share a load of keys."""
     pairs = len(at)
     with T.serial(blocks) as block, T.sblock("scores"):
@@ -165,10 +210,12 @@ def _scores(kernel, at, kv, blocks, q, keys, lengths, scores) -> None:
                 with T.vectorized(LANES) as j:
                     key = T.Cast("float32", keys[kv, block, d, j])
                     T.buffer_store(sums, sums[p, j] + q[m, h, d] * key, [p, j])
-        for p, (m, _) in enumerate(at):
+        for p, (m, h) in enumerate(at):
             with T.vectorized(LANES) as j:
-                seen = block * LANES + j <= lengths[0] + m
-                T.buffer_store(scores, T.Select(seen, sums[p, j], float32(MASKED)), [p, block * LANES + j])
+                key, row, score = block * LANES + j, lengths[0] + m, sums[p, j]
+                for slope in slopes:
+                    score = score + slope[h] * T.Cast("float32", key - row)
+                T.buffer_store(scores, T.Select(key <= row, score, float32(MASKED)), [p, key])
 
 
 def _softmax(at, blocks, scores, norm) -> None:

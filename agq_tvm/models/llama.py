@@ -1,117 +1,139 @@
-"""The LLaMA family (`model_type` "llama"): from a Hugging Face config to a decoder description."""
+"""LLaMA and its relatives (`model_type` "llama", "mistral", "qwen2"): one block, other defaults and biases."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from agq_tvm.errors import AgqError
-from agq_tvm.models.decoder import DecoderConfig
+from agq_tvm.models.decoder import DecoderConfig, Linear, NormStyle
+from agq_tvm.models.fields import Fields, positive
 
-# The largest value taken seriously for each size, so that a damaged config cannot ask for absurd memory.
-_LIMITS = {
-    "vocab_size": 1 << 22,
-    "hidden_size": 1 << 16,
-    "intermediate_size": 1 << 20,
-    "num_hidden_layers": 1 << 10,
-    "num_attention_heads": 1 << 10,
-    "num_key_value_heads": 1 << 10,
-    "head_dim": 1 << 10,
-    "max_position_embeddings": 1 << 24,
-}
+_WINDOW = 4096  # where the config names none
 
 
-def describe(config: Mapping) -> DecoderConfig:
-    """Describe a LLaMA model.
+@dataclass(frozen=True)
+class _Defaults:
+    """What a config of the family means where it says nothing."""
+
+    kv_heads: int | None  # None: as many as heads
+    bos: int | None
+    eos: int | None
+
+
+def describe_llama(config: Mapping) -> DecoderConfig:
+    """Describe a LLaMA model; see `_describe`."""
+    fields = Fields(config, "LLaMA")
+    attention_bias = fields.flag("attention_bias")
+    biases = {"qkv": attention_bias, "o": attention_bias, "mlp": fields.flag("mlp_bias")}
+    return _describe(fields, "llama", _Defaults(None, 1, 2), biases, window=None)
+
+
+def describe_mistral(config: Mapping) -> DecoderConfig:
+    """Describe a Mistral model; see `_describe`. A sliding window limits the context."""
+    fields = Fields(config, "Mistral")
+    window = _window(fields) if config.get("sliding_window", _WINDOW) is not None else None
+    return _describe(fields, "mistral", _Defaults(8, 1, 2), {}, window)
+
+
+def describe_qwen2(config: Mapping) -> DecoderConfig:
+    """Describe a Qwen2 model; see `_describe`. A sliding window that is used limits the context."""
+    fields = Fields(config, "Qwen2")
+    window = _window(fields) if fields.flag("use_sliding_window") else None
+    return _describe(fields, "qwen2", _Defaults(32, None, None), {"qkv": True}, window)
+
+
+def _window(fields: Fields) -> int:
+    return fields.size("sliding_window", "positions", _WINDOW)
+
+
+def _describe(
+    fields: Fields, family: str, defaults: _Defaults, biases: Mapping[str, bool], window: int | None
+) -> DecoderConfig:
+    """Describe a model with LLaMA's block.
 
     Parameters
     ----------
-    config : mapping
-        The contents of a Hugging Face ``config.json``. Both spellings of the rotary settings are read:
-        ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``.
-
-    Returns
-    -------
-    DecoderConfig
+    fields : Fields
+        Both spellings of the rotary settings are read: ``rope_theta`` with ``rope_scaling``, and
+        ``rope_parameters``.
+    family : str
+        ``model_type``.
+    defaults : _Defaults
+    biases : mapping
+        Whether ``"qkv"``, ``"o"`` and the linears of the ``"mlp"`` have biases.
+    window : int or None
+        Keys that attention reaches back to. No more positions are allowed than that: within it a sliding window
+        hides nothing, so the model computes what it was trained for.
 
     Raises
     ------
     AgqError
         If a value is missing, out of bounds or contradicts another, or if the model needs something that is
-        not supported (biases, another activation function, another kind of rope scaling).
+        not supported (another activation function, another kind of rope scaling).
     """
-    _refuse_unsupported(config)
-    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
-    kv_heads = _size(config, "num_key_value_heads", heads)
-    if config.get("head_dim") is None and hidden % heads:
-        raise AgqError(
-            f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}: "
-            "set head_dim, or correct them"
-        )
-    head_dim = _size(config, "head_dim", hidden // heads)
-    if heads % kv_heads:
-        raise AgqError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if head_dim % 2:
-        raise AgqError(f"config.json: head_dim {head_dim} is odd, rotary positions need an even one")
-    vocab = _size(config, "vocab_size")
+    fields.choice("hidden_act", "silu", ("silu", "swish"))
+    hidden, heads = fields.size("hidden_size", "hidden"), fields.size("num_attention_heads", "heads")
+    kv_heads = _kv_heads(fields, heads, defaults)
+    head_dim = _head_dim(fields, hidden, heads)
+    vocab = fields.size("vocab_size", "vocab_size")
+    context = fields.size("max_position_embeddings", "positions")
     return DecoderConfig(
-        family="llama",
+        family=family,
         vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=_size(config, "intermediate_size"),
-        num_layers=_size(config, "num_hidden_layers"),
+        embedding_size=hidden,
+        num_layers=fields.size("num_hidden_layers", "layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        context_length=_size(config, "max_position_embeddings"),
-        norm_epsilon=_positive(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", most=1.0),
-        tied_embeddings=_flag(config, "tie_word_embeddings"),
-        rope_inverse_frequencies=_inverse_frequencies(_rope_settings(config), head_dim),
-        bos_token_id=_token(config.get("bos_token_id", 1), "bos_token_id", vocab),
-        eos_token_ids=_tokens(config.get("eos_token_id", 2), "eos_token_id", vocab),
+        context_length=context if window is None else min(context, window),
+        norm=NormStyle("rms", fields.positive("rms_norm_eps", 1e-6, most=1.0)),
+        activation="silu",
+        gated=True,
+        positions="rotary",
+        rope_inverse_frequencies=_inverse_frequencies(_rope_settings(fields.config), head_dim),
+        linears=_linears(
+            hidden, heads * head_dim, kv_heads * head_dim, fields.size("intermediate_size", "inner"), biases
+        ),
+        tied_embeddings=fields.flag("tie_word_embeddings"),
+        bos_token_id=fields.token("bos_token_id", defaults.bos, vocab),
+        eos_token_ids=fields.tokens("eos_token_id", defaults.eos, vocab),
+        base_prefix="model.",
+        layer_prefix="model.layers.{layer}.",
+        embedding="model.embed_tokens",
+        input_norm="input_layernorm",
+        mlp_norm="post_attention_layernorm",
+        final_norm="model.norm",
     )
 
 
-def _refuse_unsupported(config: Mapping) -> None:
-    for name in ("attention_bias", "mlp_bias"):
-        if _flag(config, name):
-            raise AgqError(f"config.json: {name} is true: LLaMA models with biases are not supported")
-    act = config.get("hidden_act", "silu")
-    if act not in ("silu", "swish"):
-        raise AgqError(f"config.json: hidden_act {act!r} is not supported, only 'silu' is")
+def _kv_heads(fields: Fields, heads: int, defaults: _Defaults) -> int:
+    absent = "num_key_value_heads" not in fields.config
+    default = defaults.kv_heads if absent and defaults.kv_heads else heads
+    kv_heads = fields.size("num_key_value_heads", "heads", default)
+    if heads % kv_heads:
+        raise AgqError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    return kv_heads
 
 
-def _size(config: Mapping, name: str, default: int | None = None) -> int:
-    value = config.get(name)
-    value = default if value is None else value
-    if value is None:
-        raise AgqError(f"config.json has no {name}: it does not describe a LLaMA model")
-    if type(value) is not int or not 1 <= value <= _LIMITS[name]:
-        raise AgqError(f"config.json: {name} must be an integer in 1..{_LIMITS[name]}, not {value!r}")
-    return value
+def _head_dim(fields: Fields, hidden: int, heads: int) -> int:
+    if fields.get("head_dim") is not None:
+        head_dim = fields.size("head_dim", "heads")
+    else:
+        head_dim = fields.head_dim(hidden, heads, "num_attention_heads", "set head_dim, or correct them")
+    if head_dim % 2:
+        raise AgqError(f"config.json: head_dim {head_dim} is odd, rotary positions need an even one")
+    return head_dim
 
 
-def _flag(config: Mapping, name: str) -> bool:
-    value = config.get(name)
-    if value is not None and type(value) is not bool:
-        raise AgqError(f"config.json: {name} must be true or false, not {value!r}")
-    return bool(value)
-
-
-def _positive(value: object, name: str, most: float = 1e30) -> float:
-    number = type(value) in (int, float)
-    if not number or not math.isfinite(value) or not 0 < value <= most:
-        raise AgqError(f"config.json: {name} must be a number above 0 and at most {most:g}, not {value!r}")
-    return float(value)
-
-
-def _token(value: object, name: str, vocab: int) -> int | None:
-    if value is not None and (type(value) is not int or not 0 <= value < vocab):
-        raise AgqError(f"config.json: {name} must be a token below {vocab}, not {value!r}")
-    return value
-
-
-def _tokens(value: object, name: str, vocab: int) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(token for v in values if (token := _token(v, name, vocab)) is not None)
+def _linears(hidden: int, q: int, kv: int, inner: int, biases: Mapping[str, bool]) -> tuple[Linear, ...]:
+    qkv, o, mlp = (biases.get(name, False) for name in ("qkv", "o", "mlp"))
+    return (
+        Linear("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (q, kv, kv), hidden, qkv),
+        Linear("o", ("self_attn.o_proj",), (hidden,), q, o),
+        Linear("gate_up", ("mlp.gate_proj", "mlp.up_proj"), (inner, inner), hidden, mlp),
+        Linear("down", ("mlp.down_proj",), (hidden,), inner, mlp),
+    )
 
 
 def _rope_settings(config: Mapping) -> dict:
@@ -131,13 +153,13 @@ def _rope_settings(config: Mapping) -> dict:
 
 
 def _inverse_frequencies(settings: dict, head_dim: int) -> tuple[float, ...]:
-    theta = _positive(settings["rope_theta"], "rope_theta")
+    theta = positive(settings["rope_theta"], "rope_theta")
     plain = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     kind = settings["rope_type"]
     if kind == "default":
         return tuple(plain)
     if kind == "linear":
-        factor = _positive(settings.get("factor"), "the factor of linear rope scaling")
+        factor = positive(settings.get("factor"), "the factor of linear rope scaling")
         return tuple(f / factor for f in plain)
     if kind == "llama3":
         return tuple(_llama3(f, settings) for f in plain)
@@ -147,7 +169,7 @@ def _inverse_frequencies(settings: dict, head_dim: int) -> tuple[float, ...]:
 def _llama3(frequency: float, settings: dict) -> float:
     """Slow down long waves, keep short ones, and blend between them."""
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    factor, low, high, original = (_positive(settings.get(n), f"{n} of llama3 rope scaling") for n in names)
+    factor, low, high, original = (positive(settings.get(n), f"{n} of llama3 rope scaling") for n in names)
     if high <= low:
         raise AgqError(f"config.json: high_freq_factor {high:g} must be above low_freq_factor {low:g}")
     turns = original * frequency / (2 * math.pi)

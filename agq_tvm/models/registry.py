@@ -3,10 +3,16 @@
 from collections.abc import Callable, Mapping
 
 from agq_tvm.errors import AgqError
-from agq_tvm.models import llama
+from agq_tvm.models import bloom, llama, opt
 from agq_tvm.models.decoder import DecoderConfig
 
-_FAMILIES: dict[str, Callable[[Mapping], DecoderConfig]] = {"llama": llama.describe}
+_FAMILIES: dict[str, Callable[[Mapping], DecoderConfig]] = {
+    "bloom": bloom.describe,
+    "llama": llama.describe_llama,
+    "mistral": llama.describe_mistral,
+    "opt": opt.describe,
+    "qwen2": llama.describe_qwen2,
+}
 
 
 def describe(config: Mapping) -> DecoderConfig:

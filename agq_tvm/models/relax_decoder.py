@@ -1,7 +1,8 @@
 """The float decoder as a Relax module, built from a `DecoderConfig`: what every pass starts from.
 
-Linears are plain ``matmul(x, permute_dims(w))`` and norms ``nn.rms_norm``; the rotary step and attention, which
-work on caches in place, are TIR kernels already. Each function takes
+Linears are plain ``matmul(x, permute_dims(w))``, with ``add`` where they have a bias, and norms ``nn.rms_norm`` or
+``nn.layer_norm``; attention and the step before it, which work on caches in place, are TIR kernels already. Each
+function takes
 
     tokens int32 [M], positions int32 [M], lengths int32 [2], then caches and weights,
 
@@ -16,6 +17,12 @@ from agq_tvm.tvm_seam import relax
 
 NUM_INPUTS = 3
 """Arguments before caches and weights."""
+_ACTIVATIONS = {
+    "silu": relax.op.nn.silu,
+    "relu": relax.op.nn.relu,
+    "gelu": relax.op.nn.gelu,
+    "gelu_tanh": relax.op.nn.gelu_tanh,
+}
 
 
 def function_names() -> list[tuple[str, int, bool]]:
@@ -54,7 +61,13 @@ class _Decoder:
         self.builder, self.config, self.context, self.rows = builder, config, context, rows
         self.params: list = []
         self.attention = AttentionKernel(
-            rows, config.num_heads, config.num_kv_heads, config.head_dim, context, value_lanes
+            rows,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            context,
+            value_lanes,
+            alibi=config.positions == "alibi",
         )
 
     def param(self, name: str, shape: tuple[int, ...], dtype: str = "float32"):
@@ -71,27 +84,51 @@ class _Decoder:
         self.positions = self.param("positions", (rows,), "int32")
         self.lengths = self.param("lengths", (2,), "int32")
         caches = [self._caches(layer) for layer in range(config.num_layers)]
-        half = config.head_dim // 2
-        self.rope = [self.param(f"rope.{part}", (self.context, half)) for part in ("cos", "sin")]
-        embedding = self.param("embedding", (config.vocab_size, config.hidden_size))
+        self._position_params()
+        self.tables = {role: self.param(role, shape) for role, shape in config.tables.items()}
+        embedding_norm = self._norm_params("embedding_norm") if config.embedding_norm else None
         weights = [self._layer_weights(layer) for layer in range(config.num_layers)]
-        final_norm = self.param("final_norm", (config.hidden_size,))
-        head = embedding
-        if not config.tied_embeddings:
-            head = self.param("head", (config.vocab_size, config.hidden_size))
+        final_norm = self._norm_params("final_norm") if config.final_norm else None
         emit = self.builder.emit
         with self.builder.function(name, self.params, attrs={"num_input": NUM_INPUTS}):
             with self.builder.dataflow():
-                x = emit(relax.op.take(embedding, tokens, axis=0))
+                x = self._embed(tokens, embedding_norm)
                 for layer in range(config.num_layers):
                     x = self._layer(x, weights[layer], caches[layer])
                 if not all_rows:
                     last = self.kernel(embedding_kernels.build_last_row(rows, config.hidden_size))
                     out_type = relax.TensorType((1, config.hidden_size), "float32")
                     x = emit(relax.call_tir(last, (x, self.lengths), out_type))
-                x = self._norm(x, final_norm)
-                logits = self.builder.emit_output(self._linear(x, head))
+                logits = self.builder.emit_output(self._logits(x, final_norm))
             self.builder.emit_func_output(logits)
+
+    def _position_params(self) -> None:
+        config = self.config
+        if config.positions == "rotary":
+            half = config.head_dim // 2
+            self.rope = [self.param(f"rope.{part}", (self.context, half)) for part in ("cos", "sin")]
+        elif config.positions == "alibi":
+            self.slopes = self.param("alibi.slopes", (config.num_heads,))
+        else:
+            self.position_table = self.param("position_table", (self.context, config.hidden_size))
+
+    def _norm_params(self, role: str) -> list:
+        return [self.param(f"{role}.{part}", (self.config.hidden_size,)) for part in self.config.norm.parts]
+
+    def _embed(self, tokens, norm):
+        x = self.builder.emit(relax.op.take(self.tables["embedding"], tokens, axis=0))
+        if "project_in" in self.tables:
+            x = self._linear(x, self.tables["project_in"])
+        if self.config.positions == "learned":
+            x = self.builder.emit(relax.op.add(x, relax.op.take(self.position_table, self.positions, axis=0)))
+        return x if norm is None else self._norm(x, norm)
+
+    def _logits(self, x, norm):
+        if norm is not None:
+            x = self._norm(x, norm)
+        if "project_out" in self.tables:
+            x = self._linear(x, self.tables["project_out"])
+        return self._linear(x, self.tables.get("head", self.tables["embedding"]))
 
     def _caches(self, layer: int):
         shapes = (self.attention.key_cache, self.attention.value_cache)
@@ -101,35 +138,61 @@ class _Decoder:
         ]
 
     def _layer_weights(self, layer: int) -> dict:
-        hidden = self.config.hidden_size
-        weights = {name: self.param(f"layers.{layer}.{name}", (hidden,)) for name in ("input_norm", "mlp_norm")}
+        names = ("input_norm", "mlp_norm")
+        weights = {name: self._norm_params(f"layers.{layer}.{name}") for name in names}
         for linear in self.config.linears:
-            shape = (sum(linear.rows), linear.in_features)
-            weights[linear.name] = self.param(f"layers.{layer}.{linear.name}", shape)
+            name, columns = f"layers.{layer}.{linear.name}", sum(linear.rows)
+            weight = self.param(name, (columns, linear.in_features))
+            weights[linear.name] = weight, self.param(f"{name}.bias", (columns,)) if linear.bias else None
         return weights
 
-    def _linear(self, x, weight):
-        return self.builder.emit(relax.op.matmul(x, relax.op.permute_dims(weight)))
+    def _linear(self, x, weight, bias=None):
+        y = self.builder.emit(relax.op.matmul(x, relax.op.permute_dims(weight)))
+        return y if bias is None else self.builder.emit(relax.op.add(y, bias))
 
-    def _norm(self, x, gain):
-        return self.builder.emit(relax.op.nn.rms_norm(x, gain, axes=-1, epsilon=self.config.norm_epsilon))
+    def _norm(self, x, vectors: list):
+        style, op = self.config.norm, relax.op.nn
+        norm = {"rms": op.rms_norm, "layer": op.layer_norm}[style.kind]
+        return self.builder.emit(norm(x, *vectors, axes=-1, epsilon=style.epsilon))
 
     def _layer(self, x, weights: dict, caches):
-        emit, op = self.builder.emit, relax.op
-        attended = self._attention(self._linear(self._norm(x, weights["input_norm"]), weights["qkv"]), caches)
-        x = emit(op.add(x, self._linear(attended, weights["o"])))
-        gate_up = self._linear(self._norm(x, weights["mlp_norm"]), weights["gate_up"])
-        gate, up = emit(op.split(gate_up, 2, axis=1))
-        inner = emit(op.multiply(op.nn.silu(gate), up))
-        return emit(op.add(x, self._linear(inner, weights["down"])))
+        def attention(x):
+            qkv = self._linear(x, *weights["qkv"])
+            return self._linear(self._attention(qkv, caches), *weights["o"])
+
+        x = self._residual(x, weights["input_norm"], attention)
+        return self._residual(x, weights["mlp_norm"], lambda x: self._mlp(x, weights))
+
+    def _residual(self, x, norm: list, branch):
+        add = relax.op.add
+        if self.config.norm_placement == "after":
+            return self._norm(self.builder.emit(add(x, branch(x))), norm)
+        normed = self._norm(x, norm)
+        return self.builder.emit(add(normed if self.config.norm_placement == "shared" else x, branch(normed)))
+
+    def _mlp(self, x, weights: dict):
+        first, down = self.config.linears[2:]
+        activation = _ACTIVATIONS[self.config.activation]
+        inner = self._linear(x, *weights[first.name])
+        if self.config.gated:
+            gate, up = self.builder.emit(relax.op.split(inner, 2, axis=1))
+            inner = self.builder.emit(relax.op.multiply(activation(gate), up))
+        else:
+            inner = self.builder.emit(activation(inner))
+        return self._linear(inner, *weights[down.name])
 
     def _attention(self, qkv, caches):
         kernel, emit = self.attention, self.builder.emit
-        keys, values = caches
+        if self.config.positions == "rotary":
+            append = self.kernel(attention_kernels.build_rope_append(kernel))
+            inputs = (qkv, *self.rope, self.positions, self.lengths)
+        else:
+            append, inputs = self.kernel(attention_kernels.build_append(kernel)), (qkv, self.lengths)
         q_type = relax.TensorType((self.rows, kernel.heads, kernel.head_dim), "float32")
-        append = self.kernel(attention_kernels.build_rope_append(kernel))
-        arguments = (qkv, *self.rope, self.positions, self.lengths, keys, values)
-        keys, values, q = emit(relax.op.call_tir_inplace(append, arguments, [5, 6, -1], [keys.ty, values.ty, q_type]))
+        types, updated = [cache.ty for cache in caches], [len(inputs), len(inputs) + 1, -1]
+        arguments = (*inputs, *caches)
+        keys, values, q = emit(relax.op.call_tir_inplace(append, arguments, updated, [*types, q_type]))
         attention = self.kernel(attention_kernels.build_attention(kernel))
+        slopes = [self.slopes] if kernel.alibi else []
         out_type = relax.TensorType((self.rows, kernel.heads * kernel.head_dim), "float32")
-        return emit(relax.call_tir(attention, (q, keys, values, self.lengths), out_type))
+        return emit(relax.call_tir(attention, (q, keys, values, self.lengths, *slopes), out_type))

@@ -1,7 +1,11 @@
 """Fuse what makes an activation with its quantization: one kernel, no float copy in between.
 
 quantize(rms_norm(x, gain))            ->  rms_norm_quantize(x, gain)
+quantize(layer_norm(x, gain, bias))    ->  layer_norm_quantize(x, gain, bias)
 quantize(silu(split(x)[0]) * split(x)[1])  ->  silu_mul_quantize(x)
+quantize(relu(x))                      ->  relu_quantize(x), and so for the forms of gelu
+
+A norm that something else needs too, a residual, stays by itself.
 """
 
 import dataclasses
@@ -11,6 +15,9 @@ from agq_tvm.kernels.activation import QuantizeKernel
 from agq_tvm.kernels.attrs import annotate, described_as
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.tvm_seam import relax, tvm
+
+_NORMS = {"relax.nn.rms_norm": "rms_norm", "relax.nn.layer_norm": "layer_norm"}
+_ACTIVATIONS = {"relax.nn.relu": "relu", "relax.nn.gelu": "gelu", "relax.nn.gelu_tanh": "gelu_tanh"}
 
 
 @tvm.transform.module_pass(opt_level=0, name="FuseActivationQuantize")
@@ -25,7 +32,7 @@ class FuseActivationQuantize:
         mutator = _Fuser(mod, self.isa)
         for gvar, func in mod.functions_items():
             if isinstance(func, relax.Function):
-                mutator.builder_.update_func(gvar, mutator.visit_expr(func))
+                mutator.builder_.update_func(gvar, mutator.fuse(func))
         return relax.transform.DeadCodeElimination()(mutator.builder_.get())
 
 
@@ -35,8 +42,12 @@ class _Fuser(relax.PyExprMutator):
         super().__init__(mod)
         self.mod, self.isa = mod, isa
 
-    def visit_call_(self, call):
-        call = self.visit_expr_post_order(call)
+    def fuse(self, func):
+        self.users = relax.analysis.udchain(func.body.blocks[0])
+        return self.visit_expr(func)
+
+    def visit_call_(self, original):
+        call = self.visit_expr_post_order(original)
         if call.op != tvm.ir.Op.get("relax.call_tir"):
             return call
         kernel = described_as(self.mod[call.args[0].name_hint], QuantizeKernel)
@@ -44,7 +55,8 @@ class _Fuser(relax.PyExprMutator):
             return call
         x, *static = call.args[1]
         producer = self._producer(x)
-        if producer is None:
+        used_once = len(self.users[original.args[1][0]]) == 1
+        if producer is None or (producer[0] in _NORMS.values() and not used_once):
             return call
         source, inputs, epsilon = producer
         kernel = dataclasses.replace(kernel, source=source, epsilon=epsilon)
@@ -55,9 +67,12 @@ class _Fuser(relax.PyExprMutator):
     def _producer(self, x):
         """Recognize what makes x: (source, its inputs, epsilon), or None."""
         call = self.lookup_binding(x)
-        if _is_call(call, "relax.nn.rms_norm"):
-            return "rms_norm", list(call.args), float(call.attrs.epsilon)
-        if not _is_call(call, "relax.multiply"):
+        name = call.op.name if isinstance(call, relax.Call) and isinstance(call.op, tvm.ir.Op) else None
+        if name in _NORMS:
+            return _NORMS[name], list(call.args), float(call.attrs.epsilon)
+        if name in _ACTIVATIONS:
+            return _ACTIVATIONS[name], list(call.args), 0.0
+        if name != "relax.multiply":
             return None
         silu, up = (self.lookup_binding(arg) for arg in call.args)
         if not _is_call(silu, "relax.nn.silu"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.passes.fuse_activation_quantize import FuseActivationQuantize
+from agq_tvm.passes.lower_norms import LowerNorms
 from agq_tvm.passes.quantize_linears import LinearFormat, QuantizeLinears
 from agq_tvm.passes.schedule_kernels import ScheduleKernels
 from agq_tvm.tvm_seam import relax, tvm
@@ -16,6 +17,7 @@ def phases(format: LinearFormat, isa: InstructionSet) -> list[tuple[str, list]]:
     return [
         ("quantize_linears", [QuantizeLinears(format, isa)]),
         ("fuse_activation_quantize", [FuseActivationQuantize(isa)]),
+        ("lower_norms", [LowerNorms()]),
         ("legalize", [transform.LegalizeOps()]),
         ("schedule_kernels", [ScheduleKernels(isa)]),
         ("bundle_parameters", [transform.BundleModelParams("packed")]),

@@ -1,10 +1,11 @@
 """Turn float linears into quantized ones, and the embedding into a look-up in the packed table.
 
-    matmul(x, permute_dims(w))  ->  linear(quantize(x), w.w, w.ws, …)
-    take(embedding, tokens)     ->  embedding(tokens, embedding.w, embedding.ws)
+    matmul(x, permute_dims(w))              ->  linear(quantize(x), w.w, w.ws, …)
+    add(matmul(x, permute_dims(w)), bias)   ->  linear(quantize(x), w.w, w.ws, …, w.bias)
+    take(embedding, tokens)                 ->  embedding(tokens, embedding.w, embedding.ws)
 
 The parameter ``w`` of a function gives way to the packed ones: ``w.w`` codes, ``w.ws`` scales, ``w.wo`` offsets,
-``w.bias``, and ``w.act`` (scale and zero point of static activations).
+``w.bias`` (a linear's own, and what static activations add), and ``w.act`` (their scale and zero point).
 """
 
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.tvm_seam import relax, tvm
 
 TABLE_GROUP = 32
-"""Group size of embedding and lm_head."""
-TABLES = ("embedding", "head")
+"""Group size of the matrices outside the layers."""
+TABLES = ("embedding", "project_in", "project_out", "head")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class LinearFormat:
 TABLE_FORMAT = LinearFormat(8, TABLE_GROUP, "per-token-group", None)
 
 
-def packed_parameters(name: str, columns: int, channels: int, format: LinearFormat, isa: InstructionSet):
+def packed_parameters(name: str, columns: int, channels: int, format: LinearFormat, isa: InstructionSet, bias: bool):
     """List (name, shape, dtype) of what a linear of [N, K] is packed into, in the order of its operands."""
     layout = isa.layout(format.bits)
     padded = k_blocks(channels, format.group_size) * K_BLOCK
@@ -57,8 +58,9 @@ def packed_parameters(name: str, columns: int, channels: int, format: LinearForm
     ]
     if format.offsets:
         parameters.append((f"{name}.wo", per_group, format.offsets))
-    if format.activation == "static":
+    if bias or format.activation == "static":
         parameters.append((f"{name}.bias", (per_group[0], *per_group[2:]), "float32"))
+    if format.activation == "static":
         parameters.append((f"{name}.act", (2,), "float32"))
     return parameters
 
@@ -86,7 +88,8 @@ class _Quantizer(relax.PyExprMutator):
         self.format, self.isa = format, isa
 
     def quantize(self, func):
-        self.packed = {}
+        self.biases = _biases(func)
+        self.packed = {bias: [] for bias in self.biases.values()}
         body = self.visit_expr(func.body)
         params = []
         for param in func.params:
@@ -98,7 +101,9 @@ class _Quantizer(relax.PyExprMutator):
         if call.op == tvm.ir.Op.get("relax.matmul"):
             weight = self.lookup_binding(call.args[1]).args[0]
             return self._linear(call.args[0], weight)
-        if call.op == tvm.ir.Op.get("relax.take"):
+        if call.op == tvm.ir.Op.get("relax.add") and call.args[1] in self.packed:
+            return call.args[0]  # a bias, which the linear has added
+        if call.op == tvm.ir.Op.get("relax.take") and call.args[0].name in TABLES:
             return self._embedding(*call.args)
         return call
 
@@ -108,11 +113,10 @@ class _Quantizer(relax.PyExprMutator):
     def _packed(self, weight):
         if weight not in self.packed:
             columns, channels = (int(extent) for extent in weight.ty.shape)
-            format = self._format(weight)
-            self.packed[weight] = [
-                relax.Var(name, relax.TensorType(shape, dtype))
-                for name, shape, dtype in packed_parameters(weight.name, columns, channels, format, self.isa)
-            ]
+            parameters = packed_parameters(
+                weight.name, columns, channels, self._format(weight), self.isa, weight in self.biases
+            )
+            self.packed[weight] = [relax.Var(name, relax.TensorType(shape, dtype)) for name, shape, dtype in parameters]
         return self.packed[weight]
 
     def _linear(self, x, weight):
@@ -135,7 +139,7 @@ class _Quantizer(relax.PyExprMutator):
             format.group_size,
             per_group=format.activation == "per-token-group",
             offsets=format.offsets,
-            bias=static,
+            bias=static or weight in self.biases,
         )
         width = layout.tiles(columns) * layout.width
         y = self._call(
@@ -156,3 +160,20 @@ class _Quantizer(relax.PyExprMutator):
         gvar = self.builder_.add_func(func, str(func.attrs["global_symbol"]))
         types = [relax.TensorType(shape, dtype) for shape, dtype in outputs]
         return self.builder_.emit(relax.call_tir(gvar, arguments, types if len(types) > 1 else types[0]))
+
+
+def _biases(func) -> dict:
+    """Map the weights of a function's linears to the parameters that are added to their results."""
+    weight_of, biases = {}, {}
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            call = binding.value
+            if not isinstance(call, relax.Call):
+                continue
+            if call.op == tvm.ir.Op.get("relax.permute_dims"):
+                weight_of[binding.var] = call.args[0]
+            elif call.op == tvm.ir.Op.get("relax.matmul"):
+                weight_of[binding.var] = weight_of[call.args[1]]
+            elif call.op == tvm.ir.Op.get("relax.add") and call.args[1] in func.params:
+                biases[weight_of[call.args[0]]] = call.args[1]
+    return biases

@@ -87,7 +87,7 @@ class QuantizedLinear:
 
 @dataclass(frozen=True)
 class QuantizedTable:
-    """An embedding or output matrix of 8-bit codes: ``w[v, k] = scales[v, k // 32] * qweight[v, k]``.
+    """A matrix outside the layers, of 8-bit codes: ``w[v, k] = scales[v, k // 32] * qweight[v, k]``.
 
     Attributes
     ----------
@@ -109,18 +109,30 @@ def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def bias_shapes(config: DecoderConfig) -> dict[str, tuple[int]]:
+    """Name the bias of every quantized matrix that has one, with its shape (N,)."""
+    return {
+        f"{config.layer_prefix.format(layer=layer)}{part}.bias": (rows,)
+        for layer in range(config.num_layers)
+        for linear in config.linears
+        if linear.bias
+        for part, rows in zip(linear.parts, linear.rows, strict=True)
+    }
+
+
 def table_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """Name the embedding and, unless it is tied, the output matrix, with their shape (V, K)."""
-    names = (config.embedding,) if config.tied_embeddings else (config.embedding, config.head)
-    return dict.fromkeys(names, (config.vocab_size, config.hidden_size))
+    """Name the matrices outside the layers (embedding, head, projections) with their shape (N, K)."""
+    return {getattr(config, role): shape for role, shape in config.tables.items()}
 
 
-def vector_names(config: DecoderConfig) -> list[str]:
-    """Name every norm weight; each is float32 [hidden_size]."""
-    norms = (config.input_norm, config.mlp_norm)
-    layers = range(config.num_layers)
-    names = [config.layer_prefix.format(layer=layer) + norm for layer in layers for norm in norms]
-    return [f"{name}.weight" for name in [*names, config.final_norm]]
+def vector_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name what stays float32, with its shape: weights and biases of norms, and the table of learned positions."""
+    parts = config.norm.parts if config.norm.affine else ()
+    shapes = {f"{module}.{part}": (config.hidden_size,) for module in config.norm_modules for part in parts}
+    if config.position_table:
+        rows = config.position_offset + config.context_length
+        shapes[f"{config.position_table}.weight"] = (rows, config.hidden_size)
+    return shapes
 
 
 def group_count(in_features: int, group_size: int) -> int:
@@ -151,7 +163,7 @@ def write_checkpoint(
         The source model's Hugging Face config.
     scheme : Scheme
     linears, tables, vectors : mapping
-        By the names of `linear_shapes`, `table_shapes` and `vector_names`.
+        By the names of `linear_shapes`, `table_shapes` and `vector_shapes`.
     """
     tensors = {name: np.ascontiguousarray(value, "float32") for name, value in vectors.items()}
     for name, linear in linears.items():
@@ -197,7 +209,7 @@ def read_checkpoint(path: str | os.PathLike) -> "Checkpoint":
         found = {name: (value.get_dtype(), tuple(value.get_shape())) for name, value in found.items()}
     except (SafetensorError, OSError) as error:
         raise _damaged(path, f" cannot be read ({error})") from error
-    _check_tensors(path, _expected_tensors(config, scheme, found), found)
+    _check_tensors(path, _expected_tensors(config, scheme), found)
     return Checkpoint(path, config, scheme, MappingProxyType(raw_config), file)
 
 
@@ -254,11 +266,11 @@ class Checkpoint:
         return linears
 
     def table(self, name: str) -> QuantizedTable:
-        """Read the embedding (``"model.embed_tokens"``) or, if untied, ``"lm_head"``."""
+        """Read a matrix outside the layers, e.g. the embedding, ``"model.embed_tokens"``."""
         return QuantizedTable(self._read(f"{name}.qweight"), self._read(f"{name}.scales"))
 
     def vector(self, name: str) -> np.ndarray:
-        """Read a norm weight, e.g. ``"model.norm.weight"``: float32 [hidden_size]."""
+        """Read what stays float32 (see `vector_shapes`), e.g. ``"model.norm.weight"``."""
         return self._read(name)
 
     def _optional(self, name: str) -> np.ndarray | None:
@@ -290,9 +302,10 @@ def _read_scheme(ours: Mapping) -> Scheme:
     return Scheme(*(ours.get(name) for name in ("method", "group_size", "symmetric", "activation")))
 
 
-def _expected_tensors(config: DecoderConfig, scheme: Scheme, found: Mapping) -> dict:
-    """Give the allowed types and the shape of every tensor; biases are expected only where there are some."""
-    expected = {name: (("F32",), (config.hidden_size,)) for name in vector_names(config)}
+def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
+    """Give the allowed types and the shape of every tensor."""
+    floats = vector_shapes(config) | bias_shapes(config)
+    expected = {name: (("F32",), shape) for name, shape in floats.items()}
     for name, (rows, columns) in table_shapes(config).items():
         expected[f"{name}.qweight"] = (("I8",), (rows, columns))
         expected[f"{name}.scales"] = (("F16",), (rows, group_count(columns, TABLE_GROUP)))
@@ -302,8 +315,6 @@ def _expected_tensors(config: DecoderConfig, scheme: Scheme, found: Mapping) -> 
         expected[f"{name}.scales"] = (("F16",), groups)
         if not scheme.symmetric:
             expected[f"{name}.offsets"] = (("F16", "F32"), groups)
-        if f"{name}.bias" in found:
-            expected[f"{name}.bias"] = (("F32",), (rows,))
         if scheme.activation == "static":
             expected[f"{name}.act_scale"] = (("F32",), (1,))
             expected[f"{name}.act_zero"] = (("I32",), (1,))

@@ -1,8 +1,10 @@
-"""One plain LLaMA forward in torch; who calls it decides how a linear is computed."""
+"""One plain decoder forward in torch, by the traits of its description; who calls it says how a linear is computed."""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -10,34 +12,146 @@ from torch.nn import functional
 from agq_tvm.models.decoder import DecoderConfig
 
 LayerSteps = Generator[tuple[str, Tensor], Tensor, Tensor]
-# Called with queries [H, T, D] and keys [KV heads, T, D] as attention multiplies them, after their rotation.
-WatchAttention = Callable[[Tensor, Tensor], None]
+# Called with queries [H, T, D] and keys [KV heads, T, D] as attention multiplies them, any rotation done, and with
+# what it adds to scores, [H, T, T] or None.
+WatchAttention = Callable[[Tensor, Tensor, Tensor | None], None]
+_ACTIVATIONS = {
+    "silu": functional.silu,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One norm: float32 [hidden_size] weight and bias; without a bias it is an RMSNorm."""
+
+    epsilon: float
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Normalize every row and scale (and shift) the channels."""
+        if self.bias is not None:
+            return functional.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.epsilon)
+        return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
 
 
 @dataclass(frozen=True)
 class Norms:
-    """The norm weights of one layer, float32 [hidden_size] each."""
+    """The norms of one layer."""
 
-    attention: Tensor
-    mlp: Tensor
-
-
-def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Divide every row by its root mean square and scale the channels."""
-    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + epsilon) * weight
+    attention: Norm
+    mlp: Norm
 
 
-def rope_tables(config: DecoderConfig, length: int) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, float32 [length, head_dim], the two halves of a head alike."""
-    cos, sin = (torch.from_numpy(table) for table in config.rope_tables(length))
-    return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+@dataclass(frozen=True)
+class Entry:
+    """What makes hidden states of tokens.
+
+    Attributes
+    ----------
+    embedding : float32 tensor [V, E]
+    project : callable or None
+        From [T, E] to [T, hidden_size].
+    positions : float32 tensor [positions, hidden_size] or None
+        Row i is added at position i.
+    norm : Norm or None
+    """
+
+    embedding: Tensor
+    project: Callable[[Tensor], Tensor] | None
+    positions: Tensor | None
+    norm: Norm | None
+
+    def __call__(self, tokens: list[int]) -> Tensor:
+        """Return the first layer's input, float32 [T, hidden_size]."""
+        hidden = self.embedding[torch.tensor(tokens)]
+        if self.project is not None:
+            hidden = self.project(hidden)
+        if self.positions is not None:
+            hidden = hidden + self.positions[: len(tokens)]
+        return hidden if self.norm is None else self.norm(hidden)
+
+
+@dataclass(frozen=True)
+class AttentionPositions:
+    """How attention knows positions.
+
+    Attributes
+    ----------
+    rope : pair of float32 tensors [T, head_dim] or None
+        cos and sin, the two halves of a head alike.
+    bias : float32 tensor [heads, T, T] or None
+        Added to scores; masks what a row must not see.
+    """
+
+    rope: tuple[Tensor, Tensor] | None
+    bias: Tensor | None
+
+
+def read_norm(config: DecoderConfig, module: str | None, read: Callable[[str], np.ndarray]) -> Norm | None:
+    """Read the norm of a module, or return None for None."""
+    if module is None:
+        return None
+    vectors = config.norm.vectors(module, config.hidden_size, read)
+    return Norm(config.norm.epsilon, *(torch.from_numpy(vector) for vector in vectors))
+
+
+def read_norms(config: DecoderConfig, layer: int, read: Callable[[str], np.ndarray]) -> Norms:
+    """Read the norms of a layer."""
+    prefix = config.layer_prefix.format(layer=layer)
+    return Norms(*(read_norm(config, prefix + name, read) for name in (config.input_norm, config.mlp_norm)))
+
+
+def read_entry(
+    config: DecoderConfig,
+    table: Callable[[str], Tensor],
+    operator: Callable[[Tensor], Callable[[Tensor], Tensor]],
+    vector: Callable[[str], np.ndarray],
+) -> Entry:
+    """Read what makes hidden states of tokens.
+
+    Parameters
+    ----------
+    config : DecoderConfig
+    table : callable
+        From the name of a matrix outside the layers to the matrix in float.
+    operator : callable
+        From such a matrix to what multiplies with it.
+    vector : callable
+        From a tensor's name to what stays float32.
+    """
+    positions = None
+    if config.position_table:
+        positions = torch.from_numpy(vector(f"{config.position_table}.weight"))[config.position_offset :]
+    return Entry(
+        embedding=table(config.embedding),
+        project=operator(table(config.project_in)) if config.project_in else None,
+        positions=positions,
+        norm=read_norm(config, config.embedding_norm, vector),
+    )
+
+
+def attention_positions(config: DecoderConfig, length: int) -> AttentionPositions:
+    """Return what attention over `length` positions needs."""
+    if config.positions == "rotary":
+        cos, sin = (torch.from_numpy(table) for table in config.rope_tables(length))
+        return AttentionPositions((torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)), None)
+    if config.positions == "alibi":
+        index = torch.arange(length)
+        distance = (index - index[:, None]).float()  # of the key (column) from the query (row); 0 or less if seen
+        bias = torch.from_numpy(config.alibi_slopes())[:, None, None] * distance
+        return AttentionPositions(None, bias.masked_fill(distance > 0, -torch.inf))
+    return AttentionPositions(None, None)
 
 
 def layer_steps(
     config: DecoderConfig,
     norms: Norms,
     hidden: Tensor,
-    rope: tuple[Tensor, Tensor],
+    positions: AttentionPositions,
     half_cache: bool,
     watch: WatchAttention | None = None,
 ) -> LayerSteps:
@@ -51,17 +165,16 @@ def layer_steps(
     config : DecoderConfig
     norms : Norms
     hidden : float32 tensor [T, hidden_size]
-    rope : pair of float32 tensors [T, head_dim]
+    positions : AttentionPositions
+        For T positions.
     half_cache : bool
         Round keys (after their rotation) and values to float16, as a compiled model caches them.
     watch : callable, optional
         Shown the queries and keys.
     """
-    qkv = yield "qkv", rms_norm(hidden, norms.attention, config.norm_epsilon)
-    hidden = hidden + (yield "o", _attention(config, qkv, rope, half_cache, watch))
-    gate_up = yield "gate_up", rms_norm(hidden, norms.mlp, config.norm_epsilon)
-    gate, up = gate_up.chunk(2, -1)
-    return hidden + (yield "down", functional.silu(gate) * up)
+    attention = partial(_attention_steps, config, positions, half_cache, watch)
+    hidden = yield from _residual_steps(config, norms.attention, hidden, attention)
+    return (yield from _residual_steps(config, norms.mlp, hidden, partial(_mlp_steps, config)))
 
 
 def run_layer(steps: LayerSteps, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -74,23 +187,59 @@ def run_layer(steps: LayerSteps, linear: Callable[[str, Tensor], Tensor]) -> Ten
         return stop.value
 
 
+def _residual_steps(config: DecoderConfig, norm: Norm, x: Tensor, branch: Callable[[Tensor], LayerSteps]) -> LayerSteps:
+    if config.norm_placement == "after":
+        return norm(x + (yield from branch(x)))
+    normed = norm(x)
+    residual = normed if config.norm_placement == "shared" else x
+    return residual + (yield from branch(normed))
+
+
+def _attention_steps(
+    config: DecoderConfig,
+    positions: AttentionPositions,
+    half_cache: bool,
+    watch: WatchAttention | None,
+    x: Tensor,
+) -> LayerSteps:
+    qkv = yield "qkv", x
+    return (yield "o", _attention(config, qkv, positions, half_cache, watch))
+
+
+def _mlp_steps(config: DecoderConfig, x: Tensor) -> LayerSteps:
+    activation = _ACTIVATIONS[config.activation]
+    first, down = config.linears[2:]
+    inner = yield first.name, x
+    if config.gated:
+        gate, up = inner.chunk(2, -1)
+        return (yield down.name, activation(gate) * up)
+    return (yield down.name, activation(inner))
+
+
 def _attention(
     config: DecoderConfig,
     qkv: Tensor,
-    rope: tuple[Tensor, Tensor],
+    positions: AttentionPositions,
     half_cache: bool,
     watch: WatchAttention | None,
 ) -> Tensor:
     heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
     rows = qkv.view(len(qkv), heads + 2 * kv_heads, width).transpose(0, 1)
     q, k, v = rows.split((heads, kv_heads, kv_heads))
-    q, k = _rotate(q, *rope), _rotate(k, *rope)
+    if positions.rope is not None:
+        q, k = _rotate(q, *positions.rope), _rotate(k, *positions.rope)
     if half_cache:
         k, v = k.half().float(), v.half().float()
     if watch is not None:
-        watch(q, k)
+        watch(q, k, positions.bias)
     out = functional.scaled_dot_product_attention(
-        q[None], k[None], v[None], is_causal=True, scale=width**-0.5, enable_gqa=True
+        q[None],
+        k[None],
+        v[None],
+        attn_mask=positions.bias,
+        is_causal=positions.bias is None,
+        scale=width**-0.5,
+        enable_gqa=True,
     )[0]
     return out.transpose(0, 1).reshape(len(qkv), heads * width)
 

@@ -103,12 +103,12 @@ class _WindowObserver:
         seen.token_largest[layer, self._window] = largest.numpy()
         seen.token_channel[layer, self._window] = channel.numpy()
 
-    def attention(self, layer: int, q: Tensor, k: Tensor) -> None:
-        mean = start_probabilities(q, k)[:, 1:].mean(1)
+    def attention(self, layer: int, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
+        mean = start_probabilities(q, k, bias)[:, 1:].mean(1)
         self._observation.start_attention[layer] += mean.numpy() / len(self._observation.windows)
 
 
-def start_probabilities(q: Tensor, k: Tensor) -> Tensor:
+def start_probabilities(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return column 0 of the causal attention maps.
 
     Parameters
@@ -116,6 +116,8 @@ def start_probabilities(q: Tensor, k: Tensor) -> Tensor:
     q : float32 tensor [H, T, D]
     k : float32 tensor [KV heads, T, D]
         Each shared by H / KV heads neighbouring heads of `q`.
+    bias : float32 tensor [H, T, T], optional
+        Added to scores.
 
     Returns
     -------
@@ -123,6 +125,8 @@ def start_probabilities(q: Tensor, k: Tensor) -> Tensor:
         What every query gives to the first key; 1 for the first query.
     """
     scores = q @ k.repeat_interleave(len(q) // len(k), 0).mT * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
     hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
     return torch.exp(scores[..., 0] - scores.masked_fill(hidden, -torch.inf).logsumexp(-1))
 

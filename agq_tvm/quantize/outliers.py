@@ -34,8 +34,11 @@ def with_outliers(source: Source, channels: int, shift: int, seed: int = 0) -> S
     Raises
     ------
     AgqError
-        If the model has fewer channels.
+        If the model has fewer channels, or its norms have no weights or are read by more than linears.
     """
+    norm = source.config.norm
+    if not norm.affine or source.config.norm_placement != "before":
+        raise AgqError(f"{source.label} has norms that cannot be scaled by channel: choose another model for outliers")
     size = source.config.hidden_size
     if not 0 <= channels <= size:
         raise AgqError(f"{source.label} has {size} channels, {channels} of them cannot be outliers: ask for fewer")
@@ -52,7 +55,7 @@ class _OutlierSource(Source):
         self._exponents = np.zeros(self.config.hidden_size, "int32")
         self._exponents[channels] = shift
         config = self.config
-        attention, _, mlp, _ = config.linears
+        attention, _, mlp, _ = config.linears  # these read a norm's output
         prefixes = [config.layer_prefix.format(layer=layer) for layer in range(config.num_layers)]
         self._norms = {prefix + norm for prefix in prefixes for norm in (config.input_norm, config.mlp_norm)}
         self._readers = {prefix + part for prefix in prefixes for part in attention.parts + mlp.parts}

@@ -1,6 +1,7 @@
 """The torch reference: what a quantized model means, and the float model that it is measured against."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import NamedTuple, Protocol
 
@@ -12,7 +13,17 @@ from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.quantize.activations import dynamic_codes, grouped_codes, static_codes, to_groups
 from agq_tvm.quantize.checkpoint import ACTIVATIONS, TABLE_GROUP, Checkpoint, QuantizedLinear
-from agq_tvm.quantize.forward import Norms, layer_steps, rms_norm, rope_tables, run_layer
+from agq_tvm.quantize.forward import (
+    Entry,
+    Norm,
+    Norms,
+    attention_positions,
+    layer_steps,
+    read_entry,
+    read_norm,
+    read_norms,
+    run_layer,
+)
 from agq_tvm.quantize.source import Source
 from agq_tvm.quantize.weights import dequantize, dequantize_table, grid_of, unpack
 
@@ -28,8 +39,8 @@ class Observer(Protocol):
     def linear_input(self, layer: int, name: str, x: Tensor) -> None:
         """See the input of a linear, float32 [T, K], before it is quantized."""
 
-    def attention(self, layer: int, q: Tensor, k: Tensor) -> None:
-        """See queries [H, T, D] and keys [KV heads, T, D] as attention multiplies them."""
+    def attention(self, layer: int, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
+        """See queries [H, T, D] and keys [KV heads, T, D] as attention multiplies them, and what it adds [H, T, T]."""
 
 
 class Operator(Protocol):
@@ -129,12 +140,12 @@ class QuantizedOperator:
         return constant - self._scale * self._zero * weights
 
 
-class QuantizedHead:
-    """The output matrix, its input quantized per token and group of 32.
+class TableOperator:
+    """A matrix outside the layers (head or projection), its input quantized per token and group of 32.
 
     Parameters
     ----------
-    weight : float32 tensor [V, K]
+    weight : float32 tensor [N, K]
         The dequantized table.
     """
 
@@ -142,7 +153,7 @@ class QuantizedHead:
         self._weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Multiply float32 [T, K] to float32 [T, V]."""
+        """Multiply float32 [T, K] to float32 [T, N]."""
         codes, scales = grouped_codes(x, TABLE_GROUP)
         return (codes * scales.repeat_interleave(TABLE_GROUP, 1)[:, : x.shape[1]]) @ self._weight.T
 
@@ -152,6 +163,32 @@ class Layer(NamedTuple):
 
     norms: Norms
     linears: Mapping[str, Operator]
+
+
+@dataclass(frozen=True)
+class Exit:
+    """What makes logits of the last layer's output.
+
+    Attributes
+    ----------
+    norm : Norm or None
+    project : Operator or None
+        From [T, hidden_size] to [T, E].
+    head : Operator
+        From [T, E] to [T, V].
+    """
+
+    norm: Norm | None
+    project: Operator | None
+    head: Operator
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return logits, float32 [T, V]."""
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        if self.project is not None:
+            hidden = self.project(hidden)
+        return self.head(hidden)
 
 
 class ReferenceModel:
@@ -168,16 +205,14 @@ class ReferenceModel:
         self,
         config: DecoderConfig,
         load_layer: Callable[[int], Layer],
-        embedding: Tensor,
-        final_norm: Tensor,
-        head: Operator,
+        entry: Entry,
+        exit: Exit,
         half_cache: bool,
     ) -> None:
         self.config = config
         self._layer = cache(load_layer) if _layer_bytes(config) <= _KEPT_BYTES else load_layer
-        self._embedding = embedding
-        self._final_norm = final_norm
-        self._head = head
+        self._entry = entry
+        self._exit = exit
         self._half_cache = half_cache
 
     @classmethod
@@ -204,35 +239,31 @@ class ReferenceModel:
                 linears[linear.name] = (
                     stacked_weights(parts) if activation == "none" else QuantizedOperator(parts, activation)
                 )
-            return Layer(_norms(config, layer, checkpoint.vector), linears)
+            return Layer(read_norms(config, layer, checkpoint.vector), linears)
 
-        embedding = torch.from_numpy(dequantize_table(checkpoint.table(config.embedding)))
-        head = embedding
-        if not config.tied_embeddings:
-            head = torch.from_numpy(dequantize_table(checkpoint.table(config.head)))
-        final_norm = torch.from_numpy(checkpoint.vector(f"{config.final_norm}.weight"))
-        head = FloatLinear(head) if activation == "none" else QuantizedHead(head)
-        return cls(config, load_layer, embedding, final_norm, head, half_cache=True)
+        def table(name: str) -> Tensor:
+            return torch.from_numpy(dequantize_table(checkpoint.table(name)))
+
+        operator = FloatLinear if activation == "none" else TableOperator
+        entry, exit = _ends(config, table, operator, checkpoint.vector)
+        return cls(config, load_layer, entry, exit, half_cache=True)
 
     @classmethod
     def from_source(cls, source: Source) -> "ReferenceModel":
         """Take a model as it is, in float32 throughout."""
         config = source.config
 
-        def weight(name: str) -> Tensor:
-            return torch.from_numpy(source.tensor(f"{name}.weight"))
-
         def load_layer(layer: int) -> Layer:
             prefix = config.layer_prefix.format(layer=layer)
-            linears = {
-                linear.name: FloatLinear(torch.cat([weight(prefix + part) for part in linear.parts]))
-                for linear in config.linears
-            }
-            return Layer(_norms(config, layer, source.tensor), linears)
+            linears = {}
+            for linear in config.linears:
+                names = [prefix + part for part in linear.parts]
+                bias = torch.cat([torch.from_numpy(source.bias(name)) for name in names]) if linear.bias else None
+                linears[linear.name] = FloatLinear(torch.cat([_weight(source, name) for name in names]), bias)
+            return Layer(read_norms(config, layer, source.tensor), linears)
 
-        embedding = weight(config.embedding)
-        head = FloatLinear(embedding if config.tied_embeddings else weight(config.head))
-        return cls(config, load_layer, embedding, weight(config.final_norm), head, half_cache=False)
+        entry, exit = _ends(config, partial(_weight, source), FloatLinear, source.tensor)
+        return cls(config, load_layer, entry, exit, half_cache=False)
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], trace: Trace | None = None, observer: Observer | None = None) -> np.ndarray:
@@ -250,20 +281,43 @@ class ReferenceModel:
         float32 array [T, vocab_size]
         """
         self._check_tokens(tokens)
-        hidden = self._embedding[torch.tensor(tokens)]
-        rope = rope_tables(self.config, len(tokens))
+        hidden = self._entry(tokens)
+        positions = attention_positions(self.config, len(tokens))
         for i in range(self.config.num_layers):
             layer = self._layer(i)
             watch = None if observer is None else partial(observer.attention, i)
-            steps = layer_steps(self.config, layer.norms, hidden, rope, self._half_cache, watch)
+            steps = layer_steps(self.config, layer.norms, hidden, positions, self._half_cache, watch)
             hidden = run_layer(steps, _linear_of(layer, i, trace, observer))
-        return self._head(rms_norm(hidden, self._final_norm, self.config.norm_epsilon)).numpy()
+        return self._exit(hidden).numpy()
 
     def _check_tokens(self, tokens: list[int]) -> None:
         if not 0 < len(tokens) <= self.config.context_length:
             raise AgqError(f"{len(tokens)} tokens do not fit the model: give 1 to {self.config.context_length}")
         if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
             raise AgqError(f"there are tokens outside the model's vocabulary of {self.config.vocab_size}")
+
+
+def float_entry(source: Source) -> Entry:
+    """Return what makes hidden states of tokens, as the model has it."""
+    return read_entry(source.config, partial(_weight, source), FloatLinear, source.tensor)
+
+
+def _ends(
+    config: DecoderConfig,
+    table: Callable[[str], Tensor],
+    operator: Callable[[Tensor], Operator],
+    vector: Callable[[str], np.ndarray],
+) -> tuple[Entry, Exit]:
+    """Read what stands before and after the layers; `operator` multiplies with a table's matrix."""
+    entry = read_entry(config, table, operator, vector)
+    norm = read_norm(config, config.final_norm, vector)
+    project = operator(table(config.project_out)) if config.project_out else None
+    head = entry.embedding if config.tied_embeddings else table(config.head)
+    return entry, Exit(norm, project, operator(head))
+
+
+def _weight(source: Source, name: str) -> Tensor:
+    return torch.from_numpy(source.tensor(f"{name}.weight"))
 
 
 def stacked_weights(parts: tuple[QuantizedLinear, ...]) -> FloatLinear:
@@ -289,12 +343,6 @@ def _linear_of(
         return y
 
     return linear
-
-
-def _norms(config: DecoderConfig, layer: int, vector: Callable[[str], np.ndarray]) -> Norms:
-    prefix = config.layer_prefix.format(layer=layer)
-    names = (config.input_norm, config.mlp_norm)
-    return Norms(*(torch.from_numpy(vector(f"{prefix}{name}.weight")) for name in names))
 
 
 def _layer_bytes(config: DecoderConfig) -> int:

@@ -17,10 +17,11 @@ from agq_tvm.models.registry import describe
 from agq_tvm.quantize.checkpoint import (
     QuantizedLinear,
     QuantizedTable,
+    bias_shapes,
     linear_shapes,
     quantization_config,
     table_shapes,
-    vector_names,
+    vector_shapes,
 )
 from agq_tvm.quantize.known import KNOWN, fetch_known
 from agq_tvm.quantize.weights import checked
@@ -50,10 +51,18 @@ class Source:
             self.config: DecoderConfig = describe(raw_config)
         except AgqError as error:
             raise AgqError(f"{label}: {error}") from error
+        self._biases = bias_shapes(self.config)
 
     def tensor(self, name: str) -> np.ndarray:
-        """Read a tensor by its Hugging Face name, e.g. ``"model.norm.weight"``, as finite float32."""
+        """Read a tensor by its Hugging Face name, e.g. ``"model.norm.weight"``, as finite float32.
+
+        Rows that a model stores by head come in the order in which they are used, see `Linear.row_order`.
+        """
         return checked(self._tensor(name), name)
+
+    def bias(self, name: str) -> np.ndarray | None:
+        """Read the bias of the module `name`, float32 [N], or return None if it has none."""
+        return self.tensor(f"{name}.bias") if f"{name}.bias" in self._biases else None
 
     def kept_linear(self, name: str) -> QuantizedLinear | None:
         """Return the 4-bit grid that the module `name` already has, exactly, or None if it has none."""
@@ -85,7 +94,7 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Name every tensor that a float model must have, with its shape."""
     matrices = {**table_shapes(config), **linear_shapes(config)}
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in matrices.items()}
-    return shapes | {name: (config.hidden_size,) for name in vector_names(config)}
+    return shapes | bias_shapes(config) | vector_shapes(config)
 
 
 def check_shapes(label: str, config: DecoderConfig, found: Mapping[str, tuple[int, ...]]) -> None:
@@ -173,18 +182,21 @@ class HuggingFaceSource(Source):
         _take_end_tokens(path, raw_config)
         super().__init__(label, raw_config)
         self._path = path
-        self._files = _open_tensors(path, label)
+        self._files = _with_base_prefix(self.config, _open_tensors(path, label))
+        self._row_orders = _row_orders(self.config)
         found = {}
-        for name, file in self._files.items():
-            part = file.get_slice(name)
+        for name, (file, stored_name) in self._files.items():
+            part = file.get_slice(stored_name)
             if part.get_dtype() not in _FLOATS:
                 raise AgqError(f"{label}: {name} is {part.get_dtype()}, only {', '.join(_FLOATS)} are supported")
             found[name] = tuple(part.get_shape())
         check_shapes(label, self.config, found)
 
     def _tensor(self, name: str) -> np.ndarray:
+        file, stored_name = self._files[name]
         try:
-            return self._files[name].get_tensor(name).astype("float32")
+            value = file.get_tensor(stored_name).astype("float32")
+            return value[self._row_orders[name]] if name in self._row_orders else value
         except (SafetensorError, OSError) as error:
             raise AgqError(f"{self.label}: cannot read {name} ({error})") from error
 
@@ -241,6 +253,28 @@ def _open_tensors(path: Path, label: str) -> dict:
                 raise AgqError(f"{label}: {name} is in two of its files")
             files[name] = file
     return files
+
+
+def _with_base_prefix(config: DecoderConfig, files: dict) -> dict[str, tuple]:
+    """Give tensors their full names, which files of the bare decoder shorten; map them to (file, stored name)."""
+    bare = not any(name.startswith(config.base_prefix) for name in files)
+    head = f"{config.head}."
+    return {
+        config.base_prefix + name if bare and not name.startswith(head) else name: (file, name)
+        for name, file in files.items()
+    }
+
+
+def _row_orders(config: DecoderConfig) -> dict[str, np.ndarray]:
+    """Map the weights and biases that are stored by head to the order in which their rows are used."""
+    return {
+        f"{config.layer_prefix.format(layer=layer)}{part}.{kind}": linear.row_order()
+        for layer in range(config.num_layers)
+        for linear in config.linears
+        if linear.interleaved_heads
+        for part in linear.parts
+        for kind in ("weight", "bias")
+    }
 
 
 def _tensor_files(path: Path, label: str) -> list[Path]:

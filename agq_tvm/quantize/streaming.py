@@ -4,19 +4,20 @@ Memory is that of the windows' hidden states, one layer's weights in float and o
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from agq_tvm.errors import AgqError
-from agq_tvm.models.decoder import DecoderConfig, Linear
+from agq_tvm.models.decoder import Linear
 from agq_tvm.progress import progress
 from agq_tvm.quantize.activations import static_range
 from agq_tvm.quantize.checkpoint import QuantizedLinear, Scheme
-from agq_tvm.quantize.forward import LayerSteps, Norms, layer_steps, rope_tables
+from agq_tvm.quantize.forward import LayerSteps, Norms, attention_positions, layer_steps, read_norms
 from agq_tvm.quantize.gptq import gptq
-from agq_tvm.quantize.reference import stacked_weights
+from agq_tvm.quantize.reference import float_entry, stacked_weights
 from agq_tvm.quantize.source import Source
 
 _SMALLEST_SQUARE = 1e-30
@@ -25,17 +26,17 @@ _SMALLEST_SQUARE = 1e-30
 class _Windows:
     """The hidden states of windows of one length, advanced by one linear at a time."""
 
-    def __init__(self, config: DecoderConfig, embedding: np.ndarray, windows: list[list[int]]) -> None:
-        table = torch.from_numpy(embedding)
-        self._config = config
-        self._hidden = [table[torch.tensor(window)] for window in windows]
-        self._rope = rope_tables(config, len(windows[0]))
+    def __init__(self, source: Source, windows: list[list[int]]) -> None:
+        self._config = source.config
+        entry = float_entry(source)
+        self._hidden = [entry(window) for window in windows]
+        self._positions = attention_positions(source.config, len(windows[0]))
         self._steps: list[LayerSteps] = []
 
     def enter_layer(self, norms: Norms) -> list[Tensor]:
         """Begin a layer; return the inputs [T, K] of its first linear."""
-        config, rope = self._config, self._rope
-        self._steps = [layer_steps(config, norms, hidden, rope, half_cache=False) for hidden in self._hidden]
+        config, positions = self._config, self._positions
+        self._steps = [layer_steps(config, norms, hidden, positions, half_cache=False) for hidden in self._hidden]
         return [next(steps)[1] for steps in self._steps]
 
     def advance(self, outputs: Iterator[Tensor]) -> list[Tensor]:
@@ -63,11 +64,11 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
         Calibration tokens.
     """
     config = source.config
-    states = _Windows(config, source.tensor(f"{config.embedding}.weight"), windows)
+    states = _Windows(source, windows)
     quantized: dict[str, QuantizedLinear] = {}
     for layer in progress(range(config.num_layers), "GPTQ", unit="layer"):
         prefix = config.layer_prefix.format(layer=layer)
-        inputs = states.enter_layer(_norms(config, prefix, source.tensor))
+        inputs = states.enter_layer(read_norms(config, layer, source.tensor))
         for linear in config.linears:
             parts = _quantize_linear(source, prefix, linear, inputs, scheme)
             quantized |= zip((prefix + part for part in linear.parts), parts, strict=True)
@@ -89,7 +90,8 @@ def _quantize_linear(
         raise AgqError(f"{prefix}{linear.parts[0]}: {error}") from error
     if not np.isfinite(stacked.scales).all():
         raise AgqError(f"{prefix}{linear.parts[0]}: GPTQ left float16's range: use rtn")
-    return _split(stacked, linear.rows)
+    parts = zip(linear.parts, _split(stacked, linear.rows), strict=True)
+    return tuple(replace(part, bias=source.bias(prefix + name)) for name, part in parts)
 
 
 def token_weights(x: Tensor) -> Tensor:
@@ -125,21 +127,18 @@ def _split(stacked: QuantizedLinear, rows: tuple[int, ...]) -> tuple[QuantizedLi
 
 @torch.inference_mode()
 def static_ranges(
-    config: DecoderConfig,
+    source: Source,
     linears: Mapping[str, QuantizedLinear],
-    vectors: Mapping[str, np.ndarray],
-    embedding: np.ndarray,
     windows: list[list[int]],
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Find scale and zero point of every linear's input, from its smallest and largest calibration value.
 
     Parameters
     ----------
-    config : DecoderConfig
+    source : Source
+        Embedding and norms are its own.
     linears : mapping of QuantizedLinear
         Run with float activations.
-    vectors : mapping of float32 arrays
-    embedding : float32 array [V, K]
     windows : list of lists of int
 
     Returns
@@ -148,11 +147,12 @@ def static_ranges(
         By the name of the linear: scale float32 [1] and zero point int32 [1]; linears that share an input
         share them.
     """
-    states = _Windows(config, embedding, windows)
+    config = source.config
+    states = _Windows(source, windows)
     ranges = {}
     for layer in progress(range(config.num_layers), "calibrating", unit="layer"):
         prefix = config.layer_prefix.format(layer=layer)
-        inputs = states.enter_layer(_norms(config, prefix, vectors.__getitem__))
+        inputs = states.enter_layer(read_norms(config, layer, source.tensor))
         for linear in config.linears:
             names = [prefix + part for part in linear.parts]
             low, high = min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs)
@@ -161,8 +161,3 @@ def static_ranges(
             operator = stacked_weights(tuple(linears[name] for name in names))
             inputs = states.advance(operator(x) for x in inputs)
     return ranges
-
-
-def _norms(config: DecoderConfig, prefix: str, vector) -> Norms:
-    names = (config.input_norm, config.mlp_norm)
-    return Norms(*(torch.from_numpy(vector(f"{prefix}{name}.weight")) for name in names))

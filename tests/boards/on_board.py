@@ -82,7 +82,7 @@ class _Probe:
             scheme.group_size,
             scheme.activation == "per-token-group",
             self.offsets,
-            scheme.activation == "static",
+            scheme.activation == "static" or linear.bias,
         )
         layout = self.isa.layout_4bit
         M, G, tiles = len(codes), kernel.groups, layout.tiles(kernel.columns)

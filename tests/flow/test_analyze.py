@@ -12,7 +12,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.flow.analyze import analyze
 from agq_tvm.flow.pictures import draw, draw_channels, draw_ratios, pool_columns
 from agq_tvm.quantize.observe import InputStatistics, Observation
-from tests.tiny import write_tiny_llama
+from tests.tiny import write_tiny_llama, write_tiny_model
 
 INPUTS = {"qkv": 96, "o": 96, "gate_up": 96, "down": 160}
 PICTURES = ["attention-to-start.png", *sorted(f"channels-{name}.png" for name in INPUTS), "outlier-ratio.png"]
@@ -110,6 +110,11 @@ def test_command(tiny_checkpoint, tmp_path, capsys):
     table = capsys.readouterr().out
     assert all(name in table for name in (*INPUTS, *PICTURES, "attention to the first token"))
     assert strict(tmp_path / "out" / "analysis.json")["text"] == "persuasion"
+
+
+def test_a_model_without_gate(tmp_path):
+    made = analyze(write_tiny_model(tmp_path / "model", "opt"), tmp_path / "out", "jargon")
+    assert list(made["inputs"]) == ["qkv", "o", "up", "down"] and "channels-up.png" in made["files"]
 
 
 def test_missing_matplotlib_names_the_extra(model, tmp_path, monkeypatch):

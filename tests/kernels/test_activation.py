@@ -1,5 +1,7 @@
 """Activation codes against the contract in numpy."""
 
+import math
+
 import numpy as np
 import pytest
 import tvm
@@ -47,6 +49,15 @@ def made_by(source: str, inputs, kernel) -> np.ndarray:
     x = inputs[0].astype("float64")
     if source == "rms_norm":
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + kernel.epsilon) * inputs[1]
+    if source == "layer_norm":
+        deviation = np.sqrt(x.var(-1, keepdims=True) + kernel.epsilon)
+        return (x - x.mean(-1, keepdims=True)) / deviation * inputs[1] + inputs[2]
+    if source == "relu":
+        return np.maximum(x, 0)
+    if source == "gelu":
+        return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+    if source == "gelu_tanh":
+        return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
     if source == "silu_mul":
         gate, up = np.split(x, 2, axis=1)
         return gate / (1 + np.exp(-gate)) * up
@@ -55,7 +66,7 @@ def made_by(source: str, inputs, kernel) -> np.ndarray:
 
 @pytest.mark.parametrize("rows,channels,group", [(1, 576, 32), (5, 150, 64), (3, 100, 128)])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("source", ["plain", "rms_norm", "silu_mul"])
+@pytest.mark.parametrize("source", activation.SOURCES)
 def test_codes(source, mode, rows, channels, group):
     kernel = QuantizeKernel(source, rows, channels, group, mode, 1e-5)
     rng = np.random.default_rng(0)
@@ -65,12 +76,21 @@ def test_codes(source, mode, rows, channels, group):
     codes, scales, sums = run(kernel, inputs)
     expected, expected_scales = contract(made_by(source, inputs, kernel).astype("float32"), kernel)
     np.testing.assert_allclose(scales, expected_scales, rtol=2e-6)
-    if source == "plain":
+    if source in ("plain", "relu"):
         np.testing.assert_array_equal(codes, expected)
     else:  # float32 sums in another order may move a value across a tie, never further
         assert abs(codes - expected).max() <= 1
         assert (codes != expected).mean() < 0.002
     np.testing.assert_array_equal(sums, codes.reshape(rows, kernel.groups, group).astype("int64").sum(-1))
+
+
+@pytest.mark.parametrize("source", ["gelu", "gelu_tanh"])
+def test_far_from_zero_gelu_is_the_identity_or_zero(source):
+    kernel = QuantizeKernel(source, 1, 64, 32, "per-token-group")
+    x = np.repeat([[-1e30, 1e30], [-90.0, 90.0]], 16, axis=1).reshape(1, 64).astype("float32")
+    codes, scales, _ = run(kernel, [x])
+    np.testing.assert_array_equal(codes[0], np.where(x[0] > 0, 127, 0))
+    np.testing.assert_allclose(scales[0], np.array([1e30, 90]) / 127, rtol=1e-6)
 
 
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)

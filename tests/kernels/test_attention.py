@@ -1,10 +1,10 @@
-"""Rotary step and attention against plain numpy, over caches with a past."""
+"""Attention and the step before it, rotary or not, against plain numpy, over caches with a past."""
 
 import numpy as np
 import pytest
 import tvm
 
-from agq_tvm.kernels.attention import AttentionKernel, build_attention, build_rope_append
+from agq_tvm.kernels.attention import AttentionKernel, build_append, build_attention, build_rope_append
 from agq_tvm.kernels.emit import LANES
 from tests.kernels.operands import compiled, runs_here
 
@@ -33,9 +33,10 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 class Case:
     """A random case and what the kernels make of it."""
 
-    def __init__(self, shape, isa: str = "generic", value_lanes: int = LANES):
+    def __init__(self, shape, isa: str = "generic", value_lanes: int = LANES, rotary: bool = True, alibi: bool = False):
         rows, heads, kv_heads, dim, context, self.cached, self.valid = shape
-        self.kernel = kernel = AttentionKernel(rows, heads, kv_heads, dim, context, value_lanes)
+        self.kernel = kernel = AttentionKernel(rows, heads, kv_heads, dim, context, value_lanes, alibi)
+        self.rotary, self.slopes = rotary, 0.3 ** np.arange(heads, dtype="float32")
         rng = np.random.default_rng(0)
         self.keys = np.zeros(kernel.key_cache, "float16")
         self.values = np.zeros(kernel.value_cache, "float16")
@@ -49,15 +50,15 @@ class Case:
         self.cos, self.sin = np.cos(angles).astype("float32"), np.sin(angles).astype("float32")
         self.positions = np.minimum(np.arange(rows) + self.cached, context - 1).astype("int32")
         lengths = np.array([self.cached, self.valid], "int32")
-        tensors = [
-            tvm.runtime.tensor(array)
-            for array in (self.qkv, self.cos, self.sin, self.positions, lengths, self.keys, self.values)
-        ]
+        inputs = (self.qkv, self.cos, self.sin, self.positions) if rotary else (self.qkv,)
+        *tensors, lengths, keys, values = map(tvm.runtime.tensor, (*inputs, lengths, self.keys, self.values))
         q = tvm.runtime.tensor(np.zeros((rows, heads, dim), "float32"))
-        compiled(build_rope_append(kernel), isa)(*tensors, q)
+        append = build_rope_append if rotary else build_append
+        compiled(append(kernel), isa)(*tensors, lengths, keys, values, q)
         out = tvm.runtime.tensor(np.full((rows, heads * dim), np.nan, "float32"))
-        compiled(build_attention(kernel), isa)(q, *tensors[5:], tensors[4], out)
-        self.new_keys, self.new_values = tensors[5].numpy(), tensors[6].numpy()
+        slopes = [tvm.runtime.tensor(self.slopes)] if alibi else []
+        compiled(build_attention(kernel), isa)(q, keys, values, lengths, *slopes, out)
+        self.new_keys, self.new_values = keys.numpy(), values.numpy()
         self.out = out.numpy()[: self.valid].reshape(self.valid, heads, dim)
 
     def expected(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -66,7 +67,8 @@ class Case:
         cos, sin = self.cos[self.positions], self.sin[self.positions]
         heads = self.qkv.reshape(k.rows, -1, k.head_dim)
         q, new_k, new_v = np.split(heads, [k.heads, k.heads + k.kv_heads], axis=1)
-        q, new_k = rotate(q, cos, sin), rotate(new_k, cos, sin)
+        if self.rotary:
+            q, new_k = rotate(q, cos, sin), rotate(new_k, cos, sin)
         keys, values = keys_of(self.keys).copy(), self.values.copy()
         keys[:, self.cached : self.cached + n] = new_k[:n].transpose(1, 0, 2)
         values[:, self.cached : self.cached + n] = new_v[:n].transpose(1, 0, 2)
@@ -75,6 +77,8 @@ class Case:
             for h in range(k.heads):
                 seen, g = self.cached + m + 1, h // k.shared
                 s = keys[g, :seen].astype("float64") @ q[m, h] / np.sqrt(k.head_dim)
+                if k.alibi:
+                    s += self.slopes[h] * np.arange(seen)
                 p = np.exp(s - s.max())
                 out[m, h] = (p / p.sum()) @ values[g, :seen]
         return keys, values, out
@@ -91,6 +95,17 @@ def test_attention(shape, isa, lanes):
     np.testing.assert_array_equal(case.new_values, values)
     same = (keys_of(case.new_keys) == keys).all()
     np.testing.assert_allclose(case.out, out, rtol=0, atol=2e-5 if same else 2e-3)
+
+
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("shape", [CASES[3], (1, 3, 3, 13, 48, 40, 1), (8, 6, 2, 25, 32, 0, 8)], ids=str)
+def test_attention_without_rotation(shape, alibi):
+    """Heads may be odd then."""
+    case = Case(shape, rotary=False, alibi=alibi)
+    keys, values, out = case.expected()
+    np.testing.assert_array_equal(keys_of(case.new_keys), keys.astype("float16"))
+    np.testing.assert_array_equal(case.new_values, values)
+    np.testing.assert_allclose(case.out, out, rtol=0, atol=2e-5)
 
 
 def test_padding_rows_are_never_cached():

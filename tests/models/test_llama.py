@@ -54,8 +54,8 @@ def test_rotary_frequencies_are_those_of_transformers(scaling):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": 1}, "attention_bias"),
+        ({"mlp_bias": "no"}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
@@ -77,8 +77,8 @@ def test_rotary_frequencies_are_those_of_transformers(scaling):
         ({"eos_token_id": 260}, "eos_token_id"),
         ({"bos_token_id": -1}, "bos_token_id"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
-        ({"model_type": "gpt2"}, "supported: llama"),
-        ({"model_type": ["llama"]}, "supported: llama"),
+        ({"model_type": "gpt2"}, "supported: bloom, llama, mistral, opt, qwen2"),
+        ({"model_type": ["llama"]}, "supported: bloom, llama"),
     ],
 )
 def test_refuses_in_one_sentence(overrides, words):

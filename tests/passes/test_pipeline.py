@@ -38,6 +38,7 @@ def test_every_phase_is_dumped(dumped):
         "decoder",
         "quantize_linears",
         "fuse_activation_quantize",
+        "lower_norms",
         "legalize",
         "schedule_kernels",
         "bundle_parameters",

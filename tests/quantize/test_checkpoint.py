@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from agq_tvm.errors import AgqError
-from agq_tvm.quantize.checkpoint import Scheme, linear_shapes, read_checkpoint, table_shapes, vector_names
+from agq_tvm.quantize.checkpoint import Scheme, linear_shapes, read_checkpoint, table_shapes, vector_shapes
 from agq_tvm.quantize.source import open_source
 from agq_tvm.quantize.weights import dequantize, dequantize_table, rtn
 
@@ -33,7 +33,7 @@ def read_everything(path) -> None:
             checkpoint.fused(layer, linear.parts)
     for name in table_shapes(checkpoint.config):
         checkpoint.table(name)
-    for name in vector_names(checkpoint.config):
+    for name in vector_shapes(checkpoint.config):
         checkpoint.vector(name)
 
 
@@ -49,7 +49,7 @@ def test_reads_back_what_was_quantized(quantized, group_size, symmetric):
         expected = rtn(source.tensor(f"{name}.weight"), group_size, symmetric)
         assert linear.scales.shape == (rows, -(-columns // group_size))
         np.testing.assert_array_equal(dequantize(linear), dequantize(expected))
-    for name in vector_names(source.config):
+    for name in vector_shapes(source.config):
         np.testing.assert_array_equal(checkpoint.vector(name), source.tensor(name))
     table = dequantize_table(checkpoint.table("model.embed_tokens"))
     np.testing.assert_allclose(table, source.tensor("model.embed_tokens.weight"), atol=0.02)

@@ -4,13 +4,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.observe import observe, outlier_ratio, start_probabilities
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.source import open_source
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, write_tiny_model
 
 WINDOWS = [np.random.default_rng(i).integers(3, 259, 40).tolist() for i in range(3)]
 FIRST_READERS = {"qkv": "self_attn.q_proj", "o": "self_attn.o_proj", "gate_up": "mlp.up_proj", "down": "mlp.down_proj"}
@@ -57,6 +57,16 @@ def test_attention_to_the_first_token_is_that_of_transformers(seen_by_transforme
     np.testing.assert_allclose(observation.start_attention, column[..., 1:].mean((1, 3)), rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_attention_of_other_families(tmp_path, family):
+    path = write_tiny_model(tmp_path / "model", family, 3)
+    found = observe(ReferenceModel.from_source(open_source(path)), WINDOWS[:1]).start_attention
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        maps = model(torch.tensor(WINDOWS[:1]), output_attentions=True).attentions
+    np.testing.assert_allclose(found, [layer[0, :, 1:, 0].mean(1).numpy() for layer in maps], rtol=1e-3)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 20), st.integers(0, 99), st.sampled_from([0.1, 1, 100]))
 def test_start_probabilities_are_column_zero_of_a_softmax(kv_heads, sharing, length, seed, size):
@@ -78,8 +88,8 @@ def test_observing_changes_nothing(tiny_llama, observation):
         def linear_input(self, layer, name, x):
             self.inputs += 1
 
-        def attention(self, layer, q, k):
-            assert q.shape == (6, 40, 16) and k.shape == (2, 40, 16)
+        def attention(self, layer, q, k, bias):
+            assert q.shape == (6, 40, 16) and k.shape == (2, 40, 16) and bias is None
             self.maps += 1
 
     model, counter = ReferenceModel.from_source(open_source(tiny_llama)), Counter()

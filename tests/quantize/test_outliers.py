@@ -8,7 +8,7 @@ from agq_tvm.quantize.observe import observe, outlier_ratio
 from agq_tvm.quantize.outliers import with_outliers
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.source import Source, open_source, tensor_shapes
-from tests.tiny import tiny_config, write_tiny_llama
+from tests.tiny import FAMILIES, write_tiny_llama, write_tiny_model
 
 TOKENS = np.random.default_rng(4).integers(3, 259, 60).tolist()
 
@@ -17,27 +17,32 @@ def changed_channels(before: Source, after: Source, name: str) -> list[int]:
     return np.flatnonzero(before.tensor(name) != after.tensor(name)).tolist()
 
 
-@pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": False, "num_key_value_heads": 6}])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shift", range(7))
-def test_float_logits_do_not_change_by_a_bit(tmp_path, shift, overrides):
-    source = open_source(write_tiny_llama(tmp_path / "model", 7, **overrides))
+def test_float_logits_do_not_change_by_a_bit(tmp_path, shift, family):
+    source = open_source(write_tiny_model(tmp_path / "model", family, 7))
     expected = ReferenceModel.from_source(source).logits(TOKENS)
     np.testing.assert_array_equal(
         ReferenceModel.from_source(with_outliers(source, 5, shift, seed=shift)).logits(TOKENS), expected
     )
 
 
-def test_chosen_channels_grow_and_nothing_else_changes(tiny_llama):
-    source = open_source(tiny_llama)
-    made = with_outliers(source, 4, 5)
-    chosen = changed_channels(source, made, "model.layers.0.input_layernorm.weight")
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "query_key_value", "dense_h_to_4h")
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom"])
+def test_chosen_channels_grow_and_nothing_else_changes(tmp_path, family):
+    source = open_source(write_tiny_model(tmp_path / "model", family, 7))
+    made, config = with_outliers(source, 4, 5), source.config
+    chosen = changed_channels(source, made, f"{config.layer_prefix.format(layer=0)}{config.input_norm}.weight")
     assert len(chosen) == 4
-    for name in tensor_shapes(source.config):
+    for name in tensor_shapes(config):
         before, after = source.tensor(name), made.tensor(name)
-        expected = before.copy()
-        if "layers" in name and "norm" in name:
+        expected, parts = before.copy(), name.split(".")
+        in_layer = name.startswith(config.layer_prefix.split("{")[0])  # OPT's last norm has the name of another
+        if in_layer and parts[-2] in (config.input_norm, config.mlp_norm):
             expected[chosen] *= 32
-        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+        elif parts[-2] in READERS and parts[-1] == "weight":
             expected[:, chosen] /= 32
         assert after.dtype == np.float32
         np.testing.assert_array_equal(after, expected, err_msg=name)
@@ -62,38 +67,6 @@ def test_activations_grow_where_they_should(tiny_llama):
         np.testing.assert_array_equal(made[name].channel_largest, plain[name].channel_largest)
 
 
-class WithBiases(Source):
-    """Any numbers under a LLaMA's names, and a bias for every module."""
-
-    def __init__(self) -> None:
-        super().__init__("with biases", tiny_config())
-
-    def _tensor(self, name: str) -> np.ndarray:
-        module, kind = name.rsplit(".", 1)
-        shape = tensor_shapes(self.config)[f"{module}.weight"]
-        rng = np.random.default_rng(list(name.encode()))
-        return rng.standard_normal(shape if kind == "weight" else shape[:1], dtype="float32")
-
-
-def layer_norm_and_linear(source: Source, norm: str, linear: str, x: np.ndarray) -> np.ndarray:
-    centred = x - x.mean(1, keepdims=True)
-    x = centred / np.sqrt(np.square(centred).mean(1, keepdims=True) + np.float32(1e-5))
-    x = x * source.tensor(f"{norm}.weight") + source.tensor(f"{norm}.bias")
-    return x @ source.tensor(f"{linear}.weight").T + source.tensor(f"{linear}.bias")
-
-
-@pytest.mark.parametrize(
-    ("norm", "linear"), [("input_layernorm", "self_attn.v_proj"), ("post_attention_layernorm", "mlp.up_proj")]
-)
-def test_biases_of_norms_grow_too_those_of_linears_do_not(norm, linear):
-    source = WithBiases()
-    made = with_outliers(source, 10, 6)
-    x = np.random.default_rng(0).standard_normal((30, 96), dtype="float32")
-    names = (f"model.layers.1.{norm}", f"model.layers.1.{linear}")
-    assert len(changed_channels(source, made, f"{names[0]}.bias")) == 10
-    np.testing.assert_array_equal(layer_norm_and_linear(made, *names, x), layer_norm_and_linear(source, *names, x))
-
-
 def test_static_quantization_gets_much_worse(tmp_path):
     """What activation codes change in the logits, beside the same 4-bit weights with float activations."""
     source = open_source(write_tiny_llama(tmp_path / "model", 7))
@@ -111,3 +84,17 @@ def test_static_quantization_gets_much_worse(tmp_path):
 def test_more_outliers_than_channels(tiny_llama, channels):
     with pytest.raises(AgqError, match=f"96 channels, {channels} of them"):
         with_outliers(open_source(tiny_llama), channels, 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("opt", {"do_layer_norm_before": False}),
+        ("opt", {"layer_norm_elementwise_affine": False}),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    ],
+)
+def test_norms_that_cannot_be_scaled(tmp_path, family, overrides):
+    source = open_source(write_tiny_model(tmp_path / "model", family, **overrides))
+    with pytest.raises(AgqError, match="norms that cannot be scaled"):
+        with_outliers(source, 3, 2)

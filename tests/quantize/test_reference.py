@@ -165,7 +165,7 @@ def test_the_head_sees_eight_bit_codes_in_groups_of_32(quantized):
         codes = np.rint(part * (np.float32(1) / scale)).astype("int64")
         dots = codes @ table.qweight[:, channels].astype("int64").T
         expected += scale.astype("float64") * table.scales[:, g].astype("float64") * dots
-    np.testing.assert_allclose(model._head(x).numpy(), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model._exit.head(x).numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_causal(quantized):

@@ -5,7 +5,7 @@ import torch
 from agq_tvm.errors import AgqError
 from agq_tvm.quantize.activations import static_range
 from agq_tvm.quantize.checkpoint import Scheme, linear_shapes, read_checkpoint
-from agq_tvm.quantize.forward import Norms, layer_steps, rope_tables, run_layer
+from agq_tvm.quantize.forward import attention_positions, layer_steps, read_norms, run_layer
 from agq_tvm.quantize.gptq import gptq
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.source import open_source
@@ -34,12 +34,7 @@ def inputs_by_hand(source, linears, stop_layer: int, stop_linear: str) -> list[t
         hidden = embedding[torch.tensor(window)]
         for layer in range(stop_layer + 1):
             prefix = f"model.layers.{layer}."
-            norms = Norms(
-                *(
-                    torch.from_numpy(source.tensor(f"{prefix}{name}.weight"))
-                    for name in ("input_layernorm", "post_attention_layernorm")
-                )
-            )
+            norms = read_norms(config, layer, source.tensor)
             parts = {linear.name: linear.parts for linear in config.linears}
 
             def linear(name, x, layer=layer, prefix=prefix, parts=parts):
@@ -48,7 +43,7 @@ def inputs_by_hand(source, linears, stop_layer: int, stop_linear: str) -> list[t
                 weights = [torch.from_numpy(dequantize(linears[prefix + part])) for part in parts[name]]
                 return x @ torch.cat(weights).T
 
-            hidden = run_layer(layer_steps(config, norms, hidden, rope_tables(config, 64), False), linear)
+            hidden = run_layer(layer_steps(config, norms, hidden, attention_positions(config, 64), False), linear)
     return found
 
 
@@ -101,11 +96,7 @@ def test_gptq_names_the_linear_that_fails(source, monkeypatch):
 
 
 def test_static_ranges_hold_the_smallest_and_the_largest_input(source, by_gptq):
-    vectors = {name: source.tensor(name) for name in map("model.layers.{}".format, ())}
-    norms = ("input_layernorm", "post_attention_layernorm")
-    for name in [f"model.layers.{i}.{norm}.weight" for i in range(2) for norm in norms]:
-        vectors[name] = source.tensor(name)
-    ranges = static_ranges(source.config, by_gptq, vectors, source.tensor("model.embed_tokens.weight"), WINDOWS)
+    ranges = static_ranges(source, by_gptq, WINDOWS)
     assert ranges.keys() == by_gptq.keys()
     for layer, name, part in ((0, "qkv", "self_attn.k_proj"), (1, "down", "mlp.down_proj")):
         inputs = torch.cat(inputs_by_hand(source, by_gptq, layer, name))
