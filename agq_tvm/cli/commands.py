@@ -14,6 +14,7 @@ def register(subparsers) -> None:
     _compile(subparsers)
     _generate(subparsers)
     _eval(subparsers)
+    _analyze(subparsers)
     _bench(subparsers)
     _targets(subparsers)
     _kernels(subparsers)
@@ -181,6 +182,37 @@ def _eval(subparsers) -> None:
     parser.add_argument("--data", required=True, metavar="FILE", help="a text, or: calibration, persuasion, jargon")
     parser.add_argument("--window", type=_positive, default=512, metavar="N", help="default: %(default)s tokens")
     parser.add_argument("--max-tokens", type=_positive, metavar="N", help="only the beginning of the text")
+    _json_option(parser)
+
+
+def _analyze(subparsers) -> None:
+    def run(args) -> None:
+        from agq_tvm.flow.analyze import analyze
+
+        result = analyze(args.model, args.output, args.data)
+        rows = [("INPUT OF", "LARGEST / MEDIAN", "WITHOUT FIRST TOKEN", "LAYER", "CHANNEL", "OUTLIER CHANNELS")]
+        for name, most in result["inputs"].items():
+            ratios = (most["ratio"], most["ratio_without_first_token"])
+            numbers = (most["layer"], most["channel"], most["outlier_channels"])
+            rows.append((name, *("-" if ratio is None else f"{ratio:.1f}" for ratio in ratios), *map(str, numbers)))
+        _print(args, result, rows)
+        if not args.json:
+            start = result["attention_to_start"]
+            print(
+                f"\nattention to the first token: {start['mean']:.3f} on average, {start['layer_mean']:.3f} in layer "
+                f"{start['layer']}; evenly spread attention gives it {start['uniform']:.3f}"
+                f"\n\n{args.output}: {', '.join(result['files'])}"
+            )
+
+    parser = _command(subparsers, "analyze", "draw outlier channels and attention to the first token", run)
+    parser.add_argument("model", metavar="CKPT|MODEL")
+    parser.add_argument("-o", "--output", default="agq-analysis", metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--data",
+        default="calibration",
+        metavar="TEXT",
+        help="a text file, at least 512 tokens (default: a shipped one)",
+    )
     _json_option(parser)
 
 

@@ -3,18 +3,22 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json
 from agq_tvm.quantize.calibration import encode_text
 from agq_tvm.quantize.checkpoint import quantization_config, read_checkpoint
-from agq_tvm.quantize.source import open_source
+from agq_tvm.quantize.source import Source, open_source
 from agq_tvm.quantize.texts import load_text
 from agq_tvm.runtime.perplexity import Score, score
 
+if TYPE_CHECKING:
+    from agq_tvm.quantize.reference import ReferenceModel
+
 
 def evaluate_reference(
-    model: str | os.PathLike,
+    model: str | os.PathLike | Source,
     data: str | os.PathLike,
     window: int = 512,
     max_tokens: int | None = None,
@@ -24,7 +28,7 @@ def evaluate_reference(
 
     Parameters
     ----------
-    model : str or path-like
+    model : str, path-like or Source
         A quantized checkpoint, or a float model (see `agq_tvm.quantize.source.open_source`).
     data : str or path-like
         See `agq_tvm.quantize.texts.load_text`.
@@ -41,24 +45,49 @@ def evaluate_reference(
     AgqError
         If the model or the text cannot be read, or they do not fit each other.
     """
-    from agq_tvm.quantize.reference import ReferenceModel
-
     text, _ = load_text(data)
-    if is_checkpoint(model):
-        checkpoint = read_checkpoint(model)
-        reference = ReferenceModel.from_checkpoint(checkpoint, activation)
-        tokens = encode_text(checkpoint.path / "tokenizer.json", text)
-    else:
-        if activation not in (None, "none"):
-            raise AgqError(f"{model} is not quantized: {activation} activations need a checkpoint")
-        source = open_source(model)
-        reference = ReferenceModel.from_source(source)
-        with tempfile.TemporaryDirectory() as scratch:
-            source.copy_tokenizer(Path(scratch))
-            tokens = encode_text(Path(scratch) / "tokenizer.json", text)
+    with tempfile.TemporaryDirectory() as scratch:
+        reference, tokenizer = open_reference(model, Path(scratch), activation)
+        tokens = encode_text(tokenizer, text)
     if window > reference.config.context_length:
         raise AgqError(f"a window of {window} is more than the model's {reference.config.context_length} tokens")
     return score(reference.logits, tokens[:max_tokens], window)
+
+
+def open_reference(
+    model: str | os.PathLike | Source, scratch: Path, activation: str | None = None
+) -> tuple["ReferenceModel", Path]:
+    """Open a model in torch.
+
+    Parameters
+    ----------
+    model : str, path-like or Source
+    scratch : Path
+        A directory for the tokenizer of a model that holds it in another form.
+    activation : str, optional
+        As for `evaluate_reference`.
+
+    Returns
+    -------
+    reference : ReferenceModel
+    tokenizer : Path
+        Its ``tokenizer.json``.
+
+    Raises
+    ------
+    AgqError
+        If the model cannot be read.
+    """
+    from agq_tvm.quantize.reference import ReferenceModel
+
+    if not isinstance(model, Source) and is_checkpoint(model):
+        checkpoint = read_checkpoint(model)
+        return ReferenceModel.from_checkpoint(checkpoint, activation), checkpoint.path / "tokenizer.json"
+    source = open_source(model)
+    if activation not in (None, "none"):
+        raise AgqError(f"{source.label} is not quantized: {activation} activations need a checkpoint")
+    source.copy_tokenizer(scratch)
+    return ReferenceModel.from_source(source), scratch / "tokenizer.json"
 
 
 def is_checkpoint(path: str | os.PathLike) -> bool:

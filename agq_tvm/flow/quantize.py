@@ -46,7 +46,7 @@ class Calibration:
 
 
 def quantize(
-    model: str | os.PathLike,
+    model: str | os.PathLike | Source,
     output: str | os.PathLike,
     method: str | None = None,
     group_size: int | None = None,
@@ -58,7 +58,7 @@ def quantize(
 
     Parameters
     ----------
-    model : str or path-like
+    model : str, path-like or Source
         See `agq_tvm.quantize.source.open_source`.
     output : path-like
         The directory to write; an earlier checkpoint there is replaced.

@@ -46,10 +46,10 @@ def cut_windows(
     text, _ = load_text(text_name)
     tokens = encode_text(tokenizer_path, text)
     available = len(tokens) // length if length > 0 else 0
-    if samples < 1 or available < 1:
-        raise AgqError(
-            f"calibration needs a window of {length} tokens, {text_name} has {len(tokens)}: give a longer one"
-        )
+    if samples < 1:
+        raise AgqError(f"{samples} windows of {text_name} were asked for: ask for 1 or more")
+    if available < 1:
+        raise AgqError(f"{text_name} has {len(tokens)} tokens, less than one window of {length}: give a longer text")
     count = min(samples, available)
     starts = [i * available // count * length for i in range(count)]
     return [tokens[start : start + length] for start in starts]

@@ -12,6 +12,9 @@ from torch.nn import functional
 from agq_tvm.models.decoder import DecoderConfig
 
 LayerSteps = Generator[tuple[str, Tensor], Tensor, Tensor]
+# Called with queries [H, T, D] and keys [KV heads, T, D] as attention multiplies them, any rotation done, and with
+# what it adds to scores, [H, T, T] or None.
+WatchAttention = Callable[[Tensor, Tensor, Tensor | None], None]
 _ACTIVATIONS = {
     "silu": functional.silu,
     "relu": functional.relu,
@@ -145,7 +148,12 @@ def attention_positions(config: DecoderConfig, length: int) -> AttentionPosition
 
 
 def layer_steps(
-    config: DecoderConfig, norms: Norms, hidden: Tensor, positions: AttentionPositions, half_cache: bool
+    config: DecoderConfig,
+    norms: Norms,
+    hidden: Tensor,
+    positions: AttentionPositions,
+    half_cache: bool,
+    watch: WatchAttention | None = None,
 ) -> LayerSteps:
     """Run one layer, leaving the linears to the caller.
 
@@ -161,8 +169,10 @@ def layer_steps(
         For T positions.
     half_cache : bool
         Round keys (after their rotation) and values to float16, as a compiled model caches them.
+    watch : callable, optional
+        Shown the queries and keys.
     """
-    attention = partial(_attention_steps, config, positions, half_cache)
+    attention = partial(_attention_steps, config, positions, half_cache, watch)
     hidden = yield from _residual_steps(config, norms.attention, hidden, attention)
     return (yield from _residual_steps(config, norms.mlp, hidden, partial(_mlp_steps, config)))
 
@@ -185,9 +195,15 @@ def _residual_steps(config: DecoderConfig, norm: Norm, x: Tensor, branch: Callab
     return residual + (yield from branch(normed))
 
 
-def _attention_steps(config: DecoderConfig, positions: AttentionPositions, half_cache: bool, x: Tensor) -> LayerSteps:
+def _attention_steps(
+    config: DecoderConfig,
+    positions: AttentionPositions,
+    half_cache: bool,
+    watch: WatchAttention | None,
+    x: Tensor,
+) -> LayerSteps:
     qkv = yield "qkv", x
-    return (yield "o", _attention(config, qkv, positions, half_cache))
+    return (yield "o", _attention(config, qkv, positions, half_cache, watch))
 
 
 def _mlp_steps(config: DecoderConfig, x: Tensor) -> LayerSteps:
@@ -200,7 +216,13 @@ def _mlp_steps(config: DecoderConfig, x: Tensor) -> LayerSteps:
     return (yield down.name, activation(inner))
 
 
-def _attention(config: DecoderConfig, qkv: Tensor, positions: AttentionPositions, half_cache: bool) -> Tensor:
+def _attention(
+    config: DecoderConfig,
+    qkv: Tensor,
+    positions: AttentionPositions,
+    half_cache: bool,
+    watch: WatchAttention | None,
+) -> Tensor:
     heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
     rows = qkv.view(len(qkv), heads + 2 * kv_heads, width).transpose(0, 1)
     q, k, v = rows.split((heads, kv_heads, kv_heads))
@@ -208,6 +230,8 @@ def _attention(config: DecoderConfig, qkv: Tensor, positions: AttentionPositions
         q, k = _rotate(q, *positions.rope), _rotate(k, *positions.rope)
     if half_cache:
         k, v = k.half().float(), v.half().float()
+    if watch is not None:
+        watch(q, k, positions.bias)
     out = functional.scaled_dot_product_attention(
         q[None],
         k[None],

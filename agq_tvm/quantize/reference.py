@@ -33,6 +33,16 @@ Trace = Callable[[str, np.ndarray, np.ndarray, np.ndarray], None]
 _KEPT_BYTES = 6 << 30
 
 
+class Observer(Protocol):
+    """Is shown what passes through the layers."""
+
+    def linear_input(self, layer: int, name: str, x: Tensor) -> None:
+        """See the input of a linear, float32 [T, K], before it is quantized."""
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
+        """See queries [H, T, D] and keys [KV heads, T, D] as attention multiplies them, and what it adds [H, T, T]."""
+
+
 class Operator(Protocol):
     """A linear: float32 [T, K] to float32 [T, N]."""
 
@@ -241,7 +251,7 @@ class ReferenceModel:
         return cls(config, load_layer, entry, exit, half_cache=False)
 
     @torch.inference_mode()
-    def logits(self, tokens: list[int], trace: Trace | None = None) -> np.ndarray:
+    def logits(self, tokens: list[int], trace: Trace | None = None, observer: Observer | None = None) -> np.ndarray:
         """Run one causal pass from an empty cache.
 
         Parameters
@@ -249,6 +259,7 @@ class ReferenceModel:
         tokens : list of int
         trace : callable, optional
             Called for every quantized linear; the pass then sums exactly as the contract says.
+        observer : Observer, optional
 
         Returns
         -------
@@ -259,8 +270,9 @@ class ReferenceModel:
         positions = attention_positions(self.config, len(tokens))
         for i in range(self.config.num_layers):
             layer = self._layer(i)
-            steps = layer_steps(self.config, layer.norms, hidden, positions, self._half_cache)
-            hidden = run_layer(steps, _linear_of(layer, f"layers.{i}", trace))
+            watch = None if observer is None else partial(observer.attention, i)
+            steps = layer_steps(self.config, layer.norms, hidden, positions, self._half_cache, watch)
+            hidden = run_layer(steps, _linear_of(layer, i, trace, observer))
         return self._exit(hidden).numpy()
 
     def _check_tokens(self, tokens: list[int]) -> None:
@@ -317,13 +329,17 @@ def stacked_weights(parts: tuple[QuantizedLinear, ...]) -> FloatLinear:
     return FloatLinear(weight, torch.from_numpy(np.concatenate(biases)))
 
 
-def _linear_of(layer: Layer, prefix: str, trace: Trace | None) -> Callable[[str, Tensor], Tensor]:
+def _linear_of(
+    layer: Layer, index: int, trace: Trace | None, observer: Observer | None
+) -> Callable[[str, Tensor], Tensor]:
     def linear(name: str, x: Tensor) -> Tensor:
+        if observer is not None:
+            observer.linear_input(index, name, x)
         operator = layer.linears[name]
         if trace is None or not isinstance(operator, QuantizedOperator):
             return operator(x)
         y, codes, scales, sums = operator.exact(x)
-        trace(f"{prefix}.{name}", codes.numpy(), scales.numpy(), sums.numpy())
+        trace(f"layers.{index}.{name}", codes.numpy(), scales.numpy(), sums.numpy())
         return y
 
     return linear

@@ -121,14 +121,15 @@ def check_shapes(label: str, config: DecoderConfig, found: Mapping[str, tuple[in
             raise AgqError(f"{label}: {name} has shape {list(found[name])}, its config says {list(shape)}")
 
 
-def open_source(model: str | os.PathLike) -> Source:
+def open_source(model: str | os.PathLike | Source) -> Source:
     """Open a model to quantize.
 
     Parameters
     ----------
-    model : str or path-like
+    model : str, path-like or Source
         A directory with ``config.json`` and safetensors, a ``.gguf`` file, a hub id such as
         ``"HuggingFaceTB/SmolLM2-135M-Instruct"``, or one of the names in `agq_tvm.quantize.known.KNOWN`.
+        A source is returned as it is.
 
     Raises
     ------
@@ -137,6 +138,8 @@ def open_source(model: str | os.PathLike) -> Source:
     """
     from agq_tvm.quantize.gguf_source import GgufSource
 
+    if isinstance(model, Source):
+        return model
     path, name = Path(model), str(model)
     if path.is_dir():
         return HuggingFaceSource(path)

@@ -134,6 +134,7 @@ def test_every_command_has_help(agq):
         "compile",
         "generate",
         "eval",
+        "analyze",
         "bench",
         "targets",
         "kernels",

@@ -60,7 +60,7 @@ def test_an_earlier_checkpoint_is_replaced_and_nothing_else(tmp_path):
         ({"method": "rtn", "activation": "int4"}, "activation 'int4'"),
         ({"method": "keep"}, "not 4 bit"),
         ({"method": "gptq", "calibration": Calibration(text="absent.txt")}, "no text absent.txt"),
-        ({"method": "gptq", "calibration": Calibration(samples=0)}, "calibration needs"),
+        ({"method": "gptq", "calibration": Calibration(samples=0)}, "1 or more"),
     ],
 )
 def test_mistakes_leave_nothing_behind(tmp_path, arguments, words):

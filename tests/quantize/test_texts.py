@@ -58,7 +58,7 @@ def test_windows_are_spread_and_do_not_overlap(tmp_path, tokenizer):
 
 def test_a_text_shorter_than_a_window_is_refused(tmp_path, tokenizer):
     (tmp_path / "t").write_text("short")
-    with pytest.raises(AgqError, match="needs a window of 10 tokens"):
+    with pytest.raises(AgqError, match="5 tokens, less than one window of 10"):
         cut_windows(tokenizer, tmp_path / "t", 3, 10)
 
 
