@@ -75,6 +75,8 @@ def test_instruction_is_in_the_code(isa, rows, bits):
     instruction = isa.multiply(bits).instruction
     assert re.search(rf"\b{instruction}\b", assembly)
     if isa.name == "neon":
+        # Upper halves of vectors are multiplied where they are, without an instruction to fetch them.
+        assert re.search(rf"\b{instruction}2\b", assembly)
         assert not re.search(r"\b[su]dot\b", assembly)
 
 
