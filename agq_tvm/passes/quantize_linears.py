@@ -143,7 +143,7 @@ class _Quantizer(relax.PyExprMutator):
         )
         width = layout.tiles(columns) * layout.width
         y = self._call(
-            annotate(linear.define(kernel, layout), kernel),
+            annotate(linear.define(kernel, self.isa), kernel),
             [*(self.builder_.emit(relax.TupleGetItem(codes, i)) for i in range(3))]
             + (operands[:-1] if static else operands),
             [((rows, width), "float32")],
