@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from agq_tvm.errors import AgqError
 from agq_tvm.tables import as_table, megabytes
 
 
@@ -39,6 +40,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 8,16,24") from None
 
 
 def _print(args, value: dict, rows: list[tuple[str, str]]) -> None:
@@ -81,6 +89,7 @@ def _quantize(subparsers) -> None:
             symmetric=args.symmetric,
             activation=args.activation,
             calibration=Calibration(args.calibration),
+            pruning=_pruning(args),
         )
         rows = [
             ("checkpoint", args.output),
@@ -90,6 +99,7 @@ def _quantize(subparsers) -> None:
                 f"4 bit, groups of {result['group_size']}, {result['bits_per_weight']:.2f} bit stored",
             ),
             ("activations", result["activation"]),
+            ("pruning", _pruning_text(result["pruning"])),
             ("weight error", f"{result['relative_weight_error']:.4f}"),
             ("size", megabytes(result["bytes"])),
             ("time", f"{result['seconds']:.1f} s"),
@@ -115,7 +125,29 @@ def _quantize(subparsers) -> None:
     parser.add_argument(
         "--calibration", default="calibration", metavar="TEXT", help="a text file (default: a shipped one)"
     )
+    parser.add_argument(
+        "--prune-layers",
+        type=_numbers,
+        metavar="L,L,…",
+        help="layers, counted from 1, after whose attention tokens of the prompt are dropped",
+    )
+    parser.add_argument("--prune-beta", type=float, metavar="SHARE", help="share of the tokens that is gone at the end")
     _json_option(parser)
+
+
+def _pruning(args):
+    """Return the schedule that the options of pruning ask for, which need each other; None without them."""
+    from agq_tvm.quantize.pruning import PruningSchedule
+
+    if (args.prune_layers is None) != (args.prune_beta is None):
+        raise AgqError("pruning takes both --prune-layers and --prune-beta: give the other one, too")
+    return None if args.prune_layers is None else PruningSchedule(args.prune_layers, args.prune_beta)
+
+
+def _pruning_text(pruning: dict | None) -> str:
+    if pruning is None:
+        return "none"
+    return f"{pruning['beta']:.0%} of a prompt's tokens, in layers {', '.join(map(str, pruning['layers']))}"
 
 
 def _compile(subparsers) -> None:

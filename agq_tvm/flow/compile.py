@@ -60,6 +60,8 @@ def compile_checkpoint(
             f"{checkpoint} has float activations, which have no kernels yet: quantize it with "
             "--activation per-token-group"
         )
+    if source.scheme.pruning is not None:
+        raise AgqError(f"{checkpoint} prunes tokens, which has no kernels yet: quantize it without --prune-layers")
     say(f"compiling {checkpoint} for {device.name} ({device.instruction_set})")
     with fresh_directory(output, "bundle") as directory:
         _build(source, target, device, context, directory, str(debug_dump) if debug_dump else None)

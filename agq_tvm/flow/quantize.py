@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from agq_tvm.quantize.checkpoint import (
     vector_shapes,
     write_checkpoint,
 )
+from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.source import Source, open_source, quantize_matrix
 from agq_tvm.quantize.weights import dequantize, quantize_table
 
@@ -53,6 +54,7 @@ def quantize(
     symmetric: bool = False,
     activation: str = "per-token-group",
     calibration: Calibration | None = None,
+    pruning: PruningSchedule | None = None,
 ) -> dict:
     """Quantize a model and write the checkpoint.
 
@@ -72,11 +74,14 @@ def quantize(
     activation : {"per-token-group", "per-token", "static", "none"}
     calibration : Calibration, optional
         Used by ``"gptq"`` and by static activations.
+    pruning : PruningSchedule, optional
+        Drop tokens of a prompt in some layers; by default none are. Calibration runs without.
 
     Returns
     -------
     dict
-        ``method``, ``group_size``, ``symmetric``, ``activation``, ``bytes`` of the weights file,
+        ``method``, ``group_size``, ``symmetric``, ``activation``, ``pruning`` (None, or ``layers`` and ``beta``),
+        ``bytes`` of the weights file,
         ``bits_per_weight`` of the matrices with their scales and offsets, ``relative_weight_error``
         (root of the summed squared error over that of the weights), and ``seconds``.
 
@@ -87,7 +92,9 @@ def quantize(
     """
     started = time.perf_counter()
     source = open_source(model)
-    scheme = _choose_scheme(source, method, group_size, symmetric, activation)
+    if pruning is not None:
+        pruning.check_layers(source.config.num_layers)
+    scheme = replace(_choose_scheme(source, method, group_size, symmetric, activation), pruning=pruning)
     calibration = calibration or Calibration()
     with fresh_directory(output, "checkpoint") as directory:
         source.copy_tokenizer(directory)
@@ -104,6 +111,7 @@ def quantize(
         "group_size": scheme.group_size,
         "symmetric": scheme.symmetric,
         "activation": scheme.activation,
+        "pruning": asdict(pruning) if pruning else None,
         "bytes": size,
         "bits_per_weight": _bits_per_weight(linears),
         "relative_weight_error": error,

@@ -14,6 +14,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json, write_json
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.models.registry import describe
+from agq_tvm.quantize.pruning import PruningSchedule, read_schedule
 
 FORMAT_VERSION = 1
 METHODS = ("gptq", "rtn", "keep")
@@ -36,12 +37,15 @@ class Scheme:
         Whether every offset is -8 times its scale (offsets are then not stored).
     activation : str
         ``"per-token"``, ``"per-token-group"``, ``"static"`` or ``"none"`` (float activations).
+    pruning : PruningSchedule or None
+        Which tokens of a prompt are dropped on their way through the layers.
     """
 
     method: str
     group_size: int
     symmetric: bool
     activation: str
+    pruning: PruningSchedule | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -201,6 +205,8 @@ def read_checkpoint(path: str | os.PathLike) -> "Checkpoint":
     try:
         scheme = _read_scheme(ours)
         config = describe(raw_config)
+        if scheme.pruning is not None:
+            scheme.pruning.check_layers(config.num_layers)
     except AgqError as error:
         raise AgqError(f"{path}: {error}") from error
     try:
@@ -299,7 +305,8 @@ def _read_scheme(ours: Mapping) -> Scheme:
     for name, value in (("weight_bits", 4), ("table_bits", 8), ("table_group_size", TABLE_GROUP)):
         if ours.get(name) != value:
             raise AgqError(f"{name} {ours.get(name)!r} is not supported, only {value} is")
-    return Scheme(*(ours.get(name) for name in ("method", "group_size", "symmetric", "activation")))
+    values = [ours.get(name) for name in ("method", "group_size", "symmetric", "activation")]
+    return Scheme(*values, pruning=read_schedule(ours.get("pruning")))
 
 
 def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
