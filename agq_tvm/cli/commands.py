@@ -200,11 +200,11 @@ def _eval(subparsers) -> None:
     def run(args) -> None:
         from agq_tvm.flow.evaluate_bundle import evaluate
 
-        result = evaluate(args.model, args.data, args.window, args.max_tokens)
+        result = evaluate(args.model, args.data, args.window, args.max_tokens, args.protocol)
         rows = [
             ("perplexity", f"{result['perplexity']:.4f}"),
             ("nll", f"{result['nll']:.5f} ± {result['nll_stderr']:.5f} per token"),
-            ("tokens", f"{result['tokens']} scored, windows of {result['window']}"),
+            ("tokens", f"{result['tokens']} scored, windows of {result['window']}, protocol {result['protocol']}"),
             ("text", f"{args.data} (sha256 {result['text_sha256'][:12]})"),
         ]
         _print(args, result, rows)
@@ -214,6 +214,12 @@ def _eval(subparsers) -> None:
     parser.add_argument("--data", required=True, metavar="FILE", help="a text, or: calibration, persuasion, jargon")
     parser.add_argument("--window", type=_positive, default=512, metavar="N", help="default: %(default)s tokens")
     parser.add_argument("--max-tokens", type=_positive, metavar="N", help="only the beginning of the text")
+    parser.add_argument(
+        "--protocol",
+        choices=("suffix", "paper-protocol"),
+        help="what is scored: the last quarter of each window, before which tokens may be pruned (the default for "
+        "models that prune; others score every token), or only what follows survivors of pruning",
+    )
     _json_option(parser)
 
 

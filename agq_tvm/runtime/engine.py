@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from agq_tvm.errors import AgqError
+from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.runtime.bundle import LIBRARY, Bundle
 from agq_tvm.targets import detect
 
@@ -90,6 +91,8 @@ class Engine:
     ----------
     length : int
         Positions in the caches.
+    pruning : PruningSchedule or None
+        Which tokens of a prompt are dropped.
     """
 
     def __init__(self, bundle: Bundle, session: Session | None = None):
@@ -97,6 +100,7 @@ class Engine:
         self.context: int = bundle.manifest["context"]
         self.vocab_size: int = bundle.manifest["model"]["vocab_size"]
         self.buckets: list[int] = bundle.manifest["buckets"]
+        self.pruning = read_schedule(bundle.manifest.get("pruning"))
         self.length = 0
 
     def reset(self) -> None:
