@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from agq_tvm.quantize.checkpoint import (
     QuantizedLinear,
     QuantizedTable,
     Scheme,
+    check_roles,
     linear_shapes,
     table_shapes,
     vector_shapes,
@@ -53,6 +54,8 @@ def quantize(
     group_size: int | None = None,
     symmetric: bool = False,
     activation: str = "per-token-group",
+    max_refine: int = 0,
+    four_bit: tuple[str, ...] = (),
     calibration: Calibration | None = None,
     pruning: PruningSchedule | None = None,
 ) -> dict:
@@ -72,17 +75,21 @@ def quantize(
     symmetric : bool
         Leave out the offsets; ``"keep"`` takes over what the model has.
     activation : {"per-token-group", "per-token", "static", "none"}
+    max_refine : int
+        TRIP's largest exponent, 0 for none; for ``"per-token"`` and ``"static"``.
+    four_bit : tuple of str
+        The linears, e.g. ``("o", "gate_up", "down")``, whose inputs get 4-bit codes.
     calibration : Calibration, optional
-        Used by ``"gptq"`` and by static activations.
+        Used by ``"gptq"``, by static activations and by TRIP.
     pruning : PruningSchedule, optional
         Drop tokens of a prompt in some layers; by default none are. Calibration runs without.
 
     Returns
     -------
     dict
-        ``method``, ``group_size``, ``symmetric``, ``activation``, ``pruning`` (None, or ``layers`` and ``beta``),
-        ``bytes`` of the weights file,
-        ``bits_per_weight`` of the matrices with their scales and offsets, ``relative_weight_error``
+        ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
+        or ``layers`` and ``beta``), ``bytes`` of the weights file, ``bits_per_weight`` of the matrices with their
+        scales and offsets, ``relative_weight_error``
         (root of the summed squared error over that of the weights), and ``seconds``.
 
     Raises
@@ -92,9 +99,11 @@ def quantize(
     """
     started = time.perf_counter()
     source = open_source(model)
+    weights = _choose_weights(source, method, group_size, symmetric)
+    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), pruning)
+    check_roles(source.config, scheme.four_bit)
     if pruning is not None:
         pruning.check_layers(source.config.num_layers)
-    scheme = replace(_choose_scheme(source, method, group_size, symmetric, activation), pruning=pruning)
     calibration = calibration or Calibration()
     with fresh_directory(output, "checkpoint") as directory:
         source.copy_tokenizer(directory)
@@ -107,11 +116,7 @@ def quantize(
         write_checkpoint(directory, source.raw_config, scheme, linears, tables, vectors)
         size = (directory / "model.safetensors").stat().st_size
     return {
-        "method": scheme.method,
-        "group_size": scheme.group_size,
-        "symmetric": scheme.symmetric,
-        "activation": scheme.activation,
-        "pruning": asdict(pruning) if pruning else None,
+        **asdict(scheme),
         "bytes": size,
         "bits_per_weight": _bits_per_weight(linears),
         "relative_weight_error": error,
@@ -119,9 +124,10 @@ def quantize(
     }
 
 
-def _choose_scheme(
-    source: Source, method: str | None, group_size: int | None, symmetric: bool, activation: str
-) -> Scheme:
+def _choose_weights(
+    source: Source, method: str | None, group_size: int | None, symmetric: bool
+) -> tuple[str, int, bool]:
+    """Return method, group size and whether it is symmetric."""
     method = method or ("keep" if source.is_four_bit else "gptq")
     if method == "keep":
         if not source.is_four_bit:
@@ -130,16 +136,16 @@ def _choose_scheme(
             raise AgqError(f"keep leaves the model's own groups of {KEPT_GROUP}: choose gptq or rtn for others")
         if symmetric and not source.is_symmetric:
             raise AgqError(f"{source.label} has offsets, keep cannot make it symmetric: choose gptq or rtn")
-        return Scheme(method, KEPT_GROUP, source.is_symmetric, activation)
+        return method, KEPT_GROUP, source.is_symmetric
     largest = max(GROUP_SIZES)
     if group_size is None:
         fits = all(linear.in_features % largest == 0 for linear in source.config.linears)
         group_size = largest if fits else 64
-    return Scheme(method, group_size, symmetric, activation)
+    return method, group_size, symmetric
 
 
 def _windows(directory: Path, calibration: Calibration, scheme: Scheme, source: Source) -> list[list[int]] | None:
-    if scheme.method != "gptq" and scheme.activation != "static":
+    if not scheme.is_calibrated:
         return None
     from agq_tvm.quantize.calibration import cut_windows
 

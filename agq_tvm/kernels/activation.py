@@ -1,8 +1,8 @@
 """Kernels that make activation codes: what comes before a linear, fused with its quantization.
 
-Codes are written by k-block, then row, as `linear.py` reads them. For s = max|y| / 127 over a row or a group:
-q = round half to even of y · (1/s); a row (or group) of zeros has s = 1. Static: q = y / s + z, clipped to
--127..127.
+Codes are written by k-block, then row, as `linear.py` reads them. For s = max|y| / L over a row or a group:
+q = round half to even of y · (1/s); a row (or group) of zeros has s = 1. Static: q = y / s + z, clipped to -L..L.
+L is 127, or 7 for codes of 4 bits.
 """
 
 import math
@@ -42,6 +42,10 @@ class QuantizeKernel:
         ``"per-token"``, ``"per-token-group"`` or ``"static"``.
     epsilon : float
         Of the norm; unused otherwise.
+    refined : bool
+        Whether y is multiplied, channel by channel, with a vector: TRIP's inverse powers of two.
+    bits : int
+        Of the codes, 8 or 4.
     """
 
     source: str
@@ -50,6 +54,13 @@ class QuantizeKernel:
     group_size: int
     mode: str
     epsilon: float = 0.0
+    refined: bool = False
+    bits: int = 8
+
+    @property
+    def limit(self) -> int:
+        """The largest code."""
+        return ACTIVATION_LIMIT if self.bits == 8 else 7
 
     @property
     def groups(self) -> int:
@@ -66,13 +77,15 @@ class QuantizeKernel:
         """E.g. ``rms_norm_quantize_per_token_group_g32_m128_k576``."""
         prefix = "" if self.source == "plain" else f"{self.source}_"
         mode = self.mode.replace("-", "_")
-        return f"{prefix}quantize_{mode}_g{self.group_size}_m{self.rows}_k{self.channels}"
+        form = f"{mode}{'_refined' if self.refined else ''}{'_4bit' if self.bits == 4 else ''}"
+        return f"{prefix}quantize_{form}_g{self.group_size}_m{self.rows}_k{self.channels}"
 
     def input_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the float32 inputs: x and, by source, the norm's gain and bias; static adds (s, z)."""
+        """Shapes of the float32 inputs: x, by source the norm's gain and bias, the refining vector, static (s, z)."""
         M, K = self.rows, self.channels
         vectors = {"rms_norm": 1, "layer_norm": 2}.get(self.source, 0)
         shapes = [(M, 2 * K if self.source == "silu_mul" else K), *[(K,)] * vectors]
+        shapes += [(K,)] * self.refined
         return [*shapes, (2,)] if self.mode == "static" else shapes
 
     def output_shapes(self, layout: Layout) -> list[tuple[tuple[int, ...], str]]:
@@ -105,6 +118,9 @@ def build(kernel: QuantizeKernel, layout: Layout):
                 counts = T.sblock_alloc_buffer((LANES,), "int32")
                 total = T.sblock_alloc_buffer((1,), "int32")
                 SOURCES[kernel.source](kernel, inputs, m, y, partial, scalar)
+                if kernel.refined:
+                    refine = inputs[-2 if kernel.mode == "static" else -1]
+                    store_vector(y, K, lambda k: y[k] * refine[k])
                 if padded > K:
                     with T.serial(padded - K) as k:
                         T.buffer_store(y, float32(0), [K + k])
@@ -185,11 +201,11 @@ def _quantize_row(kernel, static, m, y, partial, scalar, counts, total, outputs,
     if kernel.mode == "static":
         T.buffer_store(scales, static[0], [m, 0])
     elif kernel.mode == "per-token":
-        _scale_of(y, 0, G * size, partial, scalar)
+        _scale_of(kernel, y, 0, G * size, partial, scalar)
         T.buffer_store(scales, scalar[0], [m, 0])
     with T.serial(G) as g:
         if kernel.mode == "per-token-group":
-            _scale_of(y, g * size, size, partial, scalar)
+            _scale_of(kernel, y, g * size, size, partial, scalar)
             T.buffer_store(scales, scalar[0], [m, g])
         with T.vectorized(LANES) as j:
             T.buffer_store(counts, tirx.const(0, "int32"), [j])
@@ -206,8 +222,8 @@ def _quantize_row(kernel, static, m, y, partial, scalar, counts, total, outputs,
         T.buffer_store(sums, total[0], [m, g])
 
 
-def _scale_of(y, start, extent: int, partial, scalar) -> None:
-    """Store s = max|y| / 127 and 1/s over a stretch of a row into `scalar`."""
+def _scale_of(kernel, y, start, extent: int, partial, scalar) -> None:
+    """Store s = max|y| / L and 1/s over a stretch of a row into `scalar`."""
     with T.vectorized(LANES) as j:
         T.buffer_store(partial, float32(0), [j])
     with T.serial(extent // LANES) as c, T.vectorized(LANES) as j:
@@ -215,7 +231,7 @@ def _scale_of(y, start, extent: int, partial, scalar) -> None:
         magnitude = tirx.max(value, float32(0) - value)
         T.buffer_store(partial, tirx.max(partial[j], magnitude), [j])
     reduce_lanes(partial, tirx.max, scalar)
-    scale = scalar[0] / float32(ACTIVATION_LIMIT)
+    scale = scalar[0] / float32(kernel.limit)
     T.buffer_store(scalar, T.Select(scalar[0] < float32(SMALLEST_MAXIMUM), float32(1), scale), [0])
     T.buffer_store(scalar, float32(1) / scalar[0], [1])
 
@@ -224,7 +240,7 @@ def _code(kernel, y, static, scalar, k):
     """Return the int32 code of channel k."""
     if kernel.mode != "static":
         return T.Cast("int32", tirx.nearbyint(y[k] * scalar[1]))
-    limit = float32(ACTIVATION_LIMIT)
+    limit = float32(kernel.limit)
     q = tirx.nearbyint(y[k] * (float32(1) / static[0])) + static[1]
     q = T.Cast("int32", tirx.max(tirx.min(q, limit), float32(0) - limit))
     if kernel.channels % kernel.group_size:

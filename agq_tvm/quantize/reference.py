@@ -80,12 +80,14 @@ class QuantizedOperator:
     parts : tuple of QuantizedLinear
     activation : str
         ``"per-token"``, ``"per-token-group"`` or ``"static"``.
+    bits : int
+        Of activation codes, 8 or 4.
     """
 
-    def __init__(self, parts: tuple[QuantizedLinear, ...], activation: str) -> None:
+    def __init__(self, parts: tuple[QuantizedLinear, ...], activation: str, bits: int = 8) -> None:
         self._parts = parts
         self._float = stacked_weights(parts)
-        self._quantizer = activation_quantizer(parts, activation)
+        self._quantizer = activation_quantizer(parts, activation, bits)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply float32 [T, K] to float32 [T, N]."""
@@ -113,11 +115,15 @@ class QuantizedOperator:
         return y, codes.to(torch.int8), scales, sums.transpose(0, 1).to(torch.int32)
 
     def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes [N, K], scales [N, G] and offsets [N, G] in float32."""
+        """Return codes [N, K], scales [N, G] and offsets [N, G] in float32, TRIP's powers of two included."""
         codes = [unpack(part.qweight, part.in_features).astype("float32") for part in self._parts]
         grids = [grid_of(part) for part in self._parts]
         stacks = (codes, [s for s, _ in grids], [o for _, o in grids])
-        return tuple(torch.from_numpy(np.concatenate(stack)) for stack in stacks)
+        q, s, o = (torch.from_numpy(np.concatenate(stack)) for stack in stacks)
+        if self._quantizer.alpha is None:
+            return q, s, o
+        powers = torch.exp2(self._quantizer.alpha.float())
+        return q, s * powers, o * powers
 
     def _constant(self, q: Tensor, s: Tensor, o: Tensor) -> Tensor | float:
         constant = 0.0 if self._float.bias is None else self._float.bias
@@ -229,9 +235,7 @@ class ReferenceModel:
             linears = {}
             for linear in config.linears:
                 parts = checkpoint.fused(layer, linear.parts)
-                linears[linear.name] = (
-                    stacked_weights(parts) if activation == "none" else QuantizedOperator(parts, activation)
-                )
+                linears[linear.name] = _operator(parts, activation, checkpoint.scheme.activation_bits(linear.name))
             return Layer(read_norms(config, layer, checkpoint.vector), linears)
 
         def table(name: str) -> Tensor:
@@ -351,12 +355,17 @@ def _weight(source: Source, name: str) -> Tensor:
     return torch.from_numpy(source.tensor(f"{name}.weight"))
 
 
-def activation_quantizer(parts: tuple[QuantizedLinear, ...], activation: str) -> ActivationQuantizer:
+def _operator(parts: tuple[QuantizedLinear, ...], activation: str, bits: int) -> Operator:
+    return stacked_weights(parts) if activation == "none" else QuantizedOperator(parts, activation, bits)
+
+
+def activation_quantizer(parts: tuple[QuantizedLinear, ...], activation: str, bits: int) -> ActivationQuantizer:
     """Return the quantizer of the input that some linears share."""
-    static = None
+    first, static = parts[0], None
     if activation == "static":
-        static = float(parts[0].act_scale[0]), int(parts[0].act_zero[0])
-    return ActivationQuantizer(activation, parts[0].group_size, static)
+        static = float(first.act_scale[0]), int(first.act_zero[0])
+    alpha = None if first.alpha is None else torch.from_numpy(first.alpha.astype("int32"))
+    return ActivationQuantizer(activation, first.group_size, static, alpha, bits)
 
 
 def stacked_weights(parts: tuple[QuantizedLinear, ...]) -> FloatLinear:

@@ -18,12 +18,18 @@ HERE = load_device("host").instruction_set
 OPT_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 64}
 PLAIN_OPT = {"layer_norm_elementwise_affine": False, "enable_bias": False, "tie_word_embeddings": False}
 BIASED = {"attention_bias": True, "mlp_bias": True}
-CASES = {  # family, its variant, activations, instruction set
+TRIP = {"activation": "per-token", "max_refine": 4}
+STATIC_TRIP = {"activation": "static", "max_refine": 3}
+CASES = {  # family, its variant, activations (or more of what `quantize` takes), instruction set
     "llama with biases": ("llama", BIASED, "per-token-group", HERE),
     "opt": ("opt", {}, "static", "generic"),
     "opt like opt-350m": ("opt", OPT_350M, "per-token", HERE),
     "opt with plain norms": ("opt", PLAIN_OPT | {"activation_function": "gelu"}, "per-token-group", HERE),
     "bloom with 3 heads": ("bloom", {"n_head": 3}, "per-token-group", "generic"),
+    "llama, TRIP": ("llama", {}, TRIP, HERE),
+    "opt, static TRIP": ("opt", {}, STATIC_TRIP, HERE),
+    "bloom, static TRIP, 4 bit": ("bloom", {}, STATIC_TRIP | {"four_bit": ("qkv", "down")}, "generic"),
+    "llama, 4 bit": ("llama", {}, {"activation": "per-token-group", "four_bit": ("o", "gate_up", "down")}, HERE),
     "bloom with residuals after norms": ("bloom", {"apply_residual_connection_post_layernorm": True}, "static", HERE),
 }
 
@@ -32,7 +38,8 @@ CASES = {  # family, its variant, activations, instruction set
 def test_the_compiled_model_is_the_reference(tmp_path, monkeypatch, case):
     family, overrides, activation, isa = CASES[case]
     source = write_tiny_model(tmp_path / "m", family, 3, **overrides)
-    quantize(source, tmp_path / "c", method="rtn", group_size=64, activation=activation, calibration=FEW)
+    settings = activation if isinstance(activation, dict) else {"activation": activation}
+    quantize(source, tmp_path / "c", method="rtn", group_size=64, calibration=FEW, **settings)
     checkpoint = read_checkpoint(tmp_path / "c")
     model = CompiledModel(checkpoint, isa, 64, monkeypatch)
     reference = ReferenceModel.from_checkpoint(checkpoint)
