@@ -60,8 +60,6 @@ def compile_checkpoint(
             f"{checkpoint} has float activations, which have no kernels yet: quantize it with "
             "--activation per-token-group"
         )
-    if source.scheme.pruning is not None:
-        raise AgqError(f"{checkpoint} prunes tokens, which has no kernels yet: quantize it without --prune-layers")
     say(f"compiling {checkpoint} for {device.name} ({device.instruction_set})")
     with fresh_directory(output, "bundle") as directory:
         _build(source, target, device, context, directory, str(debug_dump) if debug_dump else None)
@@ -95,7 +93,7 @@ def _build(
     )
     tensors = build_library(request)
     shutil.rmtree(scratch)
-    caches = [tensor for tensor in tensors if tensor[0].endswith((".keys", ".values"))]
+    caches = [tensor for tensor in tensors if tensor[0].endswith(bundles.CACHES)]
     constants = progress(tensors[len(caches) :], "packing", unit="tensor")
     packer = Packer(checkpoint, isa, context, offsets)
     parameters = bundles.write_parameters(directory / bundles.PARAMETERS, constants, packer.array)
@@ -139,6 +137,7 @@ def _manifest(checkpoint: Checkpoint, device: Device, context: int) -> dict:
             "group_size": scheme.group_size,
             "activation": scheme.activation,
         },
+        "pruning": asdict(scheme.pruning) if scheme.pruning else None,
         "context": context,
         "buckets": list(PREFILL_BUCKETS),
     }
