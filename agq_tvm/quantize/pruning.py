@@ -85,7 +85,7 @@ class PruningSchedule:
 
 
 def read_schedule(value) -> PruningSchedule | None:
-    """Read the ``pruning`` of a checkpoint's ``quantization_config``: null, or layers and beta.
+    """Read the ``pruning`` of a checkpoint's ``quantization_config`` or a bundle's manifest: null, or layers and beta.
 
     Raises
     ------
@@ -95,7 +95,7 @@ def read_schedule(value) -> PruningSchedule | None:
     if value is None:
         return None
     if not isinstance(value, dict) or value.keys() != {"layers", "beta"} or not isinstance(value["layers"], list):
-        raise AgqError("pruning in quantization_config is neither null nor a list of layers and a beta")
+        raise AgqError(f"pruning {value!r} is neither null nor a list of layers and a beta")
     return PruningSchedule(tuple(value["layers"]), value["beta"])
 
 
