@@ -6,9 +6,9 @@ from agq_tvm.kernels.intrin.avx512vnni import AVX512VNNI
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.intrin.dotprod import DOTPROD
 from agq_tvm.kernels.intrin.generic import GENERIC
-from agq_tvm.kernels.intrin.neon import NEON
+from agq_tvm.kernels.intrin.neon import NEON, NEON_PAPER
 
-INSTRUCTION_SETS = {isa.name: isa for isa in (AVX512VNNI, AVX2, DOTPROD, NEON, GENERIC)}
+INSTRUCTION_SETS = {isa.name: isa for isa in (AVX512VNNI, AVX2, DOTPROD, NEON, NEON_PAPER, GENERIC)}
 
 
 def instruction_set(name: str) -> InstructionSet:

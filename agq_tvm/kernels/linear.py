@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tvm import te
 
 from agq_tvm.kernels.intrin.base import InstructionSet, intrinsic, nibble, stored_dtype
-from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
+from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.tvm_seam import Schedule, T
 
 ZERO = {4: 8, 8: 128}
@@ -35,6 +35,8 @@ class LinearKernel:
         Type of the group offsets, ``"float16"`` or ``"float32"``; None for symmetric weights.
     bias : bool
         Whether a float32 vector is added to the result.
+    activation_bits : int
+        8 for activation codes -127..127, 4 for -7..7.
     """
 
     rows: int
@@ -45,11 +47,17 @@ class LinearKernel:
     per_group: bool
     offsets: str | None
     bias: bool
+    activation_bits: int = 8
 
     @property
     def groups(self) -> int:
         """G, the number of groups along K."""
         return -(-self.channels // self.group_size)
+
+    @property
+    def packed(self) -> bool:
+        """Whether 4-bit codes are multiplied as they are stored: unpacking them first pays for several rows."""
+        return self.bits == 4 and self.rows == 1
 
     @property
     def name(self) -> str:
@@ -58,15 +66,15 @@ class LinearKernel:
         kind = {None: "sym", "float16": "asym", "float32": "asym32"}[self.offsets]
         bias = "_bias" if self.bias else ""
         return (
-            f"linear_w{self.bits}a8g{self.group_size}_{scales}_{kind}{bias}"
+            f"linear_w{self.bits}a{self.activation_bits}g{self.group_size}_{scales}_{kind}{bias}"
             f"_m{self.rows}_n{self.columns}_k{self.channels}"
         )
 
 
-def define(kernel: LinearKernel, layout: Layout):
+def define(kernel: LinearKernel, isa: InstructionSet):
     """Return the matrix product as unscheduled TIR.
 
-    Buffers, in order (tiles NT, groups G, k-blocks KB; S, V, L, D from `layout`):
+    Buffers, in order (tiles NT, groups G, k-blocks KB; S, V, L, D from the layout of `isa`):
 
     - x int8 [KB, M, S, 2, D], activation codes
     - sx float32 [M, G or 1], activation scales
@@ -75,6 +83,9 @@ def define(kernel: LinearKernel, layout: Layout):
     - ws float16 [NT, G, V, L]; wo the same shape, if any; bias float32 [NT, V, L], if any
     - out float32 [M, NT * V * L]
     """
+    layout = isa.layout(kernel.bits)
+    multiply = isa.multiply(kernel.bits, kernel.activation_bits, kernel.packed)
+    less = multiply.center if multiply else 0
     M, G, GB = kernel.rows, kernel.groups, kernel.group_size // K_BLOCK
     KB, NT = k_blocks(kernel.channels, kernel.group_size), layout.tiles(kernel.columns)
     S, V, L, D = layout.steps, layout.vectors, layout.lanes, layout.depth
@@ -91,7 +102,7 @@ def define(kernel: LinearKernel, layout: Layout):
     if kernel.bits == 4:
         codes = te.compute(
             (NT, KB, S, 2, V, L, D),
-            lambda t, kb, s, h, v, j, i: nibble(w[t, kb, s, v, j, i], h, layout),
+            lambda t, kb, s, h, v, j, i: nibble(w[t, kb, s, v, j, i], h, layout, less),
             name="unpack",
         )
     axes = [te.reduce_axis((0, extent), name) for extent, name in ((GB, "kb"), (S, "s"), (2, "h"), (D, "i"))]
@@ -110,8 +121,8 @@ def define(kernel: LinearKernel, layout: Layout):
 
     scales = widened(ws, "scales")
     offsets = widened(wo, "offsets") if kernel.offsets else None
-    # Adds `center` times the sum of activations: stored codes back to q (offsets), or to q - zero (symmetric).
-    center = layout.zero - (0 if kernel.offsets else ZERO[kernel.bits])
+    # Adds `center` times the sum of activations: multiplied codes back to q (offsets), or to q - zero (symmetric).
+    center = layout.zero + less - (0 if kernel.offsets else ZERO[kernel.bits])
 
     def term(t, m, v, j, g):
         total = dot[t, g, m, v, j] if center == 0 else dot[t, g, m, v, j] + xsum[m, g] * center
@@ -147,7 +158,6 @@ def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
     """
     layout = isa.layout(kernel.bits)
     rows = row_tile(kernel.rows, isa.rows)
-    packed = kernel.bits == 4 and kernel.rows == 1
     sch = Schedule(func)
     dot, scaled, out = (sch.get_sblock(name) for name in ("dot", "scaled", "out"))
 
@@ -169,7 +179,7 @@ def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
     _place_conversions(sch, kernel, g)
     *_, r, v, j, kb, s, h, i = sch.get_loops(dot)
     sch.reorder(kb, r, v, j, s, h, i)
-    name = intrinsic(isa, kernel.bits, packed, rows)
+    name = intrinsic(isa, kernel.bits, kernel.packed, rows, kernel.activation_bits)
     if name is None:
         sch.reorder(kb, s, h, i, r, v, j)
         _vector_tile(sch, r, v, j)
@@ -207,5 +217,5 @@ def _place_conversions(sch: Schedule, kernel: LinearKernel, g) -> None:
 
 def build(kernel: LinearKernel, isa: InstructionSet):
     """Return the scheduled PrimFunc of a matrix product."""
-    func = define(kernel, isa.layout(kernel.bits))
+    func = define(kernel, isa)
     return schedule(func, kernel, isa).mod["main"].with_attr("global_symbol", kernel.name)

@@ -134,6 +134,7 @@ class _Quantizer(relax.PyExprMutator):
         operands = self._packed(weight)
         static = format.activation == "static"
         layout = self.isa.layout(format.bits)
+        bits = 4 if weight.name.rpartition(".")[2] in format.four_bit else 8
         extra = static + format.refined  # operands that the quantization reads, not the product
         quantize = QuantizeKernel(
             "plain",
@@ -142,7 +143,7 @@ class _Quantizer(relax.PyExprMutator):
             format.group_size,
             format.activation,
             refined=format.refined,
-            bits=4 if weight.name.rpartition(".")[2] in format.four_bit else 8,
+            bits=bits,
         )
         codes = self._call(
             annotate(activation.build(quantize, layout), quantize),
@@ -158,10 +159,11 @@ class _Quantizer(relax.PyExprMutator):
             per_group=format.activation == "per-token-group",
             offsets=format.offsets,
             bias=static or weight in self.biases,
+            activation_bits=bits,
         )
         width = layout.tiles(columns) * layout.width
         y = self._call(
-            annotate(linear.define(kernel, layout), kernel),
+            annotate(linear.define(kernel, self.isa), kernel),
             [
                 *(self.builder_.emit(relax.TupleGetItem(codes, i)) for i in range(3)),
                 *operands[: len(operands) - extra],

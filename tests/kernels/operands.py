@@ -17,8 +17,12 @@ DEVICES = {
     "avx2": "x86-64-avx2",
     "generic": "generic-x86-64",
     "neon": "raspberry-pi-4",
+    "neon-paper": "raspberry-pi-4",
     "dotprod": "snapdragon-870",
 }
+
+LIMIT = {8: 127, 4: 7}
+"""The largest activation code, by its bits."""
 
 
 def target_of(isa: str) -> tvm.target.Target:
@@ -123,11 +127,11 @@ class Operands:
 
 def random_operands(kernel: LinearKernel, seed: int = 0) -> Operands:
     """Draw codes over their whole range, and scales and offsets of either sign."""
-    rng = np.random.default_rng(seed)
+    rng, limit = np.random.default_rng(seed), LIMIT[kernel.activation_bits]
     M, N, K, G = kernel.rows, kernel.columns, kernel.channels, kernel.groups
     return Operands(
         kernel,
-        rng.integers(-127, 128, (M, K)).astype("int8"),
+        rng.integers(-limit, limit + 1, (M, K)).astype("int8"),
         rng.integers(0, 1 << kernel.bits, (N, K)).astype("uint8"),
         rng.uniform(0.5, 2, (M, G if kernel.per_group else 1)).astype("float32"),
         rng.standard_normal((N, G)).astype("float16"),
@@ -138,12 +142,12 @@ def random_operands(kernel: LinearKernel, seed: int = 0) -> Operands:
 
 def corner_operands(kernel: LinearKernel) -> dict[str, Operands]:
     """All activations and all weights at the ends of their ranges, a row of zeros, and alternating signs."""
-    base, top = random_operands(kernel), (1 << kernel.bits) - 1
+    base, top, limit = random_operands(kernel), (1 << kernel.bits) - 1, LIMIT[kernel.activation_bits]
     corners = {}
-    for x in (-127, 127):
+    for x in (-limit, limit):
         for q in (0, top):
             corners[f"x={x} q={q}"] = (np.full_like(base.x, x), np.full_like(base.q, q))
-    alternating = np.where(np.arange(kernel.channels) % 2, 127, -127).astype("int8")
+    alternating = np.where(np.arange(kernel.channels) % 2, limit, -limit).astype("int8")
     corners["alternating"] = (np.broadcast_to(alternating, base.x.shape), np.full_like(base.q, top))
     zero_row = base.x.copy()
     zero_row[0] = 0
