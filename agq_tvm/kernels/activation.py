@@ -2,7 +2,7 @@
 
 Codes are written by k-block, then row, as `linear.py` reads them. For s = max|y| / L over a row or a group:
 q = round half to even of y · (1/s); a row (or group) of zeros has s = 1. Static: q = y / s + z, clipped to -L..L.
-L is 127, or 7 for codes of 4 bits.
+L is 127, or 7 for codes of 4 bits. Two terms: y - s q is quantized again, into as many rows after the first ones.
 """
 
 import math
@@ -46,6 +46,8 @@ class QuantizeKernel:
         Whether y is multiplied, channel by channel, with a vector: TRIP's inverse powers of two.
     bits : int
         Of the codes, 8 or 4.
+    terms : int
+        1, or 2 with scales of groups.
     """
 
     source: str
@@ -56,6 +58,7 @@ class QuantizeKernel:
     epsilon: float = 0.0
     refined: bool = False
     bits: int = 8
+    terms: int = 1
 
     @property
     def limit(self) -> int:
@@ -78,6 +81,7 @@ class QuantizeKernel:
         prefix = "" if self.source == "plain" else f"{self.source}_"
         mode = self.mode.replace("-", "_")
         form = f"{mode}{'_refined' if self.refined else ''}{'_4bit' if self.bits == 4 else ''}"
+        form += "_two_terms" if self.terms == 2 else ""
         return f"{prefix}quantize_{form}_g{self.group_size}_m{self.rows}_k{self.channels}"
 
     def input_shapes(self) -> list[tuple[int, ...]]:
@@ -89,12 +93,12 @@ class QuantizeKernel:
         return [*shapes, (2,)] if self.mode == "static" else shapes
 
     def output_shapes(self, layout: Layout) -> list[tuple[tuple[int, ...], str]]:
-        """Shapes and types of codes [KB, M, S, 2, D], scales [M, G or 1] and sums [M, G]."""
-        blocks = k_blocks(self.channels, self.group_size)
+        """Shapes and types of codes [KB, R, S, 2, D], scales [R, G or 1] and sums [R, G]; R is M times the terms."""
+        blocks, rows = k_blocks(self.channels, self.group_size), self.terms * self.rows
         return [
-            ((blocks, self.rows, layout.steps, 2, layout.depth), "int8"),
-            ((self.rows, self.scales), "float32"),
-            ((self.rows, self.groups), "int32"),
+            ((blocks, rows, layout.steps, 2, layout.depth), "int8"),
+            ((rows, self.scales), "float32"),
+            ((rows, self.groups), "int32"),
         ]
 
 
@@ -124,7 +128,10 @@ def build(kernel: QuantizeKernel, layout: Layout):
                 if padded > K:
                     with T.serial(padded - K) as k:
                         T.buffer_store(y, float32(0), [K + k])
-                _quantize_row(kernel, inputs[-1], m, y, partial, scalar, counts, total, outputs, layout)
+                for term in range(kernel.terms):
+                    row = m + term * kernel.rows
+                    more = term + 1 < kernel.terms
+                    _quantize_row(kernel, inputs[-1], row, more, y, partial, scalar, counts, total, outputs, layout)
     return builder.get()
 
 
@@ -195,7 +202,7 @@ SOURCES = {
 """What can be fused with a quantization, by name."""
 
 
-def _quantize_row(kernel, static, m, y, partial, scalar, counts, total, outputs, layout) -> None:
+def _quantize_row(kernel, static, m, more, y, partial, scalar, counts, total, outputs, layout) -> None:
     codes, scales, sums = outputs
     G, size = kernel.groups, kernel.group_size
     if kernel.mode == "static":
@@ -216,6 +223,11 @@ def _quantize_row(kernel, static, m, y, partial, scalar, counts, total, outputs,
             k = g * size + c * LANES + j
             code = T.Cast("int8", _code(kernel, y, static, scalar, k))
             T.buffer_store(codes, code, [k // K_BLOCK, m, *_place(k % K_BLOCK, layout)])
+        if more:  # leave to the next term what this one lacks
+            with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
+                k = g * size + c * LANES + j
+                rest = y[k] - scalar[0] * T.Cast("float32", _code(kernel, y, static, scalar, k))
+                T.buffer_store(y, rest, [k])
         T.buffer_store(total, counts[0], [0])
         for lane in range(1, LANES):
             T.buffer_store(total, total[0] + counts[lane], [0])

@@ -1,4 +1,8 @@
-"""The instruction sets that kernels are written for."""
+"""The instruction sets that kernels are written for.
+
+Those without a `multiply_4x4` run 4-bit activations in their kernels for 8-bit ones, bit for bit; `neon-paper` is
+`neon` with the multiplier of the Agile-Quant paper.
+"""
 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels.intrin.avx2 import AVX2

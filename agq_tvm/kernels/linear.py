@@ -3,6 +3,9 @@
     out[m, n] = Σ_g s_x[m, g] · (s_w[g, n] · dot[m, g, n] + o_w[g, n] · xsum[m, g]) + bias[n]
     dot[m, g, n] = Σ_{k in group g} q_x[m, k] · q_w[n, k]                            (integers)
 
+Activations of two terms, x = s q + s' q', stand in twice as many rows, second terms after all first ones; the results
+of both are added.
+
 Weights and their scales come in the tiles of `layout.py`; activation codes come by k-block, then row, as
 `quantize.py` writes them.
 """
@@ -37,6 +40,8 @@ class LinearKernel:
         Whether a float32 vector is added to the result.
     activation_bits : int
         8 for activation codes -127..127, 4 for -7..7.
+    terms : int
+        1 or 2, of the activations.
     """
 
     rows: int
@@ -48,6 +53,12 @@ class LinearKernel:
     offsets: str | None
     bias: bool
     activation_bits: int = 8
+    terms: int = 1
+
+    @property
+    def code_rows(self) -> int:
+        """Rows of activation codes."""
+        return self.terms * self.rows
 
     @property
     def groups(self) -> int:
@@ -57,14 +68,14 @@ class LinearKernel:
     @property
     def packed(self) -> bool:
         """Whether 4-bit codes are multiplied as they are stored: unpacking them first pays for several rows."""
-        return self.bits == 4 and self.rows == 1
+        return self.bits == 4 and self.code_rows == 1
 
     @property
     def name(self) -> str:
         """E.g. ``linear_w4a8g32_asym_m128_n4096_k4096``."""
         scales = "group" if self.per_group else "token"
         kind = {None: "sym", "float16": "asym", "float32": "asym32"}[self.offsets]
-        bias = "_bias" if self.bias else ""
+        bias = ("_bias" if self.bias else "") + ("_two_terms" if self.terms == 2 else "")
         return (
             f"linear_w{self.bits}a{self.activation_bits}g{self.group_size}_{scales}_{kind}{bias}"
             f"_m{self.rows}_n{self.columns}_k{self.channels}"
@@ -74,11 +85,11 @@ class LinearKernel:
 def define(kernel: LinearKernel, isa: InstructionSet):
     """Return the matrix product as unscheduled TIR.
 
-    Buffers, in order (tiles NT, groups G, k-blocks KB; S, V, L, D from the layout of `isa`):
+    Buffers, in order (rows of codes R, M or 2 M; tiles NT, groups G, k-blocks KB; S, V, L, D from the layout):
 
-    - x int8 [KB, M, S, 2, D], activation codes
-    - sx float32 [M, G or 1], activation scales
-    - xsum int32 [M, G], sums of the codes of a group
+    - x int8 [KB, R, S, 2, D], activation codes
+    - sx float32 [R, G or 1], activation scales
+    - xsum int32 [R, G], sums of the codes of a group
     - w uint8 [NT, KB, S, V, L, D] or of 8 bit [NT, KB, S, 2, V, L, D]
     - ws float16 [NT, G, V, L]; wo the same shape, if any; bias float32 [NT, V, L], if any
     - out float32 [M, NT * V * L]
@@ -86,12 +97,12 @@ def define(kernel: LinearKernel, isa: InstructionSet):
     layout = isa.layout(kernel.bits)
     multiply = isa.multiply(kernel.bits, kernel.activation_bits, kernel.packed)
     less = multiply.center if multiply else 0
-    M, G, GB = kernel.rows, kernel.groups, kernel.group_size // K_BLOCK
+    M, R, G, GB = kernel.rows, kernel.code_rows, kernel.groups, kernel.group_size // K_BLOCK
     KB, NT = k_blocks(kernel.channels, kernel.group_size), layout.tiles(kernel.columns)
     S, V, L, D = layout.steps, layout.vectors, layout.lanes, layout.depth
-    x = te.placeholder((KB, M, S, 2, D), "int8", name="x")
-    sx = te.placeholder((M, G if kernel.per_group else 1), "float32", name="sx")
-    xsum = te.placeholder((M, G), "int32", name="xsum")
+    x = te.placeholder((KB, R, S, 2, D), "int8", name="x")
+    sx = te.placeholder((R, G if kernel.per_group else 1), "float32", name="sx")
+    xsum = te.placeholder((R, G), "int32", name="xsum")
     w_dtype = "uint8" if kernel.bits == 4 else stored_dtype(layout)
     w = te.placeholder(layout.packed_shape(kernel.columns, KB * K_BLOCK), w_dtype, name="w")
     ws = te.placeholder((NT, G, V, L), "float16", name="ws")
@@ -108,7 +119,7 @@ def define(kernel: LinearKernel, isa: InstructionSet):
     axes = [te.reduce_axis((0, extent), name) for extent, name in ((GB, "kb"), (S, "s"), (2, "h"), (D, "i"))]
     kb, s, h, i = axes
     dot = te.compute(
-        (NT, G, M, V, L),
+        (NT, G, R, V, L),
         lambda t, g, m, v, j: te.sum(
             T.Cast("int32", x[g * GB + kb, m, s, h, i]) * T.Cast("int32", codes[t, g * GB + kb, s, h, v, j, i]),
             axis=axes,
@@ -132,11 +143,12 @@ def define(kernel: LinearKernel, isa: InstructionSet):
         return y * sx[m, g] if kernel.per_group else y
 
     g = te.reduce_axis((0, G), "g")
-    scaled = te.compute((NT, M, V, L), lambda t, m, v, j: te.sum(term(t, m, v, j, g), axis=[g]), name="scaled")
+    scaled = te.compute((NT, R, V, L), lambda t, m, v, j: te.sum(term(t, m, v, j, g), axis=[g]), name="scaled")
 
     def finish(m, n):
         t, v, j = n // layout.width, n % layout.width // L, n % L
-        y = scaled[t, m, v, j] if kernel.per_group else scaled[t, m, v, j] * sx[m, 0]
+        rows = [m + term * M for term in range(kernel.terms)]
+        y = sum(scaled[t, r, v, j] if kernel.per_group else scaled[t, r, v, j] * sx[r, 0] for r in rows)
         return y + bias[t, v, j] if kernel.bias else y
 
     out = te.compute((M, NT * layout.width), finish, name="out")
@@ -157,7 +169,7 @@ def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
     rows share codes that are unpacked once for each group. Scales are applied at group ends.
     """
     layout = isa.layout(kernel.bits)
-    rows = row_tile(kernel.rows, isa.rows)
+    rows = row_tile(kernel.code_rows, isa.rows)
     sch = Schedule(func)
     dot, scaled, out = (sch.get_sblock(name) for name in ("dot", "scaled", "out"))
 
@@ -204,7 +216,7 @@ def _place_conversions(sch: Schedule, kernel: LinearKernel, g) -> None:
     names += ["scales", "offsets"] if kernel.offsets else ["scales"]
     for name in names:
         block = sch.get_sblock(name)
-        if kernel.rows == 1:
+        if kernel.code_rows == 1:
             sch.compute_inline(block)
             continue
         sch.compute_at(block, g, preserve_unit_loops=True)

@@ -40,6 +40,8 @@ class LinearFormat:
         Whether activations have TRIP's exponents.
     four_bit : tuple of str
         Roles of the linears whose inputs have 4-bit codes.
+    terms : int
+        Of the activations, 1 or 2.
     """
 
     bits: int
@@ -48,9 +50,11 @@ class LinearFormat:
     offsets: str | None
     refined: bool = False
     four_bit: tuple[str, ...] = ()
+    terms: int = 1
 
 
-TABLE_FORMAT = LinearFormat(8, TABLE_GROUP, "per-token-group", None)
+TABLE_FORMAT = LinearFormat(8, TABLE_GROUP, "per-token-group", None, terms=2)
+"""Outside the layers activations have two 8-bit terms: an error there is not softened by anything after it."""
 
 
 def packed_parameters(name: str, columns: int, channels: int, format: LinearFormat, isa: InstructionSet, bias: bool):
@@ -144,6 +148,7 @@ class _Quantizer(relax.PyExprMutator):
             format.activation,
             refined=format.refined,
             bits=bits,
+            terms=format.terms,
         )
         codes = self._call(
             annotate(activation.build(quantize, layout), quantize),
@@ -160,6 +165,7 @@ class _Quantizer(relax.PyExprMutator):
             offsets=format.offsets,
             bias=static or weight in self.biases,
             activation_bits=bits,
+            terms=format.terms,
         )
         width = layout.tiles(columns) * layout.width
         y = self._call(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import DecoderConfig
-from agq_tvm.quantize.activations import ActivationQuantizer, grouped_codes, to_groups
+from agq_tvm.quantize.activations import ActivationQuantizer, to_groups
 from agq_tvm.quantize.checkpoint import ACTIVATIONS, TABLE_GROUP, Checkpoint, QuantizedLinear
 from agq_tvm.quantize.forward import (
     Entry,
@@ -138,6 +138,8 @@ class QuantizedOperator:
 class TableOperator:
     """A matrix outside the layers (head or projection), its input quantized per token and group of 32.
 
+    Codes have two terms: what the first leaves over is quantized again, so 8-bit products carry about 15 bits.
+
     Parameters
     ----------
     weight : float32 tensor [N, K]
@@ -149,8 +151,9 @@ class TableOperator:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply float32 [T, K] to float32 [T, N]."""
-        codes, scales = grouped_codes(x, TABLE_GROUP)
-        return (codes * scales.repeat_interleave(TABLE_GROUP, 1)[:, : x.shape[1]]) @ self._weight.T
+        quantizer = ActivationQuantizer("per-token-group", TABLE_GROUP)
+        first = quantizer.rounded(x)
+        return (first + quantizer.rounded(x - first)) @ self._weight.T
 
 
 class Layer(NamedTuple):

@@ -107,7 +107,7 @@ def test_whole_product_is_exact_in_integers(board, isa, kernel):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_pair_of_codes(board, isa):
-    """All activations with all pairs of neighbouring weights: once in each channel's place, and in all at a time."""
+    """All activations with all pairs of neighbouring weights: in one channel alone, and in all 32."""
     q = np.stack(np.divmod(np.arange(256), 16), axis=1).reshape(512, 1).repeat(32, 1).astype("uint8")
     codes = np.append(np.arange(-7, 8), 7)
     placed = np.zeros((16, 32), "int8")

@@ -47,10 +47,11 @@ class Operands:
 
     Attributes
     ----------
-    x : int8 [M, K]
+    x : int8 [R, K]
+        R is M, or twice that for two terms.
     q : uint8 [N, K]
     sx, scales, offsets, bias
-        float arrays [M, G or 1], [N, G], [N, G] or None, [N] or None.
+        float arrays [R, G or 1], [N, G], [N, G] or None, [N] or None.
     """
 
     kernel: LinearKernel
@@ -67,11 +68,11 @@ class Operands:
         return full.reshape(len(codes), self.kernel.groups, -1)
 
     def sums(self) -> np.ndarray:
-        """Return Σ x of every group, int64 [M, G]."""
+        """Return Σ x of every group, int64 [R, G]."""
         return self._grouped(self.x).sum(-1)
 
     def dots(self) -> np.ndarray:
-        """Return Σ x·q of every group, int64 [M, G, N]."""
+        """Return Σ x·q of every group, int64 [R, G, N]."""
         return np.einsum("mgk,ngk->mgn", self._grouped(self.x), self._grouped(self.q))
 
     def expected(self) -> np.ndarray:
@@ -82,15 +83,16 @@ class Operands:
         if self.offsets is not None:
             y = y + sums * self.offsets.T[None].astype("float64")
         y = (y * self.sx[:, :, None]).sum(1)
+        y = y.reshape(self.kernel.terms, self.kernel.rows, -1).sum(0)
         return y if self.bias is None else y + self.bias
 
     def arrays(self, isa: InstructionSet) -> list[np.ndarray]:
         """Return the kernel's inputs, packed, in its order."""
         layout: Layout = isa.layout(self.kernel.bits)
         padded = self.kernel.groups * self.kernel.group_size
-        x = np.zeros((self.kernel.rows, padded), "int8")
+        x = np.zeros((self.kernel.code_rows, padded), "int8")
         x[:, : self.kernel.channels] = self.x
-        shape = (self.kernel.rows, padded // K_BLOCK, layout.steps, 2, layout.depth)
+        shape = (self.kernel.code_rows, padded // K_BLOCK, layout.steps, 2, layout.depth)
         arrays = [
             np.ascontiguousarray(x.reshape(shape).transpose(1, 0, 2, 3, 4)),
             self.sx,
@@ -118,7 +120,7 @@ class Operands:
 
         The sum over all groups stays below 2^24 and is therefore exact in float32.
         """
-        assert abs(self.dots()).sum(1).max() < 1 << 24
+        assert self.kernel.terms * abs(self.dots()).sum(1).max() < 1 << 24
         offsets = None if self.offsets is None else np.zeros_like(self.offsets)
         bias = None if self.bias is None else np.zeros_like(self.bias)
         ones = np.ones_like
@@ -128,12 +130,12 @@ class Operands:
 def random_operands(kernel: LinearKernel, seed: int = 0) -> Operands:
     """Draw codes over their whole range, and scales and offsets of either sign."""
     rng, limit = np.random.default_rng(seed), LIMIT[kernel.activation_bits]
-    M, N, K, G = kernel.rows, kernel.columns, kernel.channels, kernel.groups
+    R, N, K, G = kernel.code_rows, kernel.columns, kernel.channels, kernel.groups
     return Operands(
         kernel,
-        rng.integers(-limit, limit + 1, (M, K)).astype("int8"),
+        rng.integers(-limit, limit + 1, (R, K)).astype("int8"),
         rng.integers(0, 1 << kernel.bits, (N, K)).astype("uint8"),
-        rng.uniform(0.5, 2, (M, G if kernel.per_group else 1)).astype("float32"),
+        rng.uniform(0.5, 2, (R, G if kernel.per_group else 1)).astype("float32"),
         rng.standard_normal((N, G)).astype("float16"),
         rng.standard_normal((N, G)).astype(kernel.offsets) if kernel.offsets else None,
         rng.standard_normal(N).astype("float32") if kernel.bias else None,

@@ -25,7 +25,7 @@ def run(kernel: QuantizeKernel, inputs, layout=LAYOUT, function=None):
     outputs = [tvm.runtime.tensor(np.full(s, 99, d)) for s, d in kernel.output_shapes(layout)]
     function(*(tvm.runtime.tensor(np.ascontiguousarray(x)) for x in inputs), *outputs)
     codes, scales, sums = (output.numpy() for output in outputs)
-    return codes.transpose(1, 0, 2, 3, 4).reshape(kernel.rows, -1), scales, sums
+    return codes.transpose(1, 0, 2, 3, 4).reshape(len(scales), -1), scales, sums
 
 
 def contract(y: np.ndarray, kernel: QuantizeKernel):
@@ -62,6 +62,22 @@ def made_by(source: str, inputs, kernel) -> np.ndarray:
         gate, up = np.split(x, 2, axis=1)
         return gate / (1 + np.exp(-gate)) * up
     return x
+
+
+def test_a_second_term_has_the_codes_of_what_the_first_left():
+    one, two = (QuantizeKernel("plain", 3, 150, 64, "per-token-group", terms=terms) for terms in (1, 2))
+    x = np.random.default_rng(2).standard_normal((3, 150)).astype("float32") * 3
+    x[1] = 0
+    codes, scales, sums = run(two, [x])
+    expected = contract(x, one)
+    padded = np.pad(x, ((0, 0), (0, 42))).reshape(3, 3, 64)
+    rest = padded - expected[1][..., None] * expected[0].reshape(3, 3, 64).astype("float32")
+    second = contract(rest.reshape(3, -1)[:, :150], one)
+    np.testing.assert_array_equal(codes, np.concatenate([expected[0], second[0]]))
+    np.testing.assert_allclose(scales, np.concatenate([expected[1], second[1]]), rtol=1e-6)
+    np.testing.assert_array_equal(sums, codes.reshape(6, 3, 64).sum(-1))
+    both = (scales[..., None] * codes.reshape(6, 3, 64)).reshape(2, 3, -1).sum(0)[:, :150]
+    assert abs(both - x).max() <= abs(x).max() / 127 / 2 / 127
 
 
 @pytest.mark.parametrize("mode", MODES)

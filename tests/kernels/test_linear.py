@@ -22,6 +22,8 @@ FORMS = [
     LinearKernel(1, 70, 130, 4, 64, False, None, False),
     LinearKernel(1, 97, 100, 8, 32, True, None, False),
     LinearKernel(8, 97, 100, 8, 32, True, None, False),
+    LinearKernel(1, 97, 100, 8, 32, True, None, False, terms=2),
+    LinearKernel(3, 65, 100, 8, 32, True, None, True, terms=2),
 ]
 
 
