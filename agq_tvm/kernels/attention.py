@@ -201,10 +201,10 @@ def build_attention(kernel: AttentionKernel):
                 blocks = (end + (LANES - 1)) // LANES
                 _scores(kernel, at, kv, blocks, q, keys, lengths, alibi, scores)
                 _softmax(at, blocks, scores, norm)
-                _weighted_values(kernel, at, kv, end, scores, norm, values, outputs[0])
                 for importance in outputs[1:]:
                     for p, (m, h) in enumerate(at):
                         T.buffer_store(importance, scores[p, 0] * norm[p, 0], [m, h])
+                _weighted_values(kernel, at, kv, end, scores, norm, values, outputs[0])
     return builder.get()
 
 
