@@ -129,7 +129,8 @@ def _build(request: LibraryRequest) -> None:
     isa = instruction_set(device.instruction_set)
     target = Target(device.tvm_target())
     _step("decoder")
-    module = build_decoder(checkpoint.config, request.context, _VALUE_LANES.get(isa.name, 16))
+    lanes, pruning = _VALUE_LANES.get(isa.name, 16), checkpoint.scheme.pruning
+    module = build_decoder(checkpoint.config, request.context, lanes, pruning)
     format = linear_format(checkpoint.scheme, request.offsets)
     dump = Path(request.debug_dump) if request.debug_dump else None
     lowered, tensors = pipeline.run(module, target, format, isa, dump, _step)

@@ -21,6 +21,7 @@ from agq_tvm.quantize.checkpoint import (
     vector_shapes,
     write_checkpoint,
 )
+from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.source import Source, open_source, quantize_matrix
 from agq_tvm.quantize.weights import dequantize, quantize_table
 
@@ -56,6 +57,7 @@ def quantize(
     max_refine: int = 0,
     four_bit: tuple[str, ...] = (),
     calibration: Calibration | None = None,
+    pruning: PruningSchedule | None = None,
 ) -> dict:
     """Quantize a model and write the checkpoint.
 
@@ -79,12 +81,15 @@ def quantize(
         The linears, e.g. ``("o", "gate_up", "down")``, whose inputs get 4-bit codes.
     calibration : Calibration, optional
         Used by ``"gptq"``, by static activations and by TRIP.
+    pruning : PruningSchedule, optional
+        Drop tokens of a prompt in some layers; by default none are. Calibration runs without.
 
     Returns
     -------
     dict
-        ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``bytes`` of
-        the weights file, ``bits_per_weight`` of the matrices with their scales and offsets, ``relative_weight_error``
+        ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
+        or ``layers`` and ``beta``), ``bytes`` of the weights file, ``bits_per_weight`` of the matrices with their
+        scales and offsets, ``relative_weight_error``
         (root of the summed squared error over that of the weights), and ``seconds``.
 
     Raises
@@ -94,8 +99,11 @@ def quantize(
     """
     started = time.perf_counter()
     source = open_source(model)
-    scheme = Scheme(*_choose_weights(source, method, group_size, symmetric), activation, max_refine, tuple(four_bit))
+    weights = _choose_weights(source, method, group_size, symmetric)
+    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), pruning)
     check_roles(source.config, scheme.four_bit)
+    if pruning is not None:
+        pruning.check_layers(source.config.num_layers)
     calibration = calibration or Calibration()
     with fresh_directory(output, "checkpoint") as directory:
         source.copy_tokenizer(directory)
