@@ -81,6 +81,7 @@ def _quantize(subparsers) -> None:
             symmetric=args.symmetric,
             activation=args.activation,
             calibration=Calibration(args.calibration),
+            attention=args.attention,
         )
         rows = [
             ("checkpoint", args.output),
@@ -90,6 +91,7 @@ def _quantize(subparsers) -> None:
                 f"4 bit, groups of {result['group_size']}, {result['bits_per_weight']:.2f} bit stored",
             ),
             ("activations", result["activation"]),
+            ("attention", result["attention"]),
             ("weight error", f"{result['relative_weight_error']:.4f}"),
             ("size", megabytes(result["bytes"])),
             ("time", f"{result['seconds']:.1f} s"),
@@ -111,6 +113,13 @@ def _quantize(subparsers) -> None:
         choices=("per-token-group", "per-token", "static", "none"),
         default="per-token-group",
         help="scales of the 8-bit activations (default: %(default)s); none keeps them float",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=("float", "log2", "log2-paper"),
+        default="float",
+        help="log2 rounds probabilities to 15 powers of two and zero, log2-paper to 16 and zero as Agile-Quant does; "
+        "both cache 8-bit values (default: %(default)s)",
     )
     parser.add_argument(
         "--calibration", default="calibration", metavar="TEXT", help="a text file (default: a shipped one)"

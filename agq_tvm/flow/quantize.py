@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ KEPT_GROUP = 32
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text that GPTQ and static activations look at.
+    """The text that GPTQ, static activations and the scales of values look at.
 
     Attributes
     ----------
@@ -53,6 +53,7 @@ def quantize(
     symmetric: bool = False,
     activation: str = "per-token-group",
     calibration: Calibration | None = None,
+    attention: str = "float",
 ) -> dict:
     """Quantize a model and write the checkpoint.
 
@@ -71,12 +72,15 @@ def quantize(
         Leave out the offsets; ``"keep"`` takes over what the model has.
     activation : {"per-token-group", "per-token", "static", "none"}
     calibration : Calibration, optional
-        Used by ``"gptq"`` and by static activations.
+        Used by ``"gptq"``, by static activations and by quantized attention.
+    attention : {"float", "log2", "log2-paper"}
+        What probabilities of attention are rounded to, see `agq_tvm.quantize.codebooks.CODE_BOOKS`; unless
+        ``"float"``, values are cached as int8.
 
     Returns
     -------
     dict
-        ``method``, ``group_size``, ``symmetric``, ``activation``, ``bytes`` of the weights file,
+        ``method``, ``group_size``, ``symmetric``, ``activation``, ``attention``, ``bytes`` of the weights file,
         ``bits_per_weight`` of the matrices with their scales and offsets, ``relative_weight_error``
         (root of the summed squared error over that of the weights), and ``seconds``.
 
@@ -87,7 +91,7 @@ def quantize(
     """
     started = time.perf_counter()
     source = open_source(model)
-    scheme = _choose_scheme(source, method, group_size, symmetric, activation)
+    scheme = replace(_choose_scheme(source, method, group_size, symmetric, activation), attention=attention)
     calibration = calibration or Calibration()
     with fresh_directory(output, "checkpoint") as directory:
         source.copy_tokenizer(directory)
@@ -104,6 +108,7 @@ def quantize(
         "group_size": scheme.group_size,
         "symmetric": scheme.symmetric,
         "activation": scheme.activation,
+        "attention": scheme.attention,
         "bytes": size,
         "bits_per_weight": _bits_per_weight(linears),
         "relative_weight_error": error,
@@ -131,7 +136,7 @@ def _choose_scheme(
 
 
 def _windows(directory: Path, calibration: Calibration, scheme: Scheme, source: Source) -> list[list[int]] | None:
-    if scheme.method != "gptq" and scheme.activation != "static":
+    if scheme.method != "gptq" and scheme.activation != "static" and scheme.attention == "float":
         return None
     from agq_tvm.quantize.calibration import cut_windows
 

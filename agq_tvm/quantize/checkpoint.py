@@ -14,11 +14,13 @@ from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json, write_json
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.models.registry import describe
+from agq_tvm.quantize.codebooks import CODE_BOOKS
 
 FORMAT_VERSION = 1
 METHODS = ("gptq", "rtn", "keep")
 GROUP_SIZES = (32, 64, 128)
 ACTIVATIONS = ("per-token", "per-token-group", "static", "none")
+ATTENTIONS = ("float", *CODE_BOOKS)
 TABLE_GROUP = 32
 
 
@@ -36,12 +38,15 @@ class Scheme:
         Whether every offset is -8 times its scale (offsets are then not stored).
     activation : str
         ``"per-token"``, ``"per-token-group"``, ``"static"`` or ``"none"`` (float activations).
+    attention : str
+        ``"float"``, or a name in `CODE_BOOKS`: probabilities are powers of two then, and values int8.
     """
 
     method: str
     group_size: int
     symmetric: bool
     activation: str
+    attention: str = "float"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -52,6 +57,8 @@ class Scheme:
             raise AgqError(f"symmetric must be true or false, not {self.symmetric!r}")
         if self.activation not in ACTIVATIONS:
             raise AgqError(f"unknown activation {self.activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+        if self.attention not in ATTENTIONS:
+            raise AgqError(f"unknown attention {self.attention!r}: choose one of {', '.join(ATTENTIONS)}")
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,9 @@ class QuantizedLinear:
     act_scale : float32 array [1] or None
         Static activations only: ``x = act_scale * (code - act_zero)``.
     act_zero : int32 array [1] or None
+    value_scale : float32 array [KV] or None
+        The matrix that values come from, with quantized attention only: static scale of every KV head's values,
+        ``v = value_scale * code``.
     """
 
     qweight: np.ndarray
@@ -83,6 +93,7 @@ class QuantizedLinear:
     bias: np.ndarray | None = None
     act_scale: np.ndarray | None = None
     act_zero: np.ndarray | None = None
+    value_scale: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,13 @@ def vector_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def value_scale_names(config: DecoderConfig) -> list[str]:
+    """Name the scales of the values of every layer: they belong to the matrix that the values come from."""
+    qkv = next(linear for linear in config.linears if linear.name == "qkv")
+    prefixes = (config.layer_prefix.format(layer=layer) for layer in range(config.num_layers))
+    return [f"{prefix}{qkv.parts[-1]}.value_scale" for prefix in prefixes]
+
+
 def group_count(in_features: int, group_size: int) -> int:
     """Return the number of groups of a row, the last one possibly short."""
     return -(-in_features // group_size)
@@ -167,7 +185,7 @@ def write_checkpoint(
     """
     tensors = {name: np.ascontiguousarray(value, "float32") for name, value in vectors.items()}
     for name, linear in linears.items():
-        for field in ("qweight", "scales", "offsets", "bias", "act_scale", "act_zero"):
+        for field in ("qweight", "scales", "offsets", "bias", "act_scale", "act_zero", "value_scale"):
             value = getattr(linear, field)
             if value is not None:
                 tensors[f"{name}.{field}"] = np.ascontiguousarray(value)
@@ -247,6 +265,7 @@ class Checkpoint:
             bias=self._optional(f"{name}.bias"),
             act_scale=act_scale,
             act_zero=act_zero,
+            value_scale=self._optional(f"{name}.value_scale"),
         )
 
     def fused(self, layer: int, parts: tuple[str, ...]) -> tuple[QuantizedLinear, ...]:
@@ -264,6 +283,14 @@ class Checkpoint:
         if len({(linear.act_scale[0], linear.act_zero[0]) for linear in static}) > 1:
             raise self._damaged(f"{', '.join(parts)} of layer {layer} disagree on their shared input")
         return linears
+
+    def value_scale(self, layer: int) -> np.ndarray:
+        """Read the scales of a layer's values, float32 [KV]; for quantized attention only."""
+        name = value_scale_names(self.config)[layer]
+        scales = self._read(name)
+        if not (scales > 0).all():
+            raise self._damaged(f"{name} has a scale out of range")
+        return scales
 
     def table(self, name: str) -> QuantizedTable:
         """Read a matrix outside the layers, e.g. the embedding, ``"model.embed_tokens"``."""
@@ -299,12 +326,15 @@ def _read_scheme(ours: Mapping) -> Scheme:
     for name, value in (("weight_bits", 4), ("table_bits", 8), ("table_group_size", TABLE_GROUP)):
         if ours.get(name) != value:
             raise AgqError(f"{name} {ours.get(name)!r} is not supported, only {value} is")
-    return Scheme(*(ours.get(name) for name in ("method", "group_size", "symmetric", "activation")))
+    fields = (ours.get(name) for name in ("method", "group_size", "symmetric", "activation"))
+    return Scheme(*fields, attention=ours.get("attention", "float"))
 
 
 def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
     """Give the allowed types and the shape of every tensor."""
     floats = vector_shapes(config) | bias_shapes(config)
+    if scheme.attention != "float":
+        floats |= dict.fromkeys(value_scale_names(config), (config.num_kv_heads,))
     expected = {name: (("F32",), shape) for name, shape in floats.items()}
     for name, (rows, columns) in table_shapes(config).items():
         expected[f"{name}.qweight"] = (("I8",), (rows, columns))

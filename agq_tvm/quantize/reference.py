@@ -13,7 +13,9 @@ from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.quantize.activations import ActivationQuantizer, grouped_codes, to_groups
 from agq_tvm.quantize.checkpoint import ACTIVATIONS, TABLE_GROUP, Checkpoint, QuantizedLinear
+from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.quantize.forward import (
+    Attend,
     Entry,
     Norm,
     Norms,
@@ -24,6 +26,7 @@ from agq_tvm.quantize.forward import (
     read_norms,
     run_layer,
 )
+from agq_tvm.quantize.log2 import Log2Attention
 from agq_tvm.quantize.source import Source
 from agq_tvm.quantize.weights import dequantize, dequantize_table, grid_of, unpack
 
@@ -146,10 +149,11 @@ class TableOperator:
 
 
 class Layer(NamedTuple):
-    """One layer: its norms and its linears by their name."""
+    """One layer: its norms, its linears by their name, and its attention if that is not float."""
 
     norms: Norms
     linears: Mapping[str, Operator]
+    attend: Attend | None = None
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,11 @@ class ReferenceModel:
                 linears[linear.name] = (
                     stacked_weights(parts) if activation == "none" else QuantizedOperator(parts, activation)
                 )
-            return Layer(read_norms(config, layer, checkpoint.vector), linears)
+            attend = None
+            if checkpoint.scheme.attention in CODE_BOOKS:
+                scales = torch.from_numpy(checkpoint.value_scale(layer))
+                attend = Log2Attention(CODE_BOOKS[checkpoint.scheme.attention], scales)
+            return Layer(read_norms(config, layer, checkpoint.vector), linears, attend)
 
         def table(name: str) -> Tensor:
             return torch.from_numpy(dequantize_table(checkpoint.table(name)))
@@ -271,7 +279,7 @@ class ReferenceModel:
         for i in range(self.config.num_layers):
             layer = self._layer(i)
             watch = None if observer is None else partial(observer.attention, i)
-            steps = layer_steps(self.config, layer.norms, hidden, positions, self._half_cache, watch)
+            steps = layer_steps(self.config, layer.norms, hidden, positions, self._half_cache, watch, layer.attend)
             hidden = run_layer(steps, _linear_of(layer, i, trace, observer))
         return self._exit(hidden).numpy()
 
