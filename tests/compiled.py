@@ -13,6 +13,7 @@ from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.passes import pipeline
 from agq_tvm.passes.quantize_linears import LinearFormat
 from agq_tvm.quantize.checkpoint import Checkpoint
+from agq_tvm.quantize.codebooks import CODE_BOOKS
 from tests.kernels.operands import target_of
 
 ROWS = min(PREFILL_BUCKETS)
@@ -35,7 +36,7 @@ class CompiledModel:
     def __init__(self, checkpoint: Checkpoint, isa: str, context: int, monkeypatch):
         monkeypatch.setattr(relax_decoder, "function_names", lambda: FUNCTIONS)
         offsets, scheme = offsets_dtype(checkpoint), checkpoint.scheme
-        module = relax_decoder.build_decoder(checkpoint.config, context, 16)
+        module = relax_decoder.build_decoder(checkpoint.config, context, 16, CODE_BOOKS.get(scheme.attention))
         format = LinearFormat(4, scheme.group_size, scheme.activation, offsets)
         target, kernels = target_of(isa), instruction_set(isa)
         self.lowered, tensors = pipeline.run(module, target, format, kernels)
@@ -58,6 +59,10 @@ class CompiledModel:
         """See `agq_tvm.runtime.engine.Session.run`."""
         inputs = map(tvm.runtime.tensor, (tokens, positions, lengths))
         return self._machine[function](*inputs, self._packed).numpy()
+
+    def cache(self, name: str) -> np.ndarray:
+        """Return the contents of a cache, e.g. ``"layers.0.values"``."""
+        return self._tensors[[cache[0] for cache in self.caches].index(name)].numpy()
 
     def cpu(self, _index: int):
         """See `tvm.rpc.RPCSession.cpu`."""

@@ -60,10 +60,6 @@ def compile_checkpoint(
             f"{checkpoint} has float activations, which have no kernels yet: quantize it with "
             "--activation per-token-group"
         )
-    if source.scheme.attention != "float":
-        raise AgqError(
-            f"{checkpoint} has {source.scheme.attention} attention, which has no kernels yet: quantize it anew"
-        )
     say(f"compiling {checkpoint} for {device.name} ({device.instruction_set})")
     with fresh_directory(output, "bundle") as directory:
         _build(source, target, device, context, directory, str(debug_dump) if debug_dump else None)
@@ -140,6 +136,7 @@ def _manifest(checkpoint: Checkpoint, device: Device, context: int) -> dict:
             "weight_bits": 4,
             "group_size": scheme.group_size,
             "activation": scheme.activation,
+            "attention": scheme.attention,
         },
         "context": context,
         "buckets": list(PREFILL_BUCKETS),

@@ -1,15 +1,17 @@
 """Attention over caches that are updated in place, and the step that fills them, with or without rotation.
 
 Caches: keys float16 [KV, context / 16, head_dim, 16], sixteen positions side by side so that a vector of scores
-needs no sum across lanes; values float16 [KV, context, head_dim]. `lengths` holds two int32: positions cached
-before this call, and valid rows of this call. Rows beyond the valid ones give unused results and are never
-cached.
+needs no sum across lanes; values [KV, context, head_dim], float16, or int8 where probabilities are powers of two
+(`attention_log2.py`). `lengths` holds two int32: positions cached before this call, and valid rows of this call.
+Rows beyond the valid ones give unused results and are never cached.
 """
 
 import math
 from dataclasses import dataclass
 
+from agq_tvm.kernels.attention_log2 import round_probabilities, value_code
 from agq_tvm.kernels.emit import LANES, exp, float32, reduce_lanes, task_loop
+from agq_tvm.quantize.codebooks import CodeBook
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
 MASKED = -1.0e30
@@ -27,6 +29,8 @@ class AttentionKernel:
         Channels of the values summed at a time, so that the sums of a tile of rows stay in registers.
     alibi : bool
         Whether scores get the slope of their head times the distance of the key from the row, 0 or less.
+    book : CodeBook or None
+        What probabilities are rounded to; values are int8 then, with a static scale for each KV head.
     """
 
     rows: int
@@ -36,6 +40,7 @@ class AttentionKernel:
     context: int
     value_lanes: int = LANES
     alibi: bool = False
+    book: CodeBook | None = None
 
     @property
     def shared(self) -> int:
@@ -51,7 +56,8 @@ class AttentionKernel:
     @property
     def name(self) -> str:
         """E.g. ``attention_m128_h9_kv3_d64_c2048``."""
-        return f"alibi_attention_{self.suffix}" if self.alibi else f"attention_{self.suffix}"
+        alibi, log2 = "alibi_" if self.alibi else "", "log2_" if self.book else ""
+        return f"{alibi}{log2}attention_{self.suffix}"
 
     @property
     def rope_name(self) -> str:
@@ -78,12 +84,22 @@ class AttentionKernel:
         """Shape of the value cache."""
         return (self.kv_heads, self.context, self.head_dim)
 
+    @property
+    def value_dtype(self) -> str:
+        """Type of the value cache."""
+        return "int8" if self.book else "float16"
+
+    def arg_value_scale(self) -> list:
+        """Declare the next argument, the scales of int8 values, float32 [KV]; nothing for float16 ones."""
+        return [T.arg("value_scale", T.buffer((self.kv_heads,), "float32"))] if self.book else []
+
 
 def build_rope_append(kernel: AttentionKernel):
     """Return the kernel that rotates q and k, scales q by 1/sqrt(D), and appends k and v to the caches.
 
     Buffers, in order: qkv float32 [M, (H + 2 KV) D]; cos, sin float32 [context, D / 2]; positions int32 [M];
-    lengths int32 [2]; keys and values (updated); q float32 [M, H, D] (output).
+    lengths int32 [2]; value_scale float32 [KV] if `kernel.book`; keys and values (updated); q float32 [M, H, D]
+    (output).
     """
     M, H, KV, D = kernel.rows, kernel.heads, kernel.kv_heads, kernel.head_dim
     half = D // 2
@@ -96,10 +112,11 @@ def build_rope_append(kernel: AttentionKernel):
             sin = T.arg("sin", T.buffer((kernel.context, half), "float32"))
             positions = T.arg("positions", T.buffer((M,), "int32"))
             lengths = T.arg("lengths", T.buffer((2,), "int32"))
+            value_scale = kernel.arg_value_scale()
             keys = T.arg("keys", T.buffer(kernel.key_cache, "float16"))
-            values = T.arg("values", T.buffer(kernel.value_cache, "float16"))
+            values = T.arg("values", T.buffer(kernel.value_cache, kernel.value_dtype))
             q = T.arg("q", T.buffer((M, H, D), "float32"))
-            reads = [qkv, cos, sin, positions, lengths]
+            reads = [qkv, cos, sin, positions, lengths, *value_scale]
             with task_loop("row", M, reads, [keys, values, q]) as m:
 
                 def rotated(start, d, high):
@@ -118,15 +135,15 @@ def build_rope_append(kernel: AttentionKernel):
                         with T.serial(half) as d:
                             for high in (False, True):
                                 _store_key(keys, g, place, d + half * high, rotated(H * D + g * D, d, high))
-                        _store_value(kernel, qkv, m, g, place, values)
+                        _store_value(kernel, qkv, m, g, place, values, value_scale)
     return builder.get()
 
 
 def build_append(kernel: AttentionKernel):
     """Return the kernel that scales q by 1/sqrt(D) and appends k and v to the caches, without rotation.
 
-    Buffers, in order: qkv float32 [M, (H + 2 KV) D]; lengths int32 [2]; keys and values (updated); q float32
-    [M, H, D] (output).
+    Buffers, in order: qkv float32 [M, (H + 2 KV) D]; lengths int32 [2]; value_scale float32 [KV] if
+    `kernel.book`; keys and values (updated); q float32 [M, H, D] (output).
     """
     M, H, KV, D = kernel.rows, kernel.heads, kernel.kv_heads, kernel.head_dim
     with IRBuilder() as builder:
@@ -135,10 +152,11 @@ def build_append(kernel: AttentionKernel):
             T.func_attr({"global_symbol": kernel.append_name, "tirx.noalias": True})
             qkv = T.arg("qkv", T.buffer((M, (H + 2 * KV) * D), "float32"))
             lengths = T.arg("lengths", T.buffer((2,), "int32"))
+            value_scale = kernel.arg_value_scale()
             keys = T.arg("keys", T.buffer(kernel.key_cache, "float16"))
-            values = T.arg("values", T.buffer(kernel.value_cache, "float16"))
+            values = T.arg("values", T.buffer(kernel.value_cache, kernel.value_dtype))
             q = T.arg("q", T.buffer((M, H, D), "float32"))
-            with task_loop("row", M, [qkv, lengths], [keys, values, q]) as m:
+            with task_loop("row", M, [qkv, lengths, *value_scale], [keys, values, q]) as m:
                 with T.serial(H) as h, T.vectorized(D) as d:
                     T.buffer_store(q, qkv[m, h * D + d] * float32(D**-0.5), [m, h, d])
                 with T.If(m < lengths[1]), T.Then():
@@ -146,7 +164,7 @@ def build_append(kernel: AttentionKernel):
                     with T.serial(KV) as g:
                         with T.serial(D) as d:
                             _store_key(keys, g, place, d, qkv[m, (H + g) * D + d])
-                        _store_value(kernel, qkv, m, g, place, values)
+                        _store_value(kernel, qkv, m, g, place, values, value_scale)
     return builder.get()
 
 
@@ -154,18 +172,19 @@ def _store_key(keys, g, place, d, value) -> None:
     T.buffer_store(keys, T.Cast("float16", value), [g, place // LANES, d, place % LANES])
 
 
-def _store_value(kernel: AttentionKernel, qkv, m, g, place, values) -> None:
+def _store_value(kernel: AttentionKernel, qkv, m, g, place, values, value_scale) -> None:
     start = (kernel.heads + kernel.kv_heads) * kernel.head_dim
     with T.vectorized(kernel.head_dim) as d:
-        value = T.Cast("float16", qkv[m, start + g * kernel.head_dim + d])
-        T.buffer_store(values, value, [g, place, d])
+        value = qkv[m, start + g * kernel.head_dim + d]
+        stored = value_code(value, value_scale[0][g]) if kernel.book else T.Cast("float16", value)
+        T.buffer_store(values, stored, [g, place, d])
 
 
 def build_attention(kernel: AttentionKernel):
     """Return causal attention of M rows over the caches, softmax in two passes.
 
-    Buffers, in order: q float32 [M, H, D], already scaled; keys, values; lengths int32 [2]; slopes float32 [H] if
-    `kernel.alibi`; out float32 [M, H D].
+    Buffers, in order: q float32 [M, H, D], already scaled; keys, values; lengths int32 [2]; value_scale float32
+    [KV] if `kernel.book`; slopes float32 [H] if `kernel.alibi`; out float32 [M, H D].
     A task is one KV head and a few rows with all query heads that share it, so a key or value is loaded and
     converted once for them.
     """
@@ -178,11 +197,13 @@ def build_attention(kernel: AttentionKernel):
             T.func_attr({"global_symbol": kernel.name, "tirx.noalias": True})
             q = T.arg("q", T.buffer((M, H, D), "float32"))
             keys = T.arg("keys", T.buffer(kernel.key_cache, "float16"))
-            values = T.arg("values", T.buffer(kernel.value_cache, "float16"))
+            values = T.arg("values", T.buffer(kernel.value_cache, kernel.value_dtype))
             lengths = T.arg("lengths", T.buffer((2,), "int32"))
+            value_scale = kernel.arg_value_scale()
             slopes = [T.arg("slopes", T.buffer((H,), "float32"))] if kernel.alibi else []
             out = T.arg("out", T.buffer((M, H * D), "float32"))
-            with task_loop("tile", kernel.kv_heads * tiles, [q, keys, values, lengths, *slopes], [out]) as task:
+            reads = [q, keys, values, lengths, *value_scale, *slopes]
+            with task_loop("tile", kernel.kv_heads * tiles, reads, [out]) as task:
                 scores = T.sblock_alloc_buffer((pairs, kernel.context), "float32")
                 norm = T.sblock_alloc_buffer((pairs, 1), "float32")
                 kv, row = task // tiles, task % tiles * R
@@ -191,6 +212,8 @@ def build_attention(kernel: AttentionKernel):
                 blocks = (end + (LANES - 1)) // LANES
                 _scores(kernel, at, kv, blocks, q, keys, lengths, slopes, scores)
                 _softmax(at, blocks, scores, norm)
+                if kernel.book:
+                    round_probabilities(kernel.book, pairs, kv, blocks, scores, norm, *value_scale)
                 _weighted_values(kernel, at, kv, end, scores, norm, values, out)
     return builder.get()
 

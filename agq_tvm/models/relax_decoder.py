@@ -33,7 +33,7 @@ def function_names() -> list[tuple[str, int, bool]]:
     return names
 
 
-def build_decoder(config: DecoderConfig, context: int, value_lanes: int):
+def build_decoder(config: DecoderConfig, context: int, value_lanes: int, book=None):
     """Build the module.
 
     Parameters
@@ -41,6 +41,7 @@ def build_decoder(config: DecoderConfig, context: int, value_lanes: int):
     context : int
         Length of the caches, a multiple of 16.
     value_lanes : int
+    book : optional
         See `AttentionKernel`.
 
     Returns
@@ -50,14 +51,14 @@ def build_decoder(config: DecoderConfig, context: int, value_lanes: int):
     """
     builder = relax.BlockBuilder()
     for name, rows, all_rows in function_names():
-        _Decoder(builder, config, context, value_lanes, rows).emit(name, all_rows)
+        _Decoder(builder, config, context, value_lanes, book, rows).emit(name, all_rows)
     return builder.get()
 
 
 class _Decoder:
     """Emits one function; all its functions ask for their parameters in the same order."""
 
-    def __init__(self, builder, config: DecoderConfig, context: int, value_lanes: int, rows: int):
+    def __init__(self, builder, config: DecoderConfig, context: int, value_lanes: int, book, rows: int):
         self.builder, self.config, self.context, self.rows = builder, config, context, rows
         self.params: list = []
         self.attention = AttentionKernel(
@@ -68,6 +69,7 @@ class _Decoder:
             context,
             value_lanes,
             alibi=config.positions == "alibi",
+            book=book,
         )
 
     def param(self, name: str, shape: tuple[int, ...], dtype: str = "float32"):
@@ -131,15 +133,15 @@ class _Decoder:
         return self._linear(x, self.tables.get("head", self.tables["embedding"]))
 
     def _caches(self, layer: int):
-        shapes = (self.attention.key_cache, self.attention.value_cache)
-        return [
-            self.param(f"layers.{layer}.{name}", shape, "float16")
-            for name, shape in zip(("keys", "values"), shapes, strict=True)
-        ]
+        kernel = self.attention
+        caches = (("keys", kernel.key_cache, "float16"), ("values", kernel.value_cache, kernel.value_dtype))
+        return [self.param(f"layers.{layer}.{name}", shape, dtype) for name, shape, dtype in caches]
 
     def _layer_weights(self, layer: int) -> dict:
         names = ("input_norm", "mlp_norm")
         weights = {name: self._norm_params(f"layers.{layer}.{name}") for name in names}
+        scale = [self.param(f"layers.{layer}.value_scale", (self.config.num_kv_heads,))] if self.attention.book else []
+        weights["value_scale"] = scale
         for linear in self.config.linears:
             name, columns = f"layers.{layer}.{linear.name}", sum(linear.rows)
             weight = self.param(name, (columns, linear.in_features))
@@ -158,7 +160,7 @@ class _Decoder:
     def _layer(self, x, weights: dict, caches):
         def attention(x):
             qkv = self._linear(x, *weights["qkv"])
-            return self._linear(self._attention(qkv, caches), *weights["o"])
+            return self._linear(self._attention(qkv, caches, weights["value_scale"]), *weights["o"])
 
         x = self._residual(x, weights["input_norm"], attention)
         return self._residual(x, weights["mlp_norm"], lambda x: self._mlp(x, weights))
@@ -181,13 +183,13 @@ class _Decoder:
             inner = self.builder.emit(activation(inner))
         return self._linear(inner, *weights[down.name])
 
-    def _attention(self, qkv, caches):
+    def _attention(self, qkv, caches, value_scale: list):
         kernel, emit = self.attention, self.builder.emit
         if self.config.positions == "rotary":
             append = self.kernel(attention_kernels.build_rope_append(kernel))
-            inputs = (qkv, *self.rope, self.positions, self.lengths)
+            inputs = (qkv, *self.rope, self.positions, self.lengths, *value_scale)
         else:
-            append, inputs = self.kernel(attention_kernels.build_append(kernel)), (qkv, self.lengths)
+            append, inputs = self.kernel(attention_kernels.build_append(kernel)), (qkv, self.lengths, *value_scale)
         q_type = relax.TensorType((self.rows, kernel.heads, kernel.head_dim), "float32")
         types, updated = [cache.ty for cache in caches], [len(inputs), len(inputs) + 1, -1]
         arguments = (*inputs, *caches)
@@ -195,4 +197,5 @@ class _Decoder:
         attention = self.kernel(attention_kernels.build_attention(kernel))
         slopes = [self.slopes] if kernel.alibi else []
         out_type = relax.TensorType((self.rows, kernel.heads * kernel.head_dim), "float32")
-        return emit(relax.call_tir(attention, (q, keys, values, self.lengths, *slopes), out_type))
+        operands = (q, keys, values, self.lengths, *value_scale, *slopes)
+        return emit(relax.call_tir(attention, operands, out_type))

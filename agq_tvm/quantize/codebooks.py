@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+FRACTION_BITS = 15
+"""Sums of values are counted in units of 2^-15 times their scale."""
+VALUE_LIMIT = 127
+"""Codes of values are -127..127."""
+
 
 @dataclass(frozen=True)
 class CodeBook:

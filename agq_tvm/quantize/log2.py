@@ -7,11 +7,7 @@ import torch
 from torch import Tensor
 
 from agq_tvm.quantize.activations import SMALLEST
-from agq_tvm.quantize.codebooks import CodeBook
-
-FRACTION_BITS = 15
-"""Sums are counted in units of 2^-15 times the scale of the values."""
-VALUE_LIMIT = 127
+from agq_tvm.quantize.codebooks import FRACTION_BITS, VALUE_LIMIT, CodeBook
 
 
 def log2_codes(scores: Tensor, book: CodeBook) -> Tensor:

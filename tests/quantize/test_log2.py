@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from agq_tvm.flow.quantize import Calibration, quantize
-from agq_tvm.models.decoder import DecoderConfig
+from agq_tvm.quantize.calibration import cut_windows
 from agq_tvm.quantize.checkpoint import read_checkpoint, value_scale_names
 from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.quantize.log2 import (
@@ -21,6 +21,7 @@ from agq_tvm.quantize.log2 import (
 from agq_tvm.quantize.reference import ReferenceModel
 from tests.quantize.conftest import FEW
 from tests.tiny import write_tiny_model
+from tests.watch import watch_values
 
 PAPER, OURS = CODE_BOOKS["log2-paper"], CODE_BOOKS["log2"]
 BOOKS = pytest.mark.parametrize("book", CODE_BOOKS.values(), ids=CODE_BOOKS.keys())
@@ -144,36 +145,16 @@ def test_scales_of_values_are_calibrated_for_every_method(tmp_path, family, meth
     result = quantize(source, tmp_path / "c", method=method, group_size=32, attention="log2", calibration=FEW)
     checkpoint = read_checkpoint(tmp_path / "c")
     assert result["attention"] == checkpoint.scheme.attention == "log2"
-    seen = largest_values(checkpoint, tmp_path / "c" / "tokenizer.json")
+    model = ReferenceModel.from_checkpoint(checkpoint)
+    values = watch_values(model)
+    for window in cut_windows(tmp_path / "c" / "tokenizer.json", FEW.text, FEW.samples, FEW.length):
+        model.logits(window)
     for layer in range(checkpoint.config.num_layers):
         scales = checkpoint.value_scale(layer)
-        assert scales.shape == (checkpoint.config.num_kv_heads,)
+        largest = torch.stack(values[layer]).abs().amax((0, 2, 3)).numpy()
+        assert len(values[layer]) == FEW.samples and scales.shape == (checkpoint.config.num_kv_heads,)
         # Calibration has the float embedding, the checkpoint an 8-bit one.
-        np.testing.assert_allclose(scales, seen[layer] / 127, rtol=0.03)
-
-
-def largest_values(checkpoint, tokenizer) -> np.ndarray:
-    """Run the calibration text through the reference and return max |v|, [layers, KV heads]."""
-    from agq_tvm.quantize.calibration import cut_windows
-
-    config: DecoderConfig = checkpoint.config
-    model = ReferenceModel.from_checkpoint(checkpoint)
-    found = np.zeros((config.num_layers, config.num_kv_heads))
-
-    def watched(layer):
-        attend = model._layer(layer).attend
-
-        def call(q, k, v, bias):
-            found[layer] = np.maximum(found[layer], v.abs().amax((1, 2)).numpy())
-            return attend(q, k, v, bias)
-
-        return model._layer(layer)._replace(attend=call)
-
-    layers = [watched(layer) for layer in range(config.num_layers)]
-    model._layer = layers.__getitem__
-    for window in cut_windows(tokenizer, FEW.text, FEW.samples, FEW.length):
-        model.logits(window)
-    return found
+        np.testing.assert_allclose(scales, largest / 127, rtol=0.03)
 
 
 def test_the_attention_of_a_checkpoint_is_used(tmp_path):
