@@ -30,9 +30,10 @@ TEXTS = ("persuasion", "jargon")
 # The checkpoints to make: arguments of `quantize`.
 CHECKPOINTS = {
     "keep": {"method": "keep"},
+    "keep-trip": {"method": "keep", "activation": "per-token", "max_refine": 4},
     "keep-static": {"method": "keep", "activation": "static"},
-    "rtn-g64": {"method": "rtn", "group_size": 64},
-    "gptq-g64": {"method": "gptq", "group_size": 64},
+    "rtn-g64": {"method": "rtn", "group_size": 64, "activation": "none"},
+    "gptq-g64": {"method": "gptq", "group_size": 64, "activation": "none"},
 }
 REFERENCE = "keep, 8 bit per token and group of 32"
 COMPILED = f"{REFERENCE}, compiled, prefill in chunks"
@@ -40,7 +41,8 @@ COMPILED_LIMIT = 0.002  # of its own reference
 # What is scored: a name, its checkpoint, its activations, and by how much the perplexity may grow.
 VARIANTS = (
     ("keep, float activations", "keep", "none", 0.0001),
-    ("keep, 8 bit per token", "keep", "per-token", 0.03),
+    ("keep, 8 bit per token", "keep", "per-token", None),
+    ("keep, 8 bit per token, TRIP up to 2^4", "keep-trip", "per-token", 0.03),
     (REFERENCE, "keep", "per-token-group", 0.008),
     ("keep, 8 bit static", "keep-static", "static", None),
     ("RTN groups of 64, float activations", "rtn-g64", "none", None),

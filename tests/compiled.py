@@ -6,12 +6,12 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from agq_tvm.flow.library import linear_format
 from agq_tvm.flow.packing import Packer, offsets_dtype
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.models import relax_decoder
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.passes import pipeline
-from agq_tvm.passes.quantize_linears import LinearFormat
 from agq_tvm.quantize.checkpoint import Checkpoint
 from agq_tvm.quantize.codebooks import CODE_BOOKS
 from tests.kernels.operands import target_of
@@ -35,9 +35,9 @@ class CompiledModel:
 
     def __init__(self, checkpoint: Checkpoint, isa: str, context: int, monkeypatch):
         monkeypatch.setattr(relax_decoder, "function_names", lambda: FUNCTIONS)
-        offsets, scheme = offsets_dtype(checkpoint), checkpoint.scheme
-        module = relax_decoder.build_decoder(checkpoint.config, context, 16, CODE_BOOKS.get(scheme.attention))
-        format = LinearFormat(4, scheme.group_size, scheme.activation, offsets)
+        offsets, book = offsets_dtype(checkpoint), CODE_BOOKS.get(checkpoint.scheme.attention)
+        module = relax_decoder.build_decoder(checkpoint.config, context, 16, book)
+        format = linear_format(checkpoint.scheme, offsets)
         target, kernels = target_of(isa), instruction_set(isa)
         self.lowered, tensors = pipeline.run(module, target, format, kernels)
         executable = relax.build(self.lowered, target, relax_pipeline=None)

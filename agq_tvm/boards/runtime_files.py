@@ -2,7 +2,6 @@
 
 import fcntl
 import re
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -15,7 +14,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory
 from agq_tvm.progress import say
 from agq_tvm.targets import Device
-from agq_tvm.targets.link import cache_directory, check_elf
+from agq_tvm.targets.link import cache_directory, check_elf, run_tool
 
 # What is taken out of which distribution.
 _MEMBERS = {
@@ -77,19 +76,7 @@ def _download(folder: Path, versions: dict[str, str], device: Device) -> None:
     for glibc in ("2_28", "2_27", "2_24", "2_17"):
         command += ["--platform", f"manylinux_{glibc}_{device.machine}"]
     command += ["--dest", str(folder), *(f"{name}=={version}" for name, version in versions.items())]
-    try:
-        result = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=_TIME_LIMIT,
-        )
-    except subprocess.TimeoutExpired:
-        raise AgqError(f"the download of TVM's runtime took over {_TIME_LIMIT / 60:.0f} minutes: try again") from None
-    if result.returncode:
-        lines = result.stdout.decode(errors="replace").strip().splitlines() or ["pip said nothing"]
-        raise AgqError(f"cannot download TVM's runtime for {device.machine} with pip: {lines[-1].strip()}")
+    run_tool(command, f"download TVM's runtime for {device.machine} with pip", _TIME_LIMIT)
 
 
 def _wheel(folder: Path, name: str, version: str, device: Device) -> Path:

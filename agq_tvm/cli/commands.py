@@ -80,6 +80,8 @@ def _quantize(subparsers) -> None:
             group_size=args.group_size,
             symmetric=args.symmetric,
             activation=args.activation,
+            max_refine=args.max_refine,
+            four_bit=tuple(filter(None, args.four_bit.split(","))),
             calibration=Calibration(args.calibration),
             attention=args.attention,
         )
@@ -90,7 +92,7 @@ def _quantize(subparsers) -> None:
                 "weights",
                 f"4 bit, groups of {result['group_size']}, {result['bits_per_weight']:.2f} bit stored",
             ),
-            ("activations", result["activation"]),
+            ("activations", _activations(result)),
             ("attention", result["attention"]),
             ("weight error", f"{result['relative_weight_error']:.4f}"),
             ("size", megabytes(result["bytes"])),
@@ -112,7 +114,20 @@ def _quantize(subparsers) -> None:
         "--activation",
         choices=("per-token-group", "per-token", "static", "none"),
         default="per-token-group",
-        help="scales of the 8-bit activations (default: %(default)s); none keeps them float",
+        help="scales of activations (default: %(default)s); none keeps them float",
+    )
+    parser.add_argument(
+        "--max-refine",
+        type=int,
+        default=0,
+        metavar="K",
+        help="TRIP: divide groups of channels by up to 2^K before rounding (per-token, static; default: %(default)s)",
+    )
+    parser.add_argument(
+        "--four-bit",
+        default="",
+        metavar="LINEARS",
+        help="linears whose inputs get 4 bits instead of 8, e.g. o,gate_up,down (default: none)",
     )
     parser.add_argument(
         "--attention",
@@ -125,6 +140,15 @@ def _quantize(subparsers) -> None:
         "--calibration", default="calibration", metavar="TEXT", help="a text file (default: a shipped one)"
     )
     _json_option(parser)
+
+
+def _activations(result: dict) -> str:
+    """Say in words how activations are quantized."""
+    if result["activation"] == "none":
+        return "float"
+    refined = f", TRIP up to 2^{result['max_refine']}" if result["max_refine"] else ""
+    four_bit = f", 4 bit at the inputs of {', '.join(result['four_bit'])}" if result["four_bit"] else ""
+    return f"8 bit, {result['activation']}{refined}{four_bit}"
 
 
 def _compile(subparsers) -> None:

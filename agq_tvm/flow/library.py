@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json
-from agq_tvm.quantize.checkpoint import read_checkpoint
+from agq_tvm.quantize.checkpoint import Scheme, read_checkpoint
 from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.targets import load_device
 from agq_tvm.targets.link import exporter
@@ -104,22 +104,35 @@ def _bar():
     return tqdm(total=_STEPS, desc="compiling", unit="step", file=sys.stderr, leave=False, dynamic_ncols=True)
 
 
+def linear_format(scheme: Scheme, offsets: str | None):
+    """Return how the layers' linears are stored and computed.
+
+    Parameters
+    ----------
+    scheme : Scheme
+    offsets : str or None
+        See `agq_tvm.flow.packing.offsets_dtype`.
+    """
+    from agq_tvm.passes.quantize_linears import LinearFormat
+
+    refined = scheme.max_refine > 0
+    return LinearFormat(4, scheme.group_size, scheme.activation, offsets, refined, scheme.four_bit)
+
+
 def _build(request: LibraryRequest) -> None:
     """Do the child's work."""
     from agq_tvm.kernels.instruction_sets import instruction_set
     from agq_tvm.models.relax_decoder import build_decoder
     from agq_tvm.passes import pipeline
-    from agq_tvm.passes.quantize_linears import LinearFormat
     from agq_tvm.tvm_seam import Target, relax
 
     device, checkpoint = load_device(request.target), read_checkpoint(request.checkpoint)
     isa = instruction_set(device.instruction_set)
     target = Target(device.tvm_target())
     _step("decoder")
-    scheme = checkpoint.scheme
-    lanes, book = _VALUE_LANES.get(isa.name, 16), CODE_BOOKS.get(scheme.attention)
+    lanes, book = _VALUE_LANES.get(isa.name, 16), CODE_BOOKS.get(checkpoint.scheme.attention)
     module = build_decoder(checkpoint.config, request.context, lanes, book)
-    format = LinearFormat(4, scheme.group_size, scheme.activation, request.offsets)
+    format = linear_format(checkpoint.scheme, request.offsets)
     dump = Path(request.debug_dump) if request.debug_dump else None
     lowered, tensors = pipeline.run(module, target, format, isa, dump, _step)
     _step("code generation")

@@ -1,5 +1,7 @@
 """From a checkpoint's tensors to the packed parameters that compiled kernels read."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from agq_tvm.kernels.intrin.base import InstructionSet
@@ -27,10 +29,12 @@ def unpack_codes(linear: QuantizedLinear) -> np.ndarray:
 
 
 def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str | None) -> dict[str, np.ndarray]:
-    """Pack matrices stacked along N: ``w``, ``ws``, and ``wo``, ``bias``, ``act`` where the form has them.
+    """Pack matrices stacked along N: ``w``, ``ws``, and ``wo``, ``bias``, ``refine``, ``act`` where the form has them.
 
-    A static zero point z becomes part of the bias: b[n] - s_x · z · Σ_k w[n, k].
+    A static zero point z becomes part of the bias: b[n] - s_x · z · Σ_k w[n, k]. TRIP's powers of two become
+    part of scales and offsets, and their inverses per channel are ``refine``.
     """
+    parts = tuple(_refined(part) for part in parts)
     first = parts[0]
     codes = np.concatenate([unpack_codes(part) for part in parts])
     scales = np.concatenate([part.scales for part in parts])
@@ -44,6 +48,9 @@ def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str
     if first.act_scale is not None or any(part.bias is not None for part in parts):
         constant = np.concatenate([_constant(part) for part in parts]).astype("float32")
         packed["bias"] = np.ascontiguousarray(layout.pack_columns(constant[:, None])[:, 0])
+    if first.alpha is not None:
+        inverse = np.exp2(-first.alpha.astype("float32"))
+        packed["refine"] = np.repeat(inverse, first.group_size)[: first.in_features]
     if first.act_scale is not None:
         packed["act"] = np.concatenate([first.act_scale, first.act_zero]).astype("float32")
     return packed
@@ -63,6 +70,14 @@ def pack_table(table: QuantizedTable, layout: Layout) -> dict[str, np.ndarray]:
     """Pack a matrix of signed bytes, such as the embedding."""
     codes = table.qweight.view("uint8") + np.uint8(128)
     return {"w": pack_codes(codes, TABLE_GROUP, layout), "ws": layout.pack_columns(table.scales)}
+
+
+def _refined(linear: QuantizedLinear) -> QuantizedLinear:
+    """Multiply the groups of a linear by their powers of two."""
+    if linear.alpha is None:
+        return linear
+    offsets = None if linear.offsets is None else np.ldexp(linear.offsets, linear.alpha)
+    return replace(linear, scales=np.ldexp(linear.scales, linear.alpha), offsets=offsets)
 
 
 def _offsets(linear: QuantizedLinear) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from agq_tvm.quantize.checkpoint import (
     QuantizedLinear,
     QuantizedTable,
     Scheme,
+    check_roles,
     linear_shapes,
     table_shapes,
     vector_shapes,
@@ -52,6 +53,8 @@ def quantize(
     group_size: int | None = None,
     symmetric: bool = False,
     activation: str = "per-token-group",
+    max_refine: int = 0,
+    four_bit: tuple[str, ...] = (),
     calibration: Calibration | None = None,
     attention: str = "float",
 ) -> dict:
@@ -71,8 +74,12 @@ def quantize(
     symmetric : bool
         Leave out the offsets; ``"keep"`` takes over what the model has.
     activation : {"per-token-group", "per-token", "static", "none"}
+    max_refine : int
+        TRIP's largest exponent, 0 for none; for ``"per-token"`` and ``"static"``.
+    four_bit : tuple of str
+        The linears, e.g. ``("o", "gate_up", "down")``, whose inputs get 4-bit codes.
     calibration : Calibration, optional
-        Used by ``"gptq"``, by static activations and by quantized attention.
+        Used by ``"gptq"``, by static activations, by TRIP and by quantized attention.
     attention : {"float", "log2", "log2-paper"}
         What probabilities of attention are rounded to, see `agq_tvm.quantize.codebooks.CODE_BOOKS`; unless
         ``"float"``, values are cached as int8.
@@ -80,8 +87,9 @@ def quantize(
     Returns
     -------
     dict
-        ``method``, ``group_size``, ``symmetric``, ``activation``, ``attention``, ``bytes`` of the weights file,
-        ``bits_per_weight`` of the matrices with their scales and offsets, ``relative_weight_error``
+        ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``attention``,
+        ``bytes`` of the weights file, ``bits_per_weight`` of the matrices with their scales and offsets,
+        ``relative_weight_error``
         (root of the summed squared error over that of the weights), and ``seconds``.
 
     Raises
@@ -91,7 +99,9 @@ def quantize(
     """
     started = time.perf_counter()
     source = open_source(model)
-    scheme = replace(_choose_scheme(source, method, group_size, symmetric, activation), attention=attention)
+    weights = _choose_weights(source, method, group_size, symmetric)
+    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), attention)
+    check_roles(source.config, scheme.four_bit)
     calibration = calibration or Calibration()
     with fresh_directory(output, "checkpoint") as directory:
         source.copy_tokenizer(directory)
@@ -104,11 +114,7 @@ def quantize(
         write_checkpoint(directory, source.raw_config, scheme, linears, tables, vectors)
         size = (directory / "model.safetensors").stat().st_size
     return {
-        "method": scheme.method,
-        "group_size": scheme.group_size,
-        "symmetric": scheme.symmetric,
-        "activation": scheme.activation,
-        "attention": scheme.attention,
+        **asdict(scheme),
         "bytes": size,
         "bits_per_weight": _bits_per_weight(linears),
         "relative_weight_error": error,
@@ -116,9 +122,10 @@ def quantize(
     }
 
 
-def _choose_scheme(
-    source: Source, method: str | None, group_size: int | None, symmetric: bool, activation: str
-) -> Scheme:
+def _choose_weights(
+    source: Source, method: str | None, group_size: int | None, symmetric: bool
+) -> tuple[str, int, bool]:
+    """Return method, group size and whether it is symmetric."""
     method = method or ("keep" if source.is_four_bit else "gptq")
     if method == "keep":
         if not source.is_four_bit:
@@ -127,16 +134,16 @@ def _choose_scheme(
             raise AgqError(f"keep leaves the model's own groups of {KEPT_GROUP}: choose gptq or rtn for others")
         if symmetric and not source.is_symmetric:
             raise AgqError(f"{source.label} has offsets, keep cannot make it symmetric: choose gptq or rtn")
-        return Scheme(method, KEPT_GROUP, source.is_symmetric, activation)
+        return method, KEPT_GROUP, source.is_symmetric
     largest = max(GROUP_SIZES)
     if group_size is None:
         fits = all(linear.in_features % largest == 0 for linear in source.config.linears)
         group_size = largest if fits else 64
-    return Scheme(method, group_size, symmetric, activation)
+    return method, group_size, symmetric
 
 
 def _windows(directory: Path, calibration: Calibration, scheme: Scheme, source: Source) -> list[list[int]] | None:
-    if scheme.method != "gptq" and scheme.activation != "static" and scheme.attention == "float":
+    if not scheme.is_calibrated:
         return None
     from agq_tvm.quantize.calibration import cut_windows
 

@@ -1,8 +1,8 @@
 """Kernels that make activation codes: what comes before a linear, fused with its quantization.
 
-Codes are written by k-block, then row, as `linear.py` reads them. For s = max|y| / 127 over a row or a group:
-q = round half to even of y · (1/s); a row (or group) of zeros has s = 1. Static: q = y / s + z, clipped to
--127..127.
+Codes are written by k-block, then row, as `linear.py` reads them. For s = max|y| / L over a row or a group:
+q = round half to even of y · (1/s); a row (or group) of zeros has s = 1. Static: q = y / s + z, clipped to -L..L.
+L is 127, or 7 for codes of 4 bits. Two terms: y - s q is quantized again, into as many rows after the first ones.
 """
 
 import math
@@ -42,6 +42,12 @@ class QuantizeKernel:
         ``"per-token"``, ``"per-token-group"`` or ``"static"``.
     epsilon : float
         Of the norm; unused otherwise.
+    refined : bool
+        Whether y is multiplied, channel by channel, with a vector: TRIP's inverse powers of two.
+    bits : int
+        Of the codes, 8 or 4.
+    terms : int
+        1, or 2 with scales of groups.
     """
 
     source: str
@@ -50,6 +56,14 @@ class QuantizeKernel:
     group_size: int
     mode: str
     epsilon: float = 0.0
+    refined: bool = False
+    bits: int = 8
+    terms: int = 1
+
+    @property
+    def limit(self) -> int:
+        """The largest code."""
+        return ACTIVATION_LIMIT if self.bits == 8 else 7
 
     @property
     def groups(self) -> int:
@@ -66,22 +80,25 @@ class QuantizeKernel:
         """E.g. ``rms_norm_quantize_per_token_group_g32_m128_k576``."""
         prefix = "" if self.source == "plain" else f"{self.source}_"
         mode = self.mode.replace("-", "_")
-        return f"{prefix}quantize_{mode}_g{self.group_size}_m{self.rows}_k{self.channels}"
+        form = f"{mode}{'_refined' if self.refined else ''}{'_4bit' if self.bits == 4 else ''}"
+        form += "_two_terms" if self.terms == 2 else ""
+        return f"{prefix}quantize_{form}_g{self.group_size}_m{self.rows}_k{self.channels}"
 
     def input_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the float32 inputs: x and, by source, the norm's gain and bias; static adds (s, z)."""
+        """Shapes of the float32 inputs: x, by source the norm's gain and bias, the refining vector, static (s, z)."""
         M, K = self.rows, self.channels
         vectors = {"rms_norm": 1, "layer_norm": 2}.get(self.source, 0)
         shapes = [(M, 2 * K if self.source == "silu_mul" else K), *[(K,)] * vectors]
+        shapes += [(K,)] * self.refined
         return [*shapes, (2,)] if self.mode == "static" else shapes
 
     def output_shapes(self, layout: Layout) -> list[tuple[tuple[int, ...], str]]:
-        """Shapes and types of codes [KB, M, S, 2, D], scales [M, G or 1] and sums [M, G]."""
-        blocks = k_blocks(self.channels, self.group_size)
+        """Shapes and types of codes [KB, R, S, 2, D], scales [R, G or 1] and sums [R, G]; R is M times the terms."""
+        blocks, rows = k_blocks(self.channels, self.group_size), self.terms * self.rows
         return [
-            ((blocks, self.rows, layout.steps, 2, layout.depth), "int8"),
-            ((self.rows, self.scales), "float32"),
-            ((self.rows, self.groups), "int32"),
+            ((blocks, rows, layout.steps, 2, layout.depth), "int8"),
+            ((rows, self.scales), "float32"),
+            ((rows, self.groups), "int32"),
         ]
 
 
@@ -105,10 +122,16 @@ def build(kernel: QuantizeKernel, layout: Layout):
                 counts = T.sblock_alloc_buffer((LANES,), "int32")
                 total = T.sblock_alloc_buffer((1,), "int32")
                 SOURCES[kernel.source](kernel, inputs, m, y, partial, scalar)
+                if kernel.refined:
+                    refine = inputs[-2 if kernel.mode == "static" else -1]
+                    store_vector(y, K, lambda k: y[k] * refine[k])
                 if padded > K:
                     with T.serial(padded - K) as k:
                         T.buffer_store(y, float32(0), [K + k])
-                _quantize_row(kernel, inputs[-1], m, y, partial, scalar, counts, total, outputs, layout)
+                for term in range(kernel.terms):
+                    row = m + term * kernel.rows
+                    more = term + 1 < kernel.terms
+                    _quantize_row(kernel, inputs[-1], row, more, y, partial, scalar, counts, total, outputs, layout)
     return builder.get()
 
 
@@ -179,17 +202,17 @@ SOURCES = {
 """What can be fused with a quantization, by name."""
 
 
-def _quantize_row(kernel, static, m, y, partial, scalar, counts, total, outputs, layout) -> None:
+def _quantize_row(kernel, static, m, more, y, partial, scalar, counts, total, outputs, layout) -> None:
     codes, scales, sums = outputs
     G, size = kernel.groups, kernel.group_size
     if kernel.mode == "static":
         T.buffer_store(scales, static[0], [m, 0])
     elif kernel.mode == "per-token":
-        _scale_of(y, 0, G * size, partial, scalar)
+        _scale_of(kernel, y, 0, G * size, partial, scalar)
         T.buffer_store(scales, scalar[0], [m, 0])
     with T.serial(G) as g:
         if kernel.mode == "per-token-group":
-            _scale_of(y, g * size, size, partial, scalar)
+            _scale_of(kernel, y, g * size, size, partial, scalar)
             T.buffer_store(scales, scalar[0], [m, g])
         with T.vectorized(LANES) as j:
             T.buffer_store(counts, tirx.const(0, "int32"), [j])
@@ -200,14 +223,19 @@ def _quantize_row(kernel, static, m, y, partial, scalar, counts, total, outputs,
             k = g * size + c * LANES + j
             code = T.Cast("int8", _code(kernel, y, static, scalar, k))
             T.buffer_store(codes, code, [k // K_BLOCK, m, *_place(k % K_BLOCK, layout)])
+        if more:  # leave to the next term what this one lacks
+            with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
+                k = g * size + c * LANES + j
+                rest = y[k] - scalar[0] * T.Cast("float32", _code(kernel, y, static, scalar, k))
+                T.buffer_store(y, rest, [k])
         T.buffer_store(total, counts[0], [0])
         for lane in range(1, LANES):
             T.buffer_store(total, total[0] + counts[lane], [0])
         T.buffer_store(sums, total[0], [m, g])
 
 
-def _scale_of(y, start, extent: int, partial, scalar) -> None:
-    """Store s = max|y| / 127 and 1/s over a stretch of a row into `scalar`."""
+def _scale_of(kernel, y, start, extent: int, partial, scalar) -> None:
+    """Store s = max|y| / L and 1/s over a stretch of a row into `scalar`."""
     with T.vectorized(LANES) as j:
         T.buffer_store(partial, float32(0), [j])
     with T.serial(extent // LANES) as c, T.vectorized(LANES) as j:
@@ -215,7 +243,7 @@ def _scale_of(y, start, extent: int, partial, scalar) -> None:
         magnitude = tirx.max(value, float32(0) - value)
         T.buffer_store(partial, tirx.max(partial[j], magnitude), [j])
     reduce_lanes(partial, tirx.max, scalar)
-    scale = scalar[0] / float32(ACTIVATION_LIMIT)
+    scale = scalar[0] / float32(kernel.limit)
     T.buffer_store(scalar, T.Select(scalar[0] < float32(SMALLEST_MAXIMUM), float32(1), scale), [0])
     T.buffer_store(scalar, float32(1) / scalar[0], [1])
 
@@ -224,7 +252,7 @@ def _code(kernel, y, static, scalar, k):
     """Return the int32 code of channel k."""
     if kernel.mode != "static":
         return T.Cast("int32", tirx.nearbyint(y[k] * scalar[1]))
-    limit = float32(ACTIVATION_LIMIT)
+    limit = float32(kernel.limit)
     q = tirx.nearbyint(y[k] * (float32(1) / static[0])) + static[1]
     q = T.Cast("int32", tirx.max(tirx.min(q, limit), float32(0) - limit))
     if kernel.channels % kernel.group_size:

@@ -1,4 +1,8 @@
-"""The instruction sets that kernels are written for."""
+"""The instruction sets that kernels are written for.
+
+Those without a `multiply_4x4` run 4-bit activations in their kernels for 8-bit ones, bit for bit; `neon-paper` is
+`neon` with the multiplier of the Agile-Quant paper.
+"""
 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels.intrin.avx2 import AVX2
@@ -6,9 +10,9 @@ from agq_tvm.kernels.intrin.avx512vnni import AVX512VNNI
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.intrin.dotprod import DOTPROD
 from agq_tvm.kernels.intrin.generic import GENERIC
-from agq_tvm.kernels.intrin.neon import NEON
+from agq_tvm.kernels.intrin.neon import NEON, NEON_PAPER
 
-INSTRUCTION_SETS = {isa.name: isa for isa in (AVX512VNNI, AVX2, DOTPROD, NEON, GENERIC)}
+INSTRUCTION_SETS = {isa.name: isa for isa in (AVX512VNNI, AVX2, DOTPROD, NEON, NEON_PAPER, GENERIC)}
 
 
 def instruction_set(name: str) -> InstructionSet:

@@ -3,6 +3,9 @@
     out[m, n] = Σ_g s_x[m, g] · (s_w[g, n] · dot[m, g, n] + o_w[g, n] · xsum[m, g]) + bias[n]
     dot[m, g, n] = Σ_{k in group g} q_x[m, k] · q_w[n, k]                            (integers)
 
+Activations of two terms, x = s q + s' q', stand in twice as many rows, second terms after all first ones; the results
+of both are added.
+
 Weights and their scales come in the tiles of `layout.py`; activation codes come by k-block, then row, as
 `quantize.py` writes them.
 """
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 from tvm import te
 
 from agq_tvm.kernels.intrin.base import InstructionSet, intrinsic, nibble, stored_dtype
-from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
+from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.tvm_seam import Schedule, T
 
 ZERO = {4: 8, 8: 128}
@@ -35,6 +38,10 @@ class LinearKernel:
         Type of the group offsets, ``"float16"`` or ``"float32"``; None for symmetric weights.
     bias : bool
         Whether a float32 vector is added to the result.
+    activation_bits : int
+        8 for activation codes -127..127, 4 for -7..7.
+    terms : int
+        1 or 2, of the activations.
     """
 
     rows: int
@@ -45,6 +52,13 @@ class LinearKernel:
     per_group: bool
     offsets: str | None
     bias: bool
+    activation_bits: int = 8
+    terms: int = 1
+
+    @property
+    def code_rows(self) -> int:
+        """Rows of activation codes."""
+        return self.terms * self.rows
 
     @property
     def groups(self) -> int:
@@ -52,35 +66,43 @@ class LinearKernel:
         return -(-self.channels // self.group_size)
 
     @property
+    def packed(self) -> bool:
+        """Whether 4-bit codes are multiplied as they are stored: unpacking them first pays for several rows."""
+        return self.bits == 4 and self.code_rows == 1
+
+    @property
     def name(self) -> str:
         """E.g. ``linear_w4a8g32_asym_m128_n4096_k4096``."""
         scales = "group" if self.per_group else "token"
         kind = {None: "sym", "float16": "asym", "float32": "asym32"}[self.offsets]
-        bias = "_bias" if self.bias else ""
+        bias = ("_bias" if self.bias else "") + ("_two_terms" if self.terms == 2 else "")
         return (
-            f"linear_w{self.bits}a8g{self.group_size}_{scales}_{kind}{bias}"
+            f"linear_w{self.bits}a{self.activation_bits}g{self.group_size}_{scales}_{kind}{bias}"
             f"_m{self.rows}_n{self.columns}_k{self.channels}"
         )
 
 
-def define(kernel: LinearKernel, layout: Layout):
+def define(kernel: LinearKernel, isa: InstructionSet):
     """Return the matrix product as unscheduled TIR.
 
-    Buffers, in order (tiles NT, groups G, k-blocks KB; S, V, L, D from `layout`):
+    Buffers, in order (rows of codes R, M or 2 M; tiles NT, groups G, k-blocks KB; S, V, L, D from the layout):
 
-    - x int8 [KB, M, S, 2, D], activation codes
-    - sx float32 [M, G or 1], activation scales
-    - xsum int32 [M, G], sums of the codes of a group
+    - x int8 [KB, R, S, 2, D], activation codes
+    - sx float32 [R, G or 1], activation scales
+    - xsum int32 [R, G], sums of the codes of a group
     - w uint8 [NT, KB, S, V, L, D] or of 8 bit [NT, KB, S, 2, V, L, D]
     - ws float16 [NT, G, V, L]; wo the same shape, if any; bias float32 [NT, V, L], if any
     - out float32 [M, NT * V * L]
     """
-    M, G, GB = kernel.rows, kernel.groups, kernel.group_size // K_BLOCK
+    layout = isa.layout(kernel.bits)
+    multiply = isa.multiply(kernel.bits, kernel.activation_bits, kernel.packed)
+    less = multiply.center if multiply else 0
+    M, R, G, GB = kernel.rows, kernel.code_rows, kernel.groups, kernel.group_size // K_BLOCK
     KB, NT = k_blocks(kernel.channels, kernel.group_size), layout.tiles(kernel.columns)
     S, V, L, D = layout.steps, layout.vectors, layout.lanes, layout.depth
-    x = te.placeholder((KB, M, S, 2, D), "int8", name="x")
-    sx = te.placeholder((M, G if kernel.per_group else 1), "float32", name="sx")
-    xsum = te.placeholder((M, G), "int32", name="xsum")
+    x = te.placeholder((KB, R, S, 2, D), "int8", name="x")
+    sx = te.placeholder((R, G if kernel.per_group else 1), "float32", name="sx")
+    xsum = te.placeholder((R, G), "int32", name="xsum")
     w_dtype = "uint8" if kernel.bits == 4 else stored_dtype(layout)
     w = te.placeholder(layout.packed_shape(kernel.columns, KB * K_BLOCK), w_dtype, name="w")
     ws = te.placeholder((NT, G, V, L), "float16", name="ws")
@@ -91,13 +113,13 @@ def define(kernel: LinearKernel, layout: Layout):
     if kernel.bits == 4:
         codes = te.compute(
             (NT, KB, S, 2, V, L, D),
-            lambda t, kb, s, h, v, j, i: nibble(w[t, kb, s, v, j, i], h, layout),
+            lambda t, kb, s, h, v, j, i: nibble(w[t, kb, s, v, j, i], h, layout, less),
             name="unpack",
         )
     axes = [te.reduce_axis((0, extent), name) for extent, name in ((GB, "kb"), (S, "s"), (2, "h"), (D, "i"))]
     kb, s, h, i = axes
     dot = te.compute(
-        (NT, G, M, V, L),
+        (NT, G, R, V, L),
         lambda t, g, m, v, j: te.sum(
             T.Cast("int32", x[g * GB + kb, m, s, h, i]) * T.Cast("int32", codes[t, g * GB + kb, s, h, v, j, i]),
             axis=axes,
@@ -110,8 +132,8 @@ def define(kernel: LinearKernel, layout: Layout):
 
     scales = widened(ws, "scales")
     offsets = widened(wo, "offsets") if kernel.offsets else None
-    # Adds `center` times the sum of activations: stored codes back to q (offsets), or to q - zero (symmetric).
-    center = layout.zero - (0 if kernel.offsets else ZERO[kernel.bits])
+    # Adds `center` times the sum of activations: multiplied codes back to q (offsets), or to q - zero (symmetric).
+    center = layout.zero + less - (0 if kernel.offsets else ZERO[kernel.bits])
 
     def term(t, m, v, j, g):
         total = dot[t, g, m, v, j] if center == 0 else dot[t, g, m, v, j] + xsum[m, g] * center
@@ -121,11 +143,12 @@ def define(kernel: LinearKernel, layout: Layout):
         return y * sx[m, g] if kernel.per_group else y
 
     g = te.reduce_axis((0, G), "g")
-    scaled = te.compute((NT, M, V, L), lambda t, m, v, j: te.sum(term(t, m, v, j, g), axis=[g]), name="scaled")
+    scaled = te.compute((NT, R, V, L), lambda t, m, v, j: te.sum(term(t, m, v, j, g), axis=[g]), name="scaled")
 
     def finish(m, n):
         t, v, j = n // layout.width, n % layout.width // L, n % L
-        y = scaled[t, m, v, j] if kernel.per_group else scaled[t, m, v, j] * sx[m, 0]
+        rows = [m + term * M for term in range(kernel.terms)]
+        y = sum(scaled[t, r, v, j] if kernel.per_group else scaled[t, r, v, j] * sx[r, 0] for r in rows)
         return y + bias[t, v, j] if kernel.bias else y
 
     out = te.compute((M, NT * layout.width), finish, name="out")
@@ -146,8 +169,7 @@ def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
     rows share codes that are unpacked once for each group. Scales are applied at group ends.
     """
     layout = isa.layout(kernel.bits)
-    rows = row_tile(kernel.rows, isa.rows)
-    packed = kernel.bits == 4 and kernel.rows == 1
+    rows = row_tile(kernel.code_rows, isa.rows)
     sch = Schedule(func)
     dot, scaled, out = (sch.get_sblock(name) for name in ("dot", "scaled", "out"))
 
@@ -169,7 +191,7 @@ def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
     _place_conversions(sch, kernel, g)
     *_, r, v, j, kb, s, h, i = sch.get_loops(dot)
     sch.reorder(kb, r, v, j, s, h, i)
-    name = intrinsic(isa, kernel.bits, packed, rows)
+    name = intrinsic(isa, kernel.bits, kernel.packed, rows, kernel.activation_bits)
     if name is None:
         sch.reorder(kb, s, h, i, r, v, j)
         _vector_tile(sch, r, v, j)
@@ -194,7 +216,7 @@ def _place_conversions(sch: Schedule, kernel: LinearKernel, g) -> None:
     names += ["scales", "offsets"] if kernel.offsets else ["scales"]
     for name in names:
         block = sch.get_sblock(name)
-        if kernel.rows == 1:
+        if kernel.code_rows == 1:
             sch.compute_inline(block)
             continue
         sch.compute_at(block, g, preserve_unit_loops=True)
@@ -207,5 +229,5 @@ def _place_conversions(sch: Schedule, kernel: LinearKernel, g) -> None:
 
 def build(kernel: LinearKernel, isa: InstructionSet):
     """Return the scheduled PrimFunc of a matrix product."""
-    func = define(kernel, isa.layout(kernel.bits))
+    func = define(kernel, isa)
     return schedule(func, kernel, isa).mod["main"].with_attr("global_symbol", kernel.name)

@@ -35,25 +35,29 @@ class KernelRow:
 
 
 def kernel_table() -> list[KernelRow]:
-    """List every matrix-product kernel."""
+    """List every matrix-product kernel.
+
+    The same name in rows of 8-bit and 4-bit activations is the same kernel: the instruction set has nothing better
+    for the smaller codes.
+    """
     rows = []
     for isa in INSTRUCTION_SETS.values():
-        for bits in (4, 8):
+        for bits, activation_bits in ((4, 8), (4, 4), (8, 8)):
             for operation, tile_rows in (("gemv", 1), ("gemm", isa.rows)):
-                rows.append(_row(isa, bits, operation, tile_rows))
+                rows.append(_row(isa, bits, activation_bits, operation, tile_rows))
     return rows
 
 
-def _row(isa, bits: int, operation: str, rows: int) -> KernelRow:
+def _row(isa, bits: int, activation_bits: int, operation: str, rows: int) -> KernelRow:
     from agq_tvm.kernels.intrin.base import intrinsic
 
-    layout, multiply = isa.layout(bits), isa.multiply(bits)
     packed = bits == 4 and operation == "gemv"
-    name = intrinsic(isa, bits, packed, rows) or f"loops.{isa.name}.{layout.name}.m{rows}"
+    layout, multiply = isa.layout(bits), isa.multiply(bits, activation_bits, packed)
+    name = intrinsic(isa, bits, packed, rows, activation_bits) or f"loops.{isa.name}.{layout.name}.m{rows}"
     return KernelRow(
         name=name,
         operation=operation,
-        bits=f"w{bits}a8",
+        bits=f"w{bits}a{activation_bits}",
         tile=f"{rows}x{layout.width}x32",
         layout=layout.name,
         instruction_set=isa.name,

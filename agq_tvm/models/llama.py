@@ -21,7 +21,13 @@ class _Defaults:
 
 
 def describe_llama(config: Mapping) -> DecoderConfig:
-    """Describe a LLaMA model; see `_describe`."""
+    """Describe a LLaMA model by its ``config.json``; ``attention_bias`` and ``mlp_bias`` are supported.
+
+    Raises
+    ------
+    AgqError
+        See `_describe`.
+    """
     fields = Fields(config, "LLaMA")
     attention_bias = fields.flag("attention_bias")
     biases = {"qkv": attention_bias, "o": attention_bias, "mlp": fields.flag("mlp_bias")}
@@ -29,14 +35,26 @@ def describe_llama(config: Mapping) -> DecoderConfig:
 
 
 def describe_mistral(config: Mapping) -> DecoderConfig:
-    """Describe a Mistral model; see `_describe`. A sliding window limits the context."""
+    """Describe a Mistral model by its ``config.json``; a sliding window limits the context.
+
+    Raises
+    ------
+    AgqError
+        See `_describe`.
+    """
     fields = Fields(config, "Mistral")
     window = _window(fields) if config.get("sliding_window", _WINDOW) is not None else None
     return _describe(fields, "mistral", _Defaults(8, 1, 2), {}, window)
 
 
 def describe_qwen2(config: Mapping) -> DecoderConfig:
-    """Describe a Qwen2 model; see `_describe`. A sliding window that is used limits the context."""
+    """Describe a Qwen2 model by its ``config.json``; a sliding window that is used limits the context.
+
+    Raises
+    ------
+    AgqError
+        See `_describe`.
+    """
     fields = Fields(config, "Qwen2")
     window = _window(fields) if fields.flag("use_sliding_window") else None
     return _describe(fields, "qwen2", _Defaults(32, None, None), {"qkv": True}, window)

@@ -53,7 +53,7 @@ class _Fuser(relax.PyExprMutator):
         kernel = described_as(self.mod[call.args[0].name_hint], QuantizeKernel)
         if kernel is None or kernel.source != "plain":
             return call
-        x, *static = call.args[1]
+        x, *vectors = call.args[1]
         producer = self._producer(x)
         used_once = len(self.users[original.args[1][0]]) == 1
         if producer is None or (producer[0] in _NORMS.values() and not used_once):
@@ -62,7 +62,7 @@ class _Fuser(relax.PyExprMutator):
         kernel = dataclasses.replace(kernel, source=source, epsilon=epsilon)
         func = annotate(activation.build(kernel, self.isa.layout_4bit), kernel)
         gvar = self.builder_.add_func(func, kernel.name)
-        return relax.call_tir(gvar, [*inputs, *static], list(call.ty_args[0].fields))
+        return relax.call_tir(gvar, [*inputs, *vectors], list(call.ty_args[0].fields))
 
     def _producer(self, x):
         """Recognize what makes x: (source, its inputs, epsilon), or None."""

@@ -5,7 +5,8 @@
     take(embedding, tokens)                 ->  embedding(tokens, embedding.w, embedding.ws)
 
 The parameter ``w`` of a function gives way to the packed ones: ``w.w`` codes, ``w.ws`` scales, ``w.wo`` offsets,
-``w.bias`` (a linear's own, and what static activations add), and ``w.act`` (their scale and zero point).
+``w.bias`` (a linear's own, and what static activations add), ``w.refine`` (TRIP's inverse powers of two), and
+``w.act`` (scale and zero point of static activations).
 """
 
 from dataclasses import dataclass
@@ -35,15 +36,25 @@ class LinearFormat:
         ``"per-token"``, ``"per-token-group"`` or ``"static"``.
     offsets : str or None
         Type of the group offsets; None for symmetric weights.
+    refined : bool
+        Whether activations have TRIP's exponents.
+    four_bit : tuple of str
+        Roles of the linears whose inputs have 4-bit codes.
+    terms : int
+        Of the activations, 1 or 2.
     """
 
     bits: int
     group_size: int
     activation: str
     offsets: str | None
+    refined: bool = False
+    four_bit: tuple[str, ...] = ()
+    terms: int = 1
 
 
-TABLE_FORMAT = LinearFormat(8, TABLE_GROUP, "per-token-group", None)
+TABLE_FORMAT = LinearFormat(8, TABLE_GROUP, "per-token-group", None, terms=2)
+"""Outside the layers activations have two 8-bit terms: an error there is not softened by anything after it."""
 
 
 def packed_parameters(name: str, columns: int, channels: int, format: LinearFormat, isa: InstructionSet, bias: bool):
@@ -60,6 +71,8 @@ def packed_parameters(name: str, columns: int, channels: int, format: LinearForm
         parameters.append((f"{name}.wo", per_group, format.offsets))
     if bias or format.activation == "static":
         parameters.append((f"{name}.bias", (per_group[0], *per_group[2:]), "float32"))
+    if format.refined:
+        parameters.append((f"{name}.refine", (channels,), "float32"))
     if format.activation == "static":
         parameters.append((f"{name}.act", (2,), "float32"))
     return parameters
@@ -125,10 +138,21 @@ class _Quantizer(relax.PyExprMutator):
         operands = self._packed(weight)
         static = format.activation == "static"
         layout = self.isa.layout(format.bits)
-        quantize = QuantizeKernel("plain", rows, channels, format.group_size, format.activation)
+        bits = 4 if weight.name.rpartition(".")[2] in format.four_bit else 8
+        extra = static + format.refined  # operands that the quantization reads, not the product
+        quantize = QuantizeKernel(
+            "plain",
+            rows,
+            channels,
+            format.group_size,
+            format.activation,
+            refined=format.refined,
+            bits=bits,
+            terms=format.terms,
+        )
         codes = self._call(
             annotate(activation.build(quantize, layout), quantize),
-            [x, *operands[-1:]] if static else [x],
+            [x, *operands[len(operands) - extra :]],
             quantize.output_shapes(layout),
         )
         kernel = LinearKernel(
@@ -140,12 +164,16 @@ class _Quantizer(relax.PyExprMutator):
             per_group=format.activation == "per-token-group",
             offsets=format.offsets,
             bias=static or weight in self.biases,
+            activation_bits=bits,
+            terms=format.terms,
         )
         width = layout.tiles(columns) * layout.width
         y = self._call(
-            annotate(linear.define(kernel, layout), kernel),
-            [*(self.builder_.emit(relax.TupleGetItem(codes, i)) for i in range(3))]
-            + (operands[:-1] if static else operands),
+            annotate(linear.define(kernel, self.isa), kernel),
+            [
+                *(self.builder_.emit(relax.TupleGetItem(codes, i)) for i in range(3)),
+                *operands[: len(operands) - extra],
+            ],
             [((rows, width), "float32")],
         )
         return y if width == columns else relax.op.strided_slice(y, [1], [0], [columns])

@@ -1,4 +1,4 @@
-"""Eight-bit activation codes, -127..127 in every mode, in torch."""
+"""Activation codes of 8 bits, -127..127, and of 4 bits, -7..7, in torch."""
 
 from dataclasses import dataclass
 
@@ -9,55 +9,64 @@ from torch import Tensor
 SMALLEST = 127 * torch.finfo(torch.float32).tiny
 
 
-def dynamic_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+def code_limit(bits: int) -> int:
+    """Return the largest activation code of 8 or 4 bits."""
+    return {8: 127, 4: 7}[bits]
+
+
+def dynamic_codes(x: Tensor, limit: int = 127) -> tuple[Tensor, Tensor]:
     """Quantize the last axis with one scale, found from its largest magnitude.
 
     Parameters
     ----------
     x : float32 tensor [..., n]
+    limit : int
+        The largest code.
 
     Returns
     -------
     codes : float32 tensor [..., n]
-        Integers in -127..127.
+        Integers in -limit..limit.
     scales : float32 tensor [..., 1]
-        ``max|x| / 127``; 1 where all of x is zero.
+        ``max|x| / limit``; 1 where all of x is zero.
     """
     largest = x.abs().amax(-1, keepdim=True)
     zero = largest < SMALLEST
-    scales = torch.where(zero, 1.0, largest / 127)
+    scales = torch.where(zero, 1.0, largest / limit)
     return torch.where(zero, 0.0, torch.round(x * (1 / scales))), scales
 
 
-def grouped_codes(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def grouped_codes(x: Tensor, group_size: int, limit: int = 127) -> tuple[Tensor, Tensor]:
     """Quantize every row in groups of channels, the last one possibly short.
 
     Parameters
     ----------
     x : float32 tensor [T, K]
     group_size : int
+    limit : int
+        The largest code.
 
     Returns
     -------
     codes : float32 tensor [T, K]
     scales : float32 tensor [T, G]
     """
-    codes, scales = dynamic_codes(to_groups(x, group_size))
+    codes, scales = dynamic_codes(to_groups(x, group_size), limit)
     return codes.flatten(1)[:, : x.shape[1]], scales[..., 0]
 
 
-def static_codes(x: Tensor, scale: float, zero: int) -> Tensor:
+def static_codes(x: Tensor, scale: float, zero: int, limit: int = 127) -> Tensor:
     """Quantize with a given scale and zero point: ``x`` is about ``scale * (code - zero)``."""
     inverse = torch.tensor(1.0) / torch.tensor(scale, dtype=torch.float32)
-    return torch.clamp(torch.round(x * inverse) + zero, -127, 127)
+    return torch.clamp(torch.round(x * inverse) + zero, -limit, limit)
 
 
-def static_range(low: float, high: float) -> tuple[float, int]:
+def static_range(low: float, high: float, limit: int = 127) -> tuple[float, int]:
     """Return scale and zero point that spread all codes over `low` to `high`, widened to hold 0."""
     low, high = min(low, 0.0), max(high, 0.0)
     span = high - low
-    scale = float(torch.tensor(span / 254, dtype=torch.float32)) if span >= 2 * SMALLEST else 1.0
-    return scale, max(-127, min(127, round(-127 - low / scale)))
+    scale = float(torch.tensor(span / (2 * limit), dtype=torch.float32)) if span >= 2 * SMALLEST else 1.0
+    return scale, max(-limit, min(limit, round(-limit - low / scale)))
 
 
 def to_groups(x: Tensor, group_size: int) -> Tensor:
@@ -78,11 +87,18 @@ class ActivationQuantizer:
         Channels of a group.
     static : pair of float and int, optional
         Scale and zero point, for ``"static"``.
+    alpha : tensor of integers [G], optional
+        TRIP's exponents (section "TRIP" of the paper, with one exponent for a group of channels): x is divided
+        by 2^alpha before it is rounded.
+    bits : int
+        8 or 4.
     """
 
     mode: str
     group_size: int
     static: tuple[float, int] | None = None
+    alpha: Tensor | None = None
+    bits: int = 8
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize rows of activations; not for ``"none"``.
@@ -94,15 +110,19 @@ class ActivationQuantizer:
         Returns
         -------
         codes : float32 tensor [T, K]
-            Integers in -127..127.
+            Integers in -127..127, or -7..7.
         scales : float32 tensor [T, G] for groups, else [T, 1]
+            Without the powers of two of `alpha`.
         """
+        limit = code_limit(self.bits)
+        if self.alpha is not None:
+            x = x * self._powers(-self.alpha, x.shape[1])
         if self.mode == "per-token":
-            return dynamic_codes(x)
+            return dynamic_codes(x, limit)
         if self.mode == "per-token-group":
-            return grouped_codes(x, self.group_size)
+            return grouped_codes(x, self.group_size, limit)
         scale, zero = self.static
-        return static_codes(x, scale, zero), torch.full((len(x), 1), scale)
+        return static_codes(x, scale, zero, limit), torch.full((len(x), 1), scale)
 
     def rounded(self, x: Tensor) -> Tensor:
         """Return what the codes of x [T, K] stand for, float32 [T, K]."""
@@ -110,7 +130,12 @@ class ActivationQuantizer:
             return x
         codes, scales = self.codes(x)
         if self.mode == "static":
-            return (codes - self.static[1]) * scales
+            codes = codes - self.static[1]
         if self.mode == "per-token-group":
             scales = scales.repeat_interleave(self.group_size, 1)[:, : x.shape[1]]
+        if self.alpha is not None:
+            scales = scales * self._powers(self.alpha, x.shape[1])
         return codes * scales
+
+    def _powers(self, exponents: Tensor, channels: int) -> Tensor:
+        return torch.exp2(exponents.float()).repeat_interleave(self.group_size)[:channels]

@@ -22,6 +22,8 @@ GROUP_SIZES = (32, 64, 128)
 ACTIVATIONS = ("per-token", "per-token-group", "static", "none")
 ATTENTIONS = ("float", *CODE_BOOKS)
 TABLE_GROUP = 32
+LARGEST_REFINE = 8
+"""TRIP's exponents are at most this: group scales times two to their power stay far below float16's limit."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Scheme:
         Whether every offset is -8 times its scale (offsets are then not stored).
     activation : str
         ``"per-token"``, ``"per-token-group"``, ``"static"`` or ``"none"`` (float activations).
+    max_refine : int
+        TRIP's largest exponent, K in the paper: a group of input channels is divided by 2^alpha, alpha in
+        0..max_refine, before its activations are rounded. 0 for none. Not with scales of groups.
+    four_bit : tuple of str
+        The linears, by role, whose inputs have 4-bit codes, -7..7.
     attention : str
         ``"float"``, or a name in `CODE_BOOKS`: probabilities are powers of two then, and values int8.
     """
@@ -46,6 +53,8 @@ class Scheme:
     group_size: int
     symmetric: bool
     activation: str
+    max_refine: int = 0
+    four_bit: tuple[str, ...] = ()
     attention: str = "float"
 
     def __post_init__(self) -> None:
@@ -59,6 +68,23 @@ class Scheme:
             raise AgqError(f"unknown activation {self.activation!r}: choose one of {', '.join(ACTIVATIONS)}")
         if self.attention not in ATTENTIONS:
             raise AgqError(f"unknown attention {self.attention!r}: choose one of {', '.join(ATTENTIONS)}")
+        if type(self.max_refine) is not int or not 0 <= self.max_refine <= LARGEST_REFINE:
+            raise AgqError(f"max_refine {self.max_refine!r} is not an integer in 0..{LARGEST_REFINE}")
+        if self.max_refine and self.activation not in ("static", "per-token"):
+            raise AgqError(f"max_refine is for static and per-token activations: {self.activation} ones need none")
+        if not all(isinstance(role, str) for role in self.four_bit):
+            raise AgqError(f"four_bit must be names of linears, not {self.four_bit!r}")
+        if self.four_bit and self.activation == "none":
+            raise AgqError("float activations have no 4-bit codes: choose another activation, or leave out four_bit")
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether quantizing looks at what passes through the model."""
+        return self.method == "gptq" or self.activation == "static" or self.max_refine > 0 or self.attention != "float"
+
+    def activation_bits(self, role: str) -> int:
+        """Return the bits of the activation codes at the input of the linear of that role."""
+        return 4 if role in self.four_bit else 8
 
 
 @dataclass(frozen=True)
@@ -80,6 +106,8 @@ class QuantizedLinear:
     act_scale : float32 array [1] or None
         Static activations only: ``x = act_scale * (code - act_zero)``.
     act_zero : int32 array [1] or None
+    alpha : int8 array [G] or None
+        TRIP's exponents: activations of a group are divided by 2^alpha before they are rounded.
     value_scale : float32 array [KV] or None
         The matrix that values come from, with quantized attention only: static scale of every KV head's values,
         ``v = value_scale * code``.
@@ -93,6 +121,7 @@ class QuantizedLinear:
     bias: np.ndarray | None = None
     act_scale: np.ndarray | None = None
     act_zero: np.ndarray | None = None
+    alpha: np.ndarray | None = None
     value_scale: np.ndarray | None = None
 
 
@@ -158,6 +187,20 @@ def group_count(in_features: int, group_size: int) -> int:
     return -(-in_features // group_size)
 
 
+def check_roles(config: DecoderConfig, roles: tuple[str, ...]) -> None:
+    """Check that a model has linears of these roles.
+
+    Raises
+    ------
+    AgqError
+        Naming one that it has not.
+    """
+    known = [linear.name for linear in config.linears]
+    for role in roles:
+        if role not in known:
+            raise AgqError(f"the model has no linear {role!r}: choose from {', '.join(known)}")
+
+
 def quantization_config(raw_config: Mapping) -> dict | None:
     """Return our part of a ``config.json``, or None if it is not of a checkpoint of ours."""
     ours = raw_config.get("quantization_config")
@@ -185,7 +228,7 @@ def write_checkpoint(
     """
     tensors = {name: np.ascontiguousarray(value, "float32") for name, value in vectors.items()}
     for name, linear in linears.items():
-        for field in ("qweight", "scales", "offsets", "bias", "act_scale", "act_zero", "value_scale"):
+        for field in ("qweight", "scales", "offsets", "bias", "act_scale", "act_zero", "alpha", "value_scale"):
             value = getattr(linear, field)
             if value is not None:
                 tensors[f"{name}.{field}"] = np.ascontiguousarray(value)
@@ -219,6 +262,7 @@ def read_checkpoint(path: str | os.PathLike) -> "Checkpoint":
     try:
         scheme = _read_scheme(ours)
         config = describe(raw_config)
+        check_roles(config, scheme.four_bit)
     except AgqError as error:
         raise AgqError(f"{path}: {error}") from error
     try:
@@ -256,6 +300,9 @@ class Checkpoint:
         act_scale, act_zero = self._optional(f"{name}.act_scale"), self._optional(f"{name}.act_zero")
         if act_scale is not None and not (act_scale[0] > 0 and -127 <= act_zero[0] <= 127):
             raise self._damaged(f"{name} has an activation scale or zero point out of range")
+        alpha = self._optional(f"{name}.alpha")
+        if alpha is not None and not (alpha.min() >= 0 and alpha.max() <= self.scheme.max_refine):
+            raise self._damaged(f"{name} has exponents outside 0..{self.scheme.max_refine}")
         return QuantizedLinear(
             qweight=self._read(f"{name}.qweight"),
             scales=self._read(f"{name}.scales"),
@@ -265,11 +312,12 @@ class Checkpoint:
             bias=self._optional(f"{name}.bias"),
             act_scale=act_scale,
             act_zero=act_zero,
+            alpha=alpha,
             value_scale=self._optional(f"{name}.value_scale"),
         )
 
     def fused(self, layer: int, parts: tuple[str, ...]) -> tuple[QuantizedLinear, ...]:
-        """Read the matrices that share one input; static activations must agree on it.
+        """Read the matrices that share one input; static activations and exponents must agree on it.
 
         Parameters
         ----------
@@ -279,8 +327,8 @@ class Checkpoint:
         """
         prefix = self.config.layer_prefix.format(layer=layer)
         linears = tuple(self.linear(prefix + part) for part in parts)
-        static = [linear for linear in linears if linear.act_scale is not None]
-        if len({(linear.act_scale[0], linear.act_zero[0]) for linear in static}) > 1:
+        fields = [(linear.act_scale, linear.act_zero, linear.alpha) for linear in linears]
+        if len({tuple(None if value is None else value.tobytes() for value in values) for values in fields}) > 1:
             raise self._damaged(f"{', '.join(parts)} of layer {layer} disagree on their shared input")
         return linears
 
@@ -326,8 +374,12 @@ def _read_scheme(ours: Mapping) -> Scheme:
     for name, value in (("weight_bits", 4), ("table_bits", 8), ("table_group_size", TABLE_GROUP)):
         if ours.get(name) != value:
             raise AgqError(f"{name} {ours.get(name)!r} is not supported, only {value} is")
-    fields = (ours.get(name) for name in ("method", "group_size", "symmetric", "activation"))
-    return Scheme(*fields, attention=ours.get("attention", "float"))
+    four_bit = ours.get("four_bit", [])
+    if not isinstance(four_bit, list):
+        raise AgqError(f"four_bit must be a list of linears, not {four_bit!r}")
+    names = ("method", "group_size", "symmetric", "activation")
+    refine, attention = ours.get("max_refine", 0), ours.get("attention", "float")
+    return Scheme(*(ours.get(name) for name in names), refine, tuple(four_bit), attention)
 
 
 def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
@@ -348,6 +400,8 @@ def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
         if scheme.activation == "static":
             expected[f"{name}.act_scale"] = (("F32",), (1,))
             expected[f"{name}.act_zero"] = (("I32",), (1,))
+        if scheme.max_refine:
+            expected[f"{name}.alpha"] = (("I8",), groups[1:])
     return expected
 
 

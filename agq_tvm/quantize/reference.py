@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import DecoderConfig
-from agq_tvm.quantize.activations import ActivationQuantizer, grouped_codes, to_groups
+from agq_tvm.quantize.activations import ActivationQuantizer, to_groups
 from agq_tvm.quantize.checkpoint import ACTIVATIONS, TABLE_GROUP, Checkpoint, QuantizedLinear
 from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.quantize.forward import (
@@ -81,12 +81,14 @@ class QuantizedOperator:
     parts : tuple of QuantizedLinear
     activation : str
         ``"per-token"``, ``"per-token-group"`` or ``"static"``.
+    bits : int
+        Of activation codes, 8 or 4.
     """
 
-    def __init__(self, parts: tuple[QuantizedLinear, ...], activation: str) -> None:
+    def __init__(self, parts: tuple[QuantizedLinear, ...], activation: str, bits: int = 8) -> None:
         self._parts = parts
         self._float = stacked_weights(parts)
-        self._quantizer = activation_quantizer(parts, activation)
+        self._quantizer = activation_quantizer(parts, activation, bits)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply float32 [T, K] to float32 [T, N]."""
@@ -114,11 +116,15 @@ class QuantizedOperator:
         return y, codes.to(torch.int8), scales, sums.transpose(0, 1).to(torch.int32)
 
     def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes [N, K], scales [N, G] and offsets [N, G] in float32."""
+        """Return codes [N, K], scales [N, G] and offsets [N, G] in float32, TRIP's powers of two included."""
         codes = [unpack(part.qweight, part.in_features).astype("float32") for part in self._parts]
         grids = [grid_of(part) for part in self._parts]
         stacks = (codes, [s for s, _ in grids], [o for _, o in grids])
-        return tuple(torch.from_numpy(np.concatenate(stack)) for stack in stacks)
+        q, s, o = (torch.from_numpy(np.concatenate(stack)) for stack in stacks)
+        if self._quantizer.alpha is None:
+            return q, s, o
+        powers = torch.exp2(self._quantizer.alpha.float())
+        return q, s * powers, o * powers
 
     def _constant(self, q: Tensor, s: Tensor, o: Tensor) -> Tensor | float:
         constant = 0.0 if self._float.bias is None else self._float.bias
@@ -133,6 +139,8 @@ class QuantizedOperator:
 class TableOperator:
     """A matrix outside the layers (head or projection), its input quantized per token and group of 32.
 
+    Codes have two terms: what the first leaves over is quantized again, so 8-bit products carry about 15 bits.
+
     Parameters
     ----------
     weight : float32 tensor [N, K]
@@ -144,8 +152,9 @@ class TableOperator:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply float32 [T, K] to float32 [T, N]."""
-        codes, scales = grouped_codes(x, TABLE_GROUP)
-        return (codes * scales.repeat_interleave(TABLE_GROUP, 1)[:, : x.shape[1]]) @ self._weight.T
+        quantizer = ActivationQuantizer("per-token-group", TABLE_GROUP)
+        first = quantizer.rounded(x)
+        return (first + quantizer.rounded(x - first)) @ self._weight.T
 
 
 class Layer(NamedTuple):
@@ -227,9 +236,7 @@ class ReferenceModel:
             linears = {}
             for linear in config.linears:
                 parts = checkpoint.fused(layer, linear.parts)
-                linears[linear.name] = (
-                    stacked_weights(parts) if activation == "none" else QuantizedOperator(parts, activation)
-                )
+                linears[linear.name] = _operator(parts, activation, checkpoint.scheme.activation_bits(linear.name))
             attend = None
             if checkpoint.scheme.attention in CODE_BOOKS:
                 scales = torch.from_numpy(checkpoint.value_scale(layer))
@@ -320,12 +327,17 @@ def _weight(source: Source, name: str) -> Tensor:
     return torch.from_numpy(source.tensor(f"{name}.weight"))
 
 
-def activation_quantizer(parts: tuple[QuantizedLinear, ...], activation: str) -> ActivationQuantizer:
+def _operator(parts: tuple[QuantizedLinear, ...], activation: str, bits: int) -> Operator:
+    return stacked_weights(parts) if activation == "none" else QuantizedOperator(parts, activation, bits)
+
+
+def activation_quantizer(parts: tuple[QuantizedLinear, ...], activation: str, bits: int) -> ActivationQuantizer:
     """Return the quantizer of the input that some linears share."""
-    static = None
+    first, static = parts[0], None
     if activation == "static":
-        static = float(parts[0].act_scale[0]), int(parts[0].act_zero[0])
-    return ActivationQuantizer(activation, parts[0].group_size, static)
+        static = float(first.act_scale[0]), int(first.act_zero[0])
+    alpha = None if first.alpha is None else torch.from_numpy(first.alpha.astype("int32"))
+    return ActivationQuantizer(activation, first.group_size, static, alpha, bits)
 
 
 def stacked_weights(parts: tuple[QuantizedLinear, ...]) -> FloatLinear:

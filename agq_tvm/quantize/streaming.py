@@ -14,7 +14,7 @@ from torch import Tensor
 from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import DecoderConfig, Linear
 from agq_tvm.progress import progress
-from agq_tvm.quantize.activations import ActivationQuantizer, static_range
+from agq_tvm.quantize.activations import ActivationQuantizer
 from agq_tvm.quantize.checkpoint import QuantizedLinear, Scheme
 from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.quantize.forward import Attend, LayerSteps, Norms, attention_positions, layer_steps, read_norms
@@ -22,6 +22,8 @@ from agq_tvm.quantize.gptq import gptq
 from agq_tvm.quantize.log2 import Log2Attention, value_scales
 from agq_tvm.quantize.reference import FloatLinear, float_entry, float_linear, stacked_weights
 from agq_tvm.quantize.source import Source, quantize_matrix
+from agq_tvm.quantize.trip import refine_per_token, refine_static
+from agq_tvm.quantize.weights import grid_of
 
 _SMALLEST_SQUARE = 1e-30
 
@@ -70,8 +72,8 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
     Returns
     -------
     dict
-        By the name of the matrix; with static activations, scale and zero point are set, and with quantized
-        attention the scales of the values.
+        By the name of the matrix, with what is calibrated of its input's quantizer, and of the values with quantized
+        attention.
     """
     config = source.config
     states = _Windows(source, windows)
@@ -85,16 +87,15 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
         wanted = exact.enter_layer(norms) if exact else inputs
         for linear in config.linears:
             names = [prefix + part for part in linear.parts]
-            quantizer = _quantizer(inputs, scheme)
+            float_operator = float_linear(source, names)
+            quantizer = _quantizer(inputs, float_operator.weight, linear.name, scheme)
             inputs = [quantizer.rounded(x) for x in inputs]
             if exact:
-                float_operator = float_linear(source, names)
                 parts = _by_gptq(source, names, linear, inputs, wanted, scheme)
                 wanted = exact.advance(float_operator(x) for x in wanted)
             else:
                 parts = tuple(quantize_matrix(source, name, scheme) for name in names)
-            if quantizer.static:
-                parts = tuple(_with_static(part, *quantizer.static) for part in parts)
+            parts = tuple(_with_quantizer(*each, quantizer) for each in zip(parts, names, strict=True))
             operator = stacked_weights(parts)
             if attend and linear.name == "qkv":
                 attend.value_scales = _value_scales(config, operator, inputs)
@@ -104,11 +105,12 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
     return quantized
 
 
-def _quantizer(inputs: list[Tensor], scheme: Scheme) -> ActivationQuantizer:
-    static = None
+def _quantizer(inputs: list[Tensor], weight: Tensor, role: str, scheme: Scheme) -> ActivationQuantizer:
+    bits = scheme.activation_bits(role)
     if scheme.activation == "static":
-        static = static_range(min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs))
-    return ActivationQuantizer(scheme.activation, scheme.group_size, static)
+        return refine_static(inputs, scheme.group_size, scheme.max_refine, bits).quantizer
+    alpha = refine_per_token(inputs, weight, scheme.group_size, scheme.max_refine) if scheme.max_refine else None
+    return ActivationQuantizer(scheme.activation, scheme.group_size, alpha=alpha, bits=bits)
 
 
 def _value_scales(config: DecoderConfig, qkv: FloatLinear, inputs: list[Tensor]) -> Tensor:
@@ -119,8 +121,18 @@ def _value_scales(config: DecoderConfig, qkv: FloatLinear, inputs: list[Tensor])
     return value_scales(torch.stack(largest).amax(0))
 
 
-def _with_static(linear: QuantizedLinear, scale: float, zero: int) -> QuantizedLinear:
-    return replace(linear, act_scale=np.array([scale], "float32"), act_zero=np.array([zero], "int32"))
+def _with_quantizer(linear: QuantizedLinear, name: str, quantizer: ActivationQuantizer) -> QuantizedLinear:
+    """Store what is calibrated of a quantizer with a matrix that reads what it made."""
+    if quantizer.static:
+        scale, zero = quantizer.static
+        linear = replace(linear, act_scale=np.array([scale], "float32"), act_zero=np.array([zero], "int32"))
+    if quantizer.alpha is None:
+        return linear
+    linear = replace(linear, alpha=quantizer.alpha.numpy().astype("int8"))
+    for values in grid_of(linear):
+        if not np.isfinite((values * np.exp2(linear.alpha, dtype="float32")).astype("float16")).all():
+            raise AgqError(f"{name}: scales times 2^{linear.alpha.max()} leave float16's range: lower max_refine")
+    return linear
 
 
 def _by_gptq(

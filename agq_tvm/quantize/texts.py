@@ -17,8 +17,8 @@ def load_text(name_or_path: str | os.PathLike) -> tuple[str, str]:
     Parameters
     ----------
     name_or_path : str or path-like
-        ``"calibration"`` (the beginning of Austen's Emma), ``"persuasion"`` (the beginning of her
-        Persuasion), ``"jargon"`` (the beginning of the Jargon File), or a UTF-8 file.
+        ``"calibration"`` (English of many kinds, then the beginning of Austen's Emma), ``"persuasion"`` (the
+        beginning of her Persuasion), ``"jargon"`` (the beginning of the Jargon File), or a UTF-8 file.
 
     Returns
     -------

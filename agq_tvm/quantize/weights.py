@@ -134,7 +134,10 @@ def quantize_table(weight: np.ndarray) -> QuantizedTable:
     scales = np.empty((rows, group_count(columns, TABLE_GROUP)), "float16")
     for g, start in enumerate(range(0, columns, TABLE_GROUP)):
         group = weight[:, start : start + TABLE_GROUP]
-        scale = (np.abs(group).max(axis=1) / 127).astype("float16")
+        largest = np.abs(group).max(axis=1)
+        scale = (largest / 127).astype("float16")
+        # Subnormal scales are coarse: one that was rounded down could leave the largest weight out of reach.
+        scale = np.where(largest > 127.5 * scale.astype("float32"), np.nextafter(scale, np.float16(np.inf)), scale)
         safe = np.where(scale == 0, 1, scale.astype("float32"))[:, None]
         rounded = np.clip(np.rint(group / safe), -127, 127)
         codes[:, start : start + TABLE_GROUP] = np.where(scale[:, None] == 0, 0, rounded)

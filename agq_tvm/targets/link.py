@@ -58,7 +58,7 @@ def zig_cc(device: Device, arguments: Sequence[str], what: str) -> None:
     command = [sys.executable, "-m", "ziglang", "cc", "-target", target, *arguments]
     cache = str(cache_directory("zig"))
     variables = {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
-    _run(command, what, variables | dict(os.environ))
+    run_tool(command, what, _TIME_LIMIT, variables | dict(os.environ))
 
 
 def link_shared(
@@ -93,7 +93,7 @@ def link_shared(
     arguments = ["-shared", "-fPIC", "-O2", "-o", str(output), *files, *options, "-lm"]
     compiler = _system_compiler() if device.machine == detect.machine() else None
     if compiler:
-        _run([compiler, *arguments], what)
+        run_tool([compiler, *arguments], what, _TIME_LIMIT)
     else:
         zig_cc(device, arguments, what)
     check_elf(output, device)
@@ -143,18 +143,35 @@ def _system_compiler() -> str | None:
     return next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
 
 
-def _run(command: list[str], what: str, environment: dict[str, str] | None = None) -> None:
+def run_tool(command: list[str], what: str, time_limit: float, environment: dict[str, str] | None = None) -> None:
+    """Run a program, its output kept for the message if it fails.
+
+    Parameters
+    ----------
+    command : list of str
+    what : str
+        What it is for, as in "cannot link model.so".
+    time_limit : float
+        Seconds.
+    environment : dict, optional
+        Instead of this process's own.
+
+    Raises
+    ------
+    AgqError
+        If it does not start, does not end in time, or fails; with the line of its output that says most.
+    """
     try:
         result = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=_TIME_LIMIT,
+            timeout=time_limit,
             env=environment,
         )
     except subprocess.TimeoutExpired:
-        raise AgqError(f"cannot {what}: {command[0]} did not end within {_TIME_LIMIT:.0f} s") from None
+        raise AgqError(f"cannot {what}: {command[0]} did not end within {time_limit:.0f} s") from None
     except OSError as error:
         raise AgqError(f"cannot {what}: {command[0]} does not start ({error.strerror})") from error
     if result.returncode:
@@ -162,8 +179,8 @@ def _run(command: list[str], what: str, environment: dict[str, str] | None = Non
 
 
 def _reason(output: bytes, code: int) -> str:
-    """Return the line of a compiler's output that says most: its first error, else its last line."""
+    """Return the line of a program's output that says most: its first error, else its last line."""
     lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith("collect2:")]
     errors = [line for line in lines if "error:" in line]
-    return errors[0] if errors else lines[-1] if lines else f"the compiler ended with code {code}"
+    return errors[0] if errors else lines[-1] if lines else f"it ended with code {code}"

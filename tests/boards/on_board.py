@@ -83,6 +83,7 @@ class _Probe:
             scheme.activation == "per-token-group",
             self.offsets,
             scheme.activation == "static" or linear.bias,
+            scheme.activation_bits(linear.name),
         )
         layout = self.isa.layout_4bit
         M, G, tiles = len(codes), kernel.groups, layout.tiles(kernel.columns)

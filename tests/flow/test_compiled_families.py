@@ -22,24 +22,28 @@ HERE = load_device("host").instruction_set
 OPT_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 64}
 PLAIN_OPT = {"layer_norm_elementwise_affine": False, "enable_bias": False, "tie_word_embeddings": False}
 BIASED = {"attention_bias": True, "mlp_bias": True}
-PLAIN_GELU = PLAIN_OPT | {"activation_function": "gelu"}
-SHARED = {"apply_residual_connection_post_layernorm": True}
-CASES = {  # family, its variant, activations, attention, instruction set
-    "llama with biases": ("llama", BIASED, "per-token-group", "log2", HERE),
-    "opt": ("opt", {}, "static", "float", "generic"),
-    "opt like opt-350m": ("opt", OPT_350M, "per-token", "log2-paper", HERE),
-    "opt with plain norms": ("opt", PLAIN_GELU, "per-token-group", "float", HERE),
-    "bloom with 3 heads": ("bloom", {"n_head": 3}, "per-token-group", "log2", "generic"),
-    "bloom with residuals after norms": ("bloom", SHARED, "static", "float", HERE),
+TRIP = {"activation": "per-token", "max_refine": 4}
+STATIC_TRIP = {"activation": "static", "max_refine": 3}
+CASES = {  # family, its variant, activations (or more of what `quantize` takes), instruction set
+    "llama with biases": ("llama", BIASED, {"attention": "log2"}, HERE),
+    "opt": ("opt", {}, "static", "generic"),
+    "opt like opt-350m": ("opt", OPT_350M, {"activation": "per-token", "attention": "log2-paper"}, HERE),
+    "opt with plain norms": ("opt", PLAIN_OPT | {"activation_function": "gelu"}, "per-token-group", HERE),
+    "bloom with 3 heads": ("bloom", {"n_head": 3}, {"attention": "log2"}, "generic"),
+    "llama, TRIP": ("llama", {}, TRIP, HERE),
+    "opt, static TRIP": ("opt", {}, STATIC_TRIP, HERE),
+    "bloom, static TRIP, 4 bit": ("bloom", {}, STATIC_TRIP | {"four_bit": ("qkv", "down")}, "generic"),
+    "llama, 4 bit": ("llama", {}, {"activation": "per-token-group", "four_bit": ("o", "gate_up", "down")}, HERE),
+    "bloom with residuals after norms": ("bloom", {"apply_residual_connection_post_layernorm": True}, "static", HERE),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_compiled_model_is_the_reference(tmp_path, monkeypatch, case):
-    family, overrides, activation, attention, isa = CASES[case]
+    family, overrides, activation, isa = CASES[case]
     source = write_tiny_model(tmp_path / "m", family, 3, **overrides)
-    settings = {"activation": activation, "attention": attention, "calibration": FEW}
-    quantize(source, tmp_path / "c", method="rtn", group_size=64, **settings)
+    settings = activation if isinstance(activation, dict) else {"activation": activation}
+    quantize(source, tmp_path / "c", method="rtn", group_size=64, calibration=FEW, **settings)
     checkpoint = read_checkpoint(tmp_path / "c")
     model = CompiledModel(checkpoint, isa, 64, monkeypatch)
     reference = ReferenceModel.from_checkpoint(checkpoint)
@@ -48,7 +52,7 @@ def test_the_compiled_model_is_the_reference(tmp_path, monkeypatch, case):
     engine = Engine(model, model)
     rows = [engine.prefill(tokens[:26], all_logits=True), *(engine.decode(token)[None] for token in tokens[26:39])]
     rows.append(engine.prefill(tokens[39:])[None])
-    values = watch_values(reference) if attention in CODE_BOOKS else []
+    values = watch_values(reference) if checkpoint.scheme.attention in CODE_BOOKS else []
     same = agreement(reference.logits(tokens), np.concatenate(rows))
     assert same.mean_kl <= 1e-3 and same.top1 >= 0.97
     for layer, (v,) in enumerate(values):

@@ -17,8 +17,12 @@ DEVICES = {
     "avx2": "x86-64-avx2",
     "generic": "generic-x86-64",
     "neon": "raspberry-pi-4",
+    "neon-paper": "raspberry-pi-4",
     "dotprod": "snapdragon-870",
 }
+
+LIMIT = {8: 127, 4: 7}
+"""The largest activation code, by its bits."""
 
 
 def target_of(isa: str) -> tvm.target.Target:
@@ -43,10 +47,11 @@ class Operands:
 
     Attributes
     ----------
-    x : int8 [M, K]
+    x : int8 [R, K]
+        R is M, or twice that for two terms.
     q : uint8 [N, K]
     sx, scales, offsets, bias
-        float arrays [M, G or 1], [N, G], [N, G] or None, [N] or None.
+        float arrays [R, G or 1], [N, G], [N, G] or None, [N] or None.
     """
 
     kernel: LinearKernel
@@ -63,11 +68,11 @@ class Operands:
         return full.reshape(len(codes), self.kernel.groups, -1)
 
     def sums(self) -> np.ndarray:
-        """Return Σ x of every group, int64 [M, G]."""
+        """Return Σ x of every group, int64 [R, G]."""
         return self._grouped(self.x).sum(-1)
 
     def dots(self) -> np.ndarray:
-        """Return Σ x·q of every group, int64 [M, G, N]."""
+        """Return Σ x·q of every group, int64 [R, G, N]."""
         return np.einsum("mgk,ngk->mgn", self._grouped(self.x), self._grouped(self.q))
 
     def expected(self) -> np.ndarray:
@@ -78,15 +83,16 @@ class Operands:
         if self.offsets is not None:
             y = y + sums * self.offsets.T[None].astype("float64")
         y = (y * self.sx[:, :, None]).sum(1)
+        y = y.reshape(self.kernel.terms, self.kernel.rows, -1).sum(0)
         return y if self.bias is None else y + self.bias
 
     def arrays(self, isa: InstructionSet) -> list[np.ndarray]:
         """Return the kernel's inputs, packed, in its order."""
         layout: Layout = isa.layout(self.kernel.bits)
         padded = self.kernel.groups * self.kernel.group_size
-        x = np.zeros((self.kernel.rows, padded), "int8")
+        x = np.zeros((self.kernel.code_rows, padded), "int8")
         x[:, : self.kernel.channels] = self.x
-        shape = (self.kernel.rows, padded // K_BLOCK, layout.steps, 2, layout.depth)
+        shape = (self.kernel.code_rows, padded // K_BLOCK, layout.steps, 2, layout.depth)
         arrays = [
             np.ascontiguousarray(x.reshape(shape).transpose(1, 0, 2, 3, 4)),
             self.sx,
@@ -114,7 +120,7 @@ class Operands:
 
         The sum over all groups stays below 2^24 and is therefore exact in float32.
         """
-        assert abs(self.dots()).sum(1).max() < 1 << 24
+        assert self.kernel.terms * abs(self.dots()).sum(1).max() < 1 << 24
         offsets = None if self.offsets is None else np.zeros_like(self.offsets)
         bias = None if self.bias is None else np.zeros_like(self.bias)
         ones = np.ones_like
@@ -123,13 +129,13 @@ class Operands:
 
 def random_operands(kernel: LinearKernel, seed: int = 0) -> Operands:
     """Draw codes over their whole range, and scales and offsets of either sign."""
-    rng = np.random.default_rng(seed)
-    M, N, K, G = kernel.rows, kernel.columns, kernel.channels, kernel.groups
+    rng, limit = np.random.default_rng(seed), LIMIT[kernel.activation_bits]
+    R, N, K, G = kernel.code_rows, kernel.columns, kernel.channels, kernel.groups
     return Operands(
         kernel,
-        rng.integers(-127, 128, (M, K)).astype("int8"),
+        rng.integers(-limit, limit + 1, (R, K)).astype("int8"),
         rng.integers(0, 1 << kernel.bits, (N, K)).astype("uint8"),
-        rng.uniform(0.5, 2, (M, G if kernel.per_group else 1)).astype("float32"),
+        rng.uniform(0.5, 2, (R, G if kernel.per_group else 1)).astype("float32"),
         rng.standard_normal((N, G)).astype("float16"),
         rng.standard_normal((N, G)).astype(kernel.offsets) if kernel.offsets else None,
         rng.standard_normal(N).astype("float32") if kernel.bias else None,
@@ -138,12 +144,12 @@ def random_operands(kernel: LinearKernel, seed: int = 0) -> Operands:
 
 def corner_operands(kernel: LinearKernel) -> dict[str, Operands]:
     """All activations and all weights at the ends of their ranges, a row of zeros, and alternating signs."""
-    base, top = random_operands(kernel), (1 << kernel.bits) - 1
+    base, top, limit = random_operands(kernel), (1 << kernel.bits) - 1, LIMIT[kernel.activation_bits]
     corners = {}
-    for x in (-127, 127):
+    for x in (-limit, limit):
         for q in (0, top):
             corners[f"x={x} q={q}"] = (np.full_like(base.x, x), np.full_like(base.q, q))
-    alternating = np.where(np.arange(kernel.channels) % 2, 127, -127).astype("int8")
+    alternating = np.where(np.arange(kernel.channels) % 2, limit, -limit).astype("int8")
     corners["alternating"] = (np.broadcast_to(alternating, base.x.shape), np.full_like(base.q, top))
     zero_row = base.x.copy()
     zero_row[0] = 0

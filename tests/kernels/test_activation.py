@@ -25,7 +25,7 @@ def run(kernel: QuantizeKernel, inputs, layout=LAYOUT, function=None):
     outputs = [tvm.runtime.tensor(np.full(s, 99, d)) for s, d in kernel.output_shapes(layout)]
     function(*(tvm.runtime.tensor(np.ascontiguousarray(x)) for x in inputs), *outputs)
     codes, scales, sums = (output.numpy() for output in outputs)
-    return codes.transpose(1, 0, 2, 3, 4).reshape(kernel.rows, -1), scales, sums
+    return codes.transpose(1, 0, 2, 3, 4).reshape(len(scales), -1), scales, sums
 
 
 def contract(y: np.ndarray, kernel: QuantizeKernel):
@@ -33,13 +33,13 @@ def contract(y: np.ndarray, kernel: QuantizeKernel):
     padded = np.zeros((kernel.rows, kernel.groups * kernel.group_size), "float32")
     padded[:, : kernel.channels] = y
     if kernel.mode == "static":
-        q = np.clip(np.rint(padded * (np.float32(1) / STATIC[0])) + STATIC[1], -127, 127)
+        q = np.clip(np.rint(padded * (np.float32(1) / STATIC[0])) + STATIC[1], -kernel.limit, kernel.limit)
         q[:, kernel.channels :] = 0
         return q, np.full((kernel.rows, 1), STATIC[0])
     groups = padded.reshape(kernel.rows, kernel.scales, -1)
     largest = abs(groups).max(-1, keepdims=True)
     tiny = 127 * np.finfo("float32").tiny  # below it 1/s would not be finite
-    scales = np.where(largest < tiny, np.float32(1), largest / np.float32(127))
+    scales = np.where(largest < tiny, np.float32(1), largest / np.float32(kernel.limit))
     q = np.rint(groups * (np.float32(1) / scales))
     return q.reshape(kernel.rows, -1), scales[..., 0]
 
@@ -62,6 +62,40 @@ def made_by(source: str, inputs, kernel) -> np.ndarray:
         gate, up = np.split(x, 2, axis=1)
         return gate / (1 + np.exp(-gate)) * up
     return x
+
+
+def test_a_second_term_has_the_codes_of_what_the_first_left():
+    one, two = (QuantizeKernel("plain", 3, 150, 64, "per-token-group", terms=terms) for terms in (1, 2))
+    x = np.random.default_rng(2).standard_normal((3, 150)).astype("float32") * 3
+    x[1] = 0
+    codes, scales, sums = run(two, [x])
+    expected = contract(x, one)
+    padded = np.pad(x, ((0, 0), (0, 42))).reshape(3, 3, 64)
+    rest = padded - expected[1][..., None] * expected[0].reshape(3, 3, 64).astype("float32")
+    second = contract(rest.reshape(3, -1)[:, :150], one)
+    np.testing.assert_array_equal(codes, np.concatenate([expected[0], second[0]]))
+    np.testing.assert_allclose(scales, np.concatenate([expected[1], second[1]]), rtol=1e-6)
+    np.testing.assert_array_equal(sums, codes.reshape(6, 3, 64).sum(-1))
+    both = (scales[..., None] * codes.reshape(6, 3, 64)).reshape(2, 3, -1).sum(0)[:, :150]
+    assert abs(both - x).max() <= abs(x).max() / 127 / 2 / 127
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("source", ["plain", "silu_mul", "layer_norm"])
+def test_refined_values_and_codes_of_4_bits(source, mode):
+    kernel = QuantizeKernel(source, 3, 150, 64, mode, 1e-5, refined=True, bits=4)
+    rng = np.random.default_rng(1)
+    inputs = [rng.standard_normal(shape).astype("float32") * 3 for shape in kernel.input_shapes()]
+    powers = np.repeat(np.exp2([0, -3, -1]), 64)[:150].astype("float32")
+    inputs[-2 if mode == "static" else -1] = powers
+    if mode == "static":
+        inputs[-1] = STATIC
+    codes, scales, sums = run(kernel, inputs)
+    expected, expected_scales = contract((made_by(source, inputs, kernel) * powers).astype("float32"), kernel)
+    np.testing.assert_allclose(scales, expected_scales, rtol=2e-6)
+    assert abs(codes).max() == 7
+    assert np.mean(codes != expected) < 0.01 and abs(codes - expected).max() <= 1
+    np.testing.assert_array_equal(sums, codes.reshape(3, kernel.groups, -1).sum(-1))
 
 
 @pytest.mark.parametrize("rows,channels,group", [(1, 576, 32), (5, 150, 64), (3, 100, 128)])

@@ -1,6 +1,8 @@
 """Matrix products: reference, plain TIR and every tensorized kernel agree, integers bit for bit."""
 
 import re
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +22,14 @@ FORMS = [
     LinearKernel(1, 70, 130, 4, 64, False, None, False),
     LinearKernel(1, 97, 100, 8, 32, True, None, False),
     LinearKernel(8, 97, 100, 8, 32, True, None, False),
+    LinearKernel(1, 97, 100, 8, 32, True, None, False, terms=2),
+    LinearKernel(3, 65, 100, 8, 32, True, None, True, terms=2),
 ]
+
+
+def assembly_of(kernel: LinearKernel, isa) -> str:
+    library = tvm.compile(tvm.IRModule({kernel.name: linear.build(kernel, isa)}), target=target_of(isa.name))
+    return library.mod.inspect_source("asm")
 
 
 def native(isa: str):
@@ -35,7 +44,7 @@ def native(isa: str):
 def test_exact_in_integers(isa, kernel, form):
     isa = native(isa)
     plain = form == "plain"
-    func = linear.define(kernel, isa.layout(kernel.bits)) if plain else linear.build(kernel, isa)
+    func = linear.define(kernel, isa) if plain else linear.build(kernel, isa)
     function = compiled(func, isa.name)
     for name, operands in {"random": random_operands(kernel, 1), **corner_operands(kernel)}.items():
         operands = operands.integer_form()
@@ -69,21 +78,51 @@ def test_each_group_has_its_own_sum():
 def test_instruction_is_in_the_code(isa, rows, bits):
     isa = INSTRUCTION_SETS[isa]
     kernel = LinearKernel(rows, 64, 128, bits, 32, True, None, False)
-    func = linear.build(kernel, isa)
-    library = tvm.compile(tvm.IRModule({kernel.name: func}), target=target_of(isa.name))
-    assembly = library.mod.inspect_source("asm")
-    instruction = isa.multiply(bits).instruction
+    assembly = assembly_of(kernel, isa)
+    instruction = isa.multiply(bits, 8, kernel.packed).instruction
     assert re.search(rf"\b{instruction}\b", assembly)
-    if isa.name == "neon":
+    if "neon" in isa.name:
+        # Upper halves of vectors are multiplied where they are, without an instruction to fetch them.
+        assert re.search(rf"\b{instruction}2\b", assembly)
         assert not re.search(r"\b[su]dot\b", assembly)
+
+
+@pytest.mark.parametrize(
+    "isa,rows,counts",
+    [
+        # A loop's round has 4 vectors of 8 columns, 4 channels and the rows; `smlal` has its 8 rounds unrolled.
+        ("neon", 2, {"mul": 8, "mla": 8, "sadalp": 8, "smlal": 0, "smlal2": 0}),
+        ("neon", 1, {"smull": 4, "smull2": 4, "smlal": 60, "smlal2": 60, "mla": 0}),
+        ("neon-paper", 2, {"mul": 32, "orr": 32, "smlal": 0, "mla": 0}),
+        ("neon-paper", 1, {"mul": 16, "orr": 16, "smlal": 0, "mla": 0}),
+    ],
+)
+def test_multiplies_of_4bit_activations(isa, rows, counts):
+    """16 products in a `mul` or `mla` of byte lanes, 8 in one of Algorithm 1."""
+    kernel = LinearKernel(rows, 64, 512, 4, 32, True, None, False, activation_bits=4)
+    assembly = assembly_of(kernel, INSTRUCTION_SETS[isa])
+    found = Counter(re.findall(r"^\t(\w+)\tv\d+\.", assembly, re.MULTILINE))
+    assert {name: found[name] for name in counts} == counts
+    if isa == "neon-paper":
+        # LLVM clears the bytes of 0x00FF00FF's complement (`bic`) where that is shorter.
+        assert found["and"] + found["bic"] >= found["orr"] <= found["shl"]
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("isa", [name for name in INSTRUCTION_SETS if "neon" not in name])
+def test_4bit_activations_take_the_same_kernel_where_there_is_none_better(isa, rows):
+    isa, kernel = INSTRUCTION_SETS[isa], LinearKernel(rows, 100, 150, 4, 32, True, None, False)
+    narrow = replace(kernel, activation_bits=4)
+    assert narrow.name == kernel.name.replace("w4a8", "w4a4")
+    func = linear.build(narrow, isa).with_attr("global_symbol", kernel.name)
+    tvm.ir.assert_structural_equal(func, linear.build(kernel, isa))
 
 
 def test_accumulators_stay_in_registers():
     """The inner block of prefill stores nothing: its loads and multiplies stand without a spill between."""
     isa = INSTRUCTION_SETS["avx512vnni"]
     kernel = LinearKernel(8, 64, 512, 4, 128, True, None, False)
-    library = tvm.compile(tvm.IRModule({kernel.name: linear.build(kernel, isa)}), target=target_of("avx512vnni"))
-    lines = library.mod.inspect_source("asm").splitlines()
+    lines = assembly_of(kernel, isa).splitlines()
     multiplies = [i for i, line in enumerate(lines) if "vpdpbusd" in line]
     between = [line for line in lines[multiplies[0] : multiplies[-1]] if re.search(r"vmov\w+\s+%zmm\d+, .*\(", line)]
     assert len(multiplies) == isa.rows * 4 * 8

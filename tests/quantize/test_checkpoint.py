@@ -94,6 +94,9 @@ def replace(name, make):
         (replace(f"{Q}.act_scale", np.negative), "out of range"),
         (replace(f"{Q}.act_zero", lambda a: a + 300), "out of range"),
         (replace(f"{K}.act_scale", lambda a: a * 2), "disagree on their shared input"),
+        (replace(f"{K}.alpha", lambda a: 2 - a), "disagree on their shared input"),
+        (replace(f"{Q}.alpha", lambda a: a + 3), r"outside 0\.\.2"),
+        (replace(f"{Q}.alpha", lambda a: a - 3), r"outside 0\.\.2"),
     ],
 )
 def test_changed_tensors_are_refused(static, change, words):
@@ -129,6 +132,12 @@ def test_checkpoints_from_before_there_was_a_choice_have_float_attention(static)
         ("method", "awq", "method 'awq'"),
         ("activation", "int4", "activation 'int4'"),
         ("activation", "per-token", "unexpected tensor"),
+        ("max_refine", 9, "max_refine 9"),
+        ("max_refine", 1.0, r"max_refine 1\.0"),
+        ("max_refine", 0, "unexpected tensor"),
+        ("four_bit", "o", "four_bit must be a list"),
+        ("four_bit", [3], "four_bit must be names"),
+        ("four_bit", ["head"], "no linear 'head'"),
         ("attention", "int4", "attention 'int4'"),
         ("attention", None, "attention None"),
         ("attention", "log2", r"v_proj.value_scale"),

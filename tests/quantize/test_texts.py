@@ -12,7 +12,7 @@ from tests.tiny import tiny_tokenizer
 @pytest.mark.parametrize(
     ("name", "beginning", "sha256"),
     [
-        ("calibration", "EMMA", "a5898e850033e4cc8ce4125da955847a8a3acc5ebb04396396f6001250d4cce6"),
+        ("calibration", "The Common Swift", "162be40cae43d98f563b576529c2e79c41ae71772a1c52cb4c0f8acf6e7bf720"),
         ("persuasion", "Persuasion", "44caa03edc730b879e3ae57cbfdd48ffcf3343c61b69ce315d6258bd6726248e"),
         ("jargon", "Chapter\xa01.", "af91b7fb81ea37f6aa259b2b43fa2ab1db6982694a4f55a29826e49cd18e7a0c"),
     ],

@@ -27,14 +27,29 @@ class Multiply:
         Type of the running totals inside a k-block, where it is not ``int32`` x `lanes`: ``"int16"`` if the
         products of 32 channels fit.
     fold : callable or None
-        Turns the int16 totals of a k-block into ``int32x{lanes}``; needed with ``total="int16"``.
+        Turns the totals of a k-block into ``int32x{lanes}``; needed where they are not that already.
+    halves : int
+        2 if `accumulate` takes both halves of a step at once: its weights and activations are then pairs.
+    center : int
+        What `accumulate` wants subtracted from 4-bit codes 0..15 when they are unpacked: with 8 it gets int8 -8..7.
+        The sums of the activations make up for it outside, where the product's definition has them anyway.
+    offset : int
+        What `accumulate` wants added to activations, to have them unsigned. `fold` then takes a second operand,
+        the sums of the weights, ``uint8x{lanes * depth}``, and subtracts `offset` times them.
+    unroll : bool
+        Whether the steps of a k-block are unrolled. LLVM moves many small instructions of an unrolled block apart
+        until it runs out of registers; a loop keeps them together.
     """
 
     instruction: str
     accumulate: Callable[[Any, Any, Any], Any]
     total: str = "int32"
     total_lanes: int = 0
-    fold: Callable[[Any], Any] | None = None
+    fold: Callable[..., Any] | None = None
+    halves: int = 1
+    center: int = 0
+    offset: int = 0
+    unroll: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,10 @@ class InstructionSet:
     rows : int
         Rows of the register tile in prefill.
     multiply_4bit, multiply_8bit : Multiply or None
-        None leaves the loops to LLVM.
+        For weights of 4 and 8 bits and activations -127..127. None leaves the loops to LLVM.
+    multiply_4x4 : Multiply or None
+        For 4-bit weights and activations -7..7. Where it is None they take `multiply_4bit`, whose range holds them;
+        so do packed codes if it has a `center`, which would have to be subtracted whenever they are read.
     """
 
     name: str
@@ -59,41 +77,47 @@ class InstructionSet:
     rows: int
     multiply_4bit: Multiply | None = None
     multiply_8bit: Multiply | None = None
+    multiply_4x4: Multiply | None = None
 
     def layout(self, bits: int) -> Layout:
         """Return the packed layout for 4 or 8 bits."""
         return self.layout_4bit if bits == 4 else self.layout_8bit
 
-    def multiply(self, bits: int) -> Multiply | None:
-        """Return the multiply for weights of 4 or 8 bits."""
-        return self.multiply_4bit if bits == 4 else self.multiply_8bit
+    def multiply(self, bits: int, activation_bits: int, packed: bool) -> Multiply | None:
+        """Return the multiply for weights and activations of 4 or 8 bits, weights two to a byte or unpacked."""
+        if bits == 8:
+            return self.multiply_8bit
+        narrow = self.multiply_4x4 if activation_bits == 4 else None
+        return self.multiply_4bit if narrow is None or (packed and narrow.center) else narrow
 
 
-def stored_dtype(layout: Layout) -> str:
-    """Type of one stored code when it has a byte of its own."""
-    return "int8" if layout.zero else "uint8"
+def stored_dtype(layout: Layout, center: int = 0) -> str:
+    """Type of one stored code, less `center`, when it has a byte of its own."""
+    return "int8" if layout.zero or center else "uint8"
 
 
-def nibble(byte, half, layout: Layout):
+def nibble(byte, half, layout: Layout, center: int = 0):
     """Extract a 4-bit code from a byte: half 0 is the low nibble, 1 the high one.
 
-    Unsigned layouts give 0..15 as uint8, signed ones -8..7 as int8.
+    Unsigned layouts give 0..15 as uint8 or, less a `center`, as int8; signed ones give -8..7 as int8.
     """
     shift = T.Cast("uint8", half * 4)
     if layout.zero == 0:
-        return T.bitwise_and(T.shift_right(byte, shift), T.uint8(15))
+        code = T.bitwise_and(T.shift_right(byte, shift), T.uint8(15))
+        return T.Cast("int8", code) - T.int8(center) if center else code
     return T.shift_right(T.Cast("int8", T.shift_left(byte, T.uint8(4) - shift)), T.int8(4))
 
 
-def _signature(rows: int, layout: Layout, packed: bool):
+def _signature(rows: int, layout: Layout, packed: bool, center: int):
     """Declare the operands of a tile: R rows by one tile of columns by one k-block.
 
-    Buffers: x int8 [R, S, 2, D]; w [S, V, L, D] nibbles or [S, 2, V, L, D] bytes; c int32 [R, V, L].
+    Buffers: x int8 [R, S, 2, D]; w [S, V, L, D] nibbles, or [S, 2, V, L, D] bytes (signed where a center was
+    subtracted); c int32 [R, V, L].
     Without the dimension of rows for R = 1: TVM drops loops of one round before it compares.
     """
     S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
     lead = () if rows == 1 else (rows,)
-    w_shape, w_dtype = ((S, V, L, D), "uint8") if packed else ((S, 2, V, L, D), stored_dtype(layout))
+    w_shape, w_dtype = ((S, V, L, D), "uint8") if packed else ((S, 2, V, L, D), stored_dtype(layout, center))
     handles = [T.arg(name, T.handle()) for name in "xwc"]
     x = T.match_buffer(handles[0], (*lead, S, 2, D), "int8", offset_factor=1)
     w = T.match_buffer(handles[1], w_shape, w_dtype, offset_factor=1)
@@ -105,14 +129,14 @@ def _all(buffer):
     return buffer[tuple(slice(0, extent) for extent in buffer.shape)]
 
 
-def dot_desc(rows: int, layout: Layout, packed: bool):
-    """Specify the product of a tile as plain loops."""
+def dot_desc(rows: int, layout: Layout, packed: bool, center: int = 0):
+    """Specify the product of a tile as plain loops; `center` was subtracted from unpacked codes."""
     S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
     lead, kinds = ((), "SSRRR") if rows == 1 else ((rows,), "SSSRRR")
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("desc")
-            x, w, c = _signature(rows, layout, packed)
+            x, w, c = _signature(rows, layout, packed, center)
             with T.sblock("root"):
                 T.reads(_all(c), _all(x), _all(w))
                 T.writes(_all(c))
@@ -124,17 +148,19 @@ def dot_desc(rows: int, layout: Layout, packed: bool):
     return builder.get()
 
 
-def broadcast_activations(codes, layout: Layout):
-    """Repeat `depth` codes in every lane of a vector."""
+def broadcast_activations(codes, layout: Layout, offset: int = 0):
+    """Repeat `depth` codes, plus `offset`, in every lane of a vector."""
     if layout.depth == 1:
-        return T.broadcast(codes, layout.lanes)
-    word = {2: "int16", 4: "int32"}[layout.depth]
-    repeated = T.broadcast(tirx.reinterpret(word, codes), layout.lanes)
-    return tirx.reinterpret(f"int8x{layout.lanes * layout.depth}", repeated)
+        repeated = T.broadcast(codes, layout.lanes)
+    else:
+        word = {2: "int16", 4: "int32"}[layout.depth]
+        words = T.broadcast(tirx.reinterpret(word, codes), layout.lanes)
+        repeated = tirx.reinterpret(f"int8x{layout.lanes * layout.depth}", words)
+    return repeated + T.broadcast(T.int8(offset), layout.lanes * layout.depth) if offset else repeated
 
 
 def vector_nibbles(packed, half: int, layout: Layout):
-    """Extract one nibble of each byte of a vector, as `nibble` does."""
+    """Extract one nibble of each byte of a vector, as `nibble` does without a center."""
     lanes = layout.lanes * layout.depth
     if layout.zero == 0:
         shifted = T.shift_right(packed, T.broadcast(T.uint8(4), lanes)) if half else packed
@@ -150,7 +176,7 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool):
     """
     S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
     lanes = multiply.total_lanes if multiply.fold else L
-    total_type = f"{multiply.total}x{lanes}"
+    total_type, byte_lanes = f"{multiply.total}x{lanes}", slice(0, L * D)
 
     def at(r, *rest):
         return list(rest) if rows == 1 else [r, *rest]
@@ -162,21 +188,51 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool):
 
     def activations(x, r, s, h):
         codes = x.vload(at(r, s, h, 0), f"int8x{D}" if D > 1 else "int8")
-        return broadcast_activations(codes, layout)
+        return broadcast_activations(codes, layout, multiply.offset)
 
     tile = list(itertools.product(range(rows), range(V)))
 
     def multiply_tile(x, w, totals, index):
-        for s, h, (r, v) in itertools.product(range(S), range(2), tile):
-            value = multiply.accumulate(
-                totals.vload([*index(r, v), 0], total_type), weights(w, s, h, v), activations(x, r, s, h)
-            )
+        if multiply.unroll:
+            for s in range(S):
+                multiply_step(x, w, totals, index, s)
+        else:
+            with T.serial(S) as s:
+                multiply_step(x, w, totals, index, s)
+
+    def multiply_step(x, w, totals, index, s):
+        for first, (r, v) in itertools.product(range(0, 2, multiply.halves), tile):
+            halves = range(first, first + multiply.halves)
+            operands = [weights(w, s, h, v) for h in halves], [activations(x, r, s, h) for h in halves]
+            if multiply.halves == 1:
+                operands = [vectors[0] for vectors in operands]
+            value = multiply.accumulate(totals.vload([*index(r, v), 0], total_type), *operands)
             T.buffer_store(totals, value, [*index(r, v), slice(0, lanes)])
+
+    def sum_weights(w, sums):
+        for v in range(V):
+            total = sum((weights(w, s, h, v) for s in range(S) for h in range(2)), T.broadcast(T.uint8(0), L * D))
+            T.buffer_store(sums, total, [v, byte_lanes])
+
+    def narrow(x, w, c):
+        totals = T.sblock_alloc_buffer((rows, V, lanes), multiply.total)
+        sums = T.sblock_alloc_buffer((V, L * D), "uint8") if multiply.offset else None
+        zero = T.broadcast(tirx.const(0, multiply.total), lanes)
+        for r, v in tile:
+            T.buffer_store(totals, zero, [r, v, slice(0, lanes)])
+        multiply_tile(x, w, totals, lambda r, v: [r, v])
+        if multiply.offset:
+            sum_weights(w, sums)
+        for r, v in tile:
+            operands = [totals.vload([r, v, 0], total_type)]
+            operands += [sums.vload([v, 0], f"uint8x{L * D}")] if multiply.offset else []
+            value = c.vload(at(r, v, 0), f"int32x{L}") + multiply.fold(*operands)
+            T.buffer_store(c, value, at(r, v, slice(0, L)))
 
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("impl")
-            x, w, c = _signature(rows, layout, packed)
+            x, w, c = _signature(rows, layout, packed, multiply.center)
             with T.sblock("root"):
                 T.reads(_all(c), _all(x), _all(w))
                 T.writes(_all(c))
@@ -187,19 +243,11 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool):
                     with T.sblock("narrow"):
                         T.reads(_all(c), _all(x), _all(w))
                         T.writes(_all(c))
-                        totals = T.sblock_alloc_buffer((rows, V, lanes), multiply.total)
-                        zero = T.broadcast(tirx.const(0, multiply.total), lanes)
-                        for r, v in tile:
-                            T.buffer_store(totals, zero, [r, v, slice(0, lanes)])
-                        multiply_tile(x, w, totals, lambda r, v: [r, v])
-                        for r, v in tile:
-                            value = multiply.fold(totals.vload([r, v, 0], total_type))
-                            value = c.vload(at(r, v, 0), f"int32x{L}") + value
-                            T.buffer_store(c, value, at(r, v, slice(0, L)))
+                        narrow(x, w, c)
     return builder.get()
 
 
-def intrinsic(isa: InstructionSet, bits: int, packed: bool, rows: int) -> str | None:
+def intrinsic(isa: InstructionSet, bits: int, packed: bool, rows: int, activation_bits: int = 8) -> str | None:
     """Register an intrinsic if need be and return its name, or None where LLVM has the loops.
 
     Parameters
@@ -210,11 +258,15 @@ def intrinsic(isa: InstructionSet, bits: int, packed: bool, rows: int) -> str | 
         Whether two 4-bit codes share a byte; unpacked codes have one each.
     rows : int
         R, the rows of its tile.
+    activation_bits : int
+        8 or 4. Where the instruction set has no multiply of its own for 4, the intrinsic is the one for 8.
     """
-    multiply, layout = isa.multiply(bits), isa.layout(bits)
+    multiply, layout = isa.multiply(bits, activation_bits, packed), isa.layout(bits)
     if multiply is None:
         return None
-    name = f"agq.dot.{isa.name}.{layout.name}.{'packed' if packed else 'bytes'}.m{rows}"
+    activations = ".a4" if multiply is isa.multiply_4x4 else ""
+    name = f"agq.dot.{isa.name}.{layout.name}{activations}.{'packed' if packed else 'bytes'}.m{rows}"
     if TensorIntrin.get(name, allow_missing=True) is None:
-        TensorIntrin.register(name, dot_desc(rows, layout, packed), dot_impl(rows, layout, multiply, packed))
+        desc = dot_desc(rows, layout, packed, multiply.center)
+        TensorIntrin.register(name, desc, dot_impl(rows, layout, multiply, packed))
     return name
