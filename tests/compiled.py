@@ -14,10 +14,18 @@ from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.passes import pipeline
 from agq_tvm.quantize.checkpoint import Checkpoint
 from agq_tvm.quantize.codebooks import CODE_BOOKS
+from agq_tvm.runtime.bundle import CACHES
 from tests.kernels.operands import target_of
 
 ROWS = min(PREFILL_BUCKETS)
-FUNCTIONS = [("decode", 1, True), (f"prefill_{ROWS}", ROWS, False), (f"prefill_{ROWS}_all", ROWS, True)]
+
+
+def functions(rows: int) -> list[tuple[str, int, bool]]:
+    """List the functions of `function_names` for decoding and one bucket."""
+    return [("decode", 1, True), (f"prefill_{rows}", rows, False), (f"prefill_{rows}_all", rows, True)]
+
+
+FUNCTIONS = functions(ROWS)
 
 
 class CompiledModel:
@@ -31,20 +39,23 @@ class CompiledModel:
     context : int
     monkeypatch : pytest.MonkeyPatch
         To leave out most functions.
+    rows : int
+        The only bucket.
     """
 
-    def __init__(self, checkpoint: Checkpoint, isa: str, context: int, monkeypatch):
-        monkeypatch.setattr(relax_decoder, "function_names", lambda: FUNCTIONS)
-        offsets, book = offsets_dtype(checkpoint), CODE_BOOKS.get(checkpoint.scheme.attention)
-        module = relax_decoder.build_decoder(checkpoint.config, context, 16, book)
-        format = linear_format(checkpoint.scheme, offsets)
+    def __init__(self, checkpoint: Checkpoint, isa: str, context: int, monkeypatch, rows: int = ROWS):
+        monkeypatch.setattr(relax_decoder, "function_names", lambda: functions(rows))
+        offsets, scheme = offsets_dtype(checkpoint), checkpoint.scheme
+        book = CODE_BOOKS.get(scheme.attention)
+        module = relax_decoder.build_decoder(checkpoint.config, context, 16, scheme.pruning, book)
+        format = linear_format(scheme, offsets)
         target, kernels = target_of(isa), instruction_set(isa)
         self.lowered, tensors = pipeline.run(module, target, format, kernels)
         executable = relax.build(self.lowered, target, relax_pipeline=None)
         self.library = executable.jit()
         self._machine = relax.VirtualMachine(self.library, tvm.cpu())
         packer = Packer(checkpoint, kernels, context, offsets)
-        self.caches = [tensor for tensor in tensors if tensor[0].endswith((".keys", ".values"))]
+        self.caches = [tensor for tensor in tensors if tensor[0].endswith(CACHES)]
         arrays = [np.zeros(shape, dtype) for _, shape, dtype in self.caches]
         arrays += [packer.array(name) for name, _, _ in tensors[len(self.caches) :]]
         for (name, shape, dtype), array in zip(tensors, arrays, strict=True):
@@ -53,7 +64,9 @@ class CompiledModel:
         self._tensors = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays]
         self._packed = tvm.runtime.convert(self._tensors)
         model = {"vocab_size": checkpoint.config.vocab_size}
-        self.manifest = {"context": context, "buckets": [ROWS], "model": model, "device": {"instruction_set": isa}}
+        self.manifest = {"context": context, "buckets": [rows], "model": model, "device": {"instruction_set": isa}}
+        if scheme.pruning:
+            self.manifest["pruning"] = {"layers": list(scheme.pruning.layers), "beta": scheme.pruning.beta}
 
     def run(self, function: str, tokens: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """See `agq_tvm.runtime.engine.Session.run`."""

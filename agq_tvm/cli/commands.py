@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from agq_tvm.errors import AgqError
 from agq_tvm.tables import as_table, megabytes
 
 
@@ -39,6 +40,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 8,16,24") from None
 
 
 def _print(args, value: dict, rows: list[tuple[str, str]]) -> None:
@@ -83,6 +91,7 @@ def _quantize(subparsers) -> None:
             max_refine=args.max_refine,
             four_bit=tuple(filter(None, args.four_bit.split(","))),
             calibration=Calibration(args.calibration),
+            pruning=_pruning(args),
             attention=args.attention,
         )
         rows = [
@@ -94,6 +103,7 @@ def _quantize(subparsers) -> None:
             ),
             ("activations", _activations(result)),
             ("attention", result["attention"]),
+            ("pruning", _pruning_text(result["pruning"])),
             ("weight error", f"{result['relative_weight_error']:.4f}"),
             ("size", megabytes(result["bytes"])),
             ("time", f"{result['seconds']:.1f} s"),
@@ -139,7 +149,29 @@ def _quantize(subparsers) -> None:
     parser.add_argument(
         "--calibration", default="calibration", metavar="TEXT", help="a text file (default: a shipped one)"
     )
+    parser.add_argument(
+        "--prune-layers",
+        type=_numbers,
+        metavar="L,L,…",
+        help="layers, counted from 1, after whose attention tokens of the prompt are dropped",
+    )
+    parser.add_argument("--prune-beta", type=float, metavar="SHARE", help="share of the tokens that is gone at the end")
     _json_option(parser)
+
+
+def _pruning(args):
+    """Return the schedule that the options of pruning ask for, which need each other; None without them."""
+    from agq_tvm.quantize.pruning import PruningSchedule
+
+    if (args.prune_layers is None) != (args.prune_beta is None):
+        raise AgqError("pruning takes both --prune-layers and --prune-beta: give the other one, too")
+    return None if args.prune_layers is None else PruningSchedule(args.prune_layers, args.prune_beta)
+
+
+def _pruning_text(pruning: dict | None) -> str:
+    if pruning is None:
+        return "none"
+    return f"{pruning['beta']:.0%} of a prompt's tokens, in layers {', '.join(map(str, pruning['layers']))}"
 
 
 def _activations(result: dict) -> str:
@@ -201,11 +233,11 @@ def _eval(subparsers) -> None:
     def run(args) -> None:
         from agq_tvm.flow.evaluate_bundle import evaluate
 
-        result = evaluate(args.model, args.data, args.window, args.max_tokens)
+        result = evaluate(args.model, args.data, args.window, args.max_tokens, args.protocol)
         rows = [
             ("perplexity", f"{result['perplexity']:.4f}"),
             ("nll", f"{result['nll']:.5f} ± {result['nll_stderr']:.5f} per token"),
-            ("tokens", f"{result['tokens']} scored, windows of {result['window']}"),
+            ("tokens", f"{result['tokens']} scored, windows of {result['window']}, protocol {result['protocol']}"),
             ("text", f"{args.data} (sha256 {result['text_sha256'][:12]})"),
         ]
         _print(args, result, rows)
@@ -215,6 +247,12 @@ def _eval(subparsers) -> None:
     parser.add_argument("--data", required=True, metavar="FILE", help="a text, or: calibration, persuasion, jargon")
     parser.add_argument("--window", type=_positive, default=512, metavar="N", help="default: %(default)s tokens")
     parser.add_argument("--max-tokens", type=_positive, metavar="N", help="only the beginning of the text")
+    parser.add_argument(
+        "--protocol",
+        choices=("suffix", "paper-protocol"),
+        help="what is scored: the last quarter of each window, before which tokens may be pruned (the default for "
+        "models that prune; others score every token), or only what follows survivors of pruning",
+    )
     _json_option(parser)
 
 

@@ -93,7 +93,7 @@ def _build(
     )
     tensors = build_library(request)
     shutil.rmtree(scratch)
-    caches = [tensor for tensor in tensors if tensor[0].endswith((".keys", ".values"))]
+    caches = [tensor for tensor in tensors if tensor[0].endswith(bundles.CACHES)]
     constants = progress(tensors[len(caches) :], "packing", unit="tensor")
     packer = Packer(checkpoint, isa, context, offsets)
     parameters = bundles.write_parameters(directory / bundles.PARAMETERS, constants, packer.array)
@@ -138,6 +138,7 @@ def _manifest(checkpoint: Checkpoint, device: Device, context: int) -> dict:
             "activation": scheme.activation,
             "attention": scheme.attention,
         },
+        "pruning": asdict(scheme.pruning) if scheme.pruning else None,
         "context": context,
         "buckets": list(PREFILL_BUCKETS),
     }

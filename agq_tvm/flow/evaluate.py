@@ -2,16 +2,22 @@
 
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json
+from agq_tvm.models.decoder import PREFILL_BUCKETS
+from agq_tvm.progress import say
 from agq_tvm.quantize.calibration import encode_text
 from agq_tvm.quantize.checkpoint import quantization_config, read_checkpoint
 from agq_tvm.quantize.source import Source, open_source
 from agq_tvm.quantize.texts import load_text
-from agq_tvm.runtime.perplexity import Score, score
+from agq_tvm.runtime.engine import chunks
+from agq_tvm.runtime.perplexity import PROTOCOLS, Score, score, score_suffix, score_survivors
 
 if TYPE_CHECKING:
     from agq_tvm.quantize.reference import ReferenceModel
@@ -23,6 +29,7 @@ def evaluate_reference(
     window: int = 512,
     max_tokens: int | None = None,
     activation: str | None = None,
+    protocol: str | None = None,
 ) -> Score:
     """Score a text with the torch reference.
 
@@ -39,11 +46,14 @@ def evaluate_reference(
     activation : str, optional
         For a checkpoint: instead of its own way to quantize activations, see
         `ReferenceModel.from_checkpoint`.
+    protocol : str, optional
+        See `agq_tvm.runtime.perplexity`; ``"suffix"`` by default for a model that prunes, and else ``"all"``. For
+        ``"suffix"`` a prompt is pruned in the chunks of a compiled model, for ``"paper-protocol"`` as a whole.
 
     Raises
     ------
     AgqError
-        If the model or the text cannot be read, or they do not fit each other.
+        If the model or the text cannot be read, or they or the protocol do not fit each other.
     """
     text, _ = load_text(data)
     with tempfile.TemporaryDirectory() as scratch:
@@ -51,7 +61,46 @@ def evaluate_reference(
         tokens = encode_text(tokenizer, text)
     if window > reference.config.context_length:
         raise AgqError(f"a window of {window} is more than the model's {reference.config.context_length} tokens")
-    return score(reference.logits, tokens[:max_tokens], window)
+    tokens, protocol = tokens[:max_tokens], choose_protocol(protocol, reference.pruning is not None)
+    if protocol == "all":
+        return score(reference.logits, tokens, window)
+    if protocol == "suffix":
+        return score_suffix(partial(_suffix_logits, reference), tokens, window)
+    say("paper-protocol scores only what follows tokens that were not pruned: it does not compare with other scores")
+    return score_survivors(partial(_survivors, reference), tokens, window)
+
+
+def choose_protocol(protocol: str | None, prunes: bool) -> str:
+    """Return the protocol for a model that prunes or does not.
+
+    Raises
+    ------
+    AgqError
+        If they do not fit each other.
+    """
+    protocol = protocol or ("suffix" if prunes else "all")
+    if protocol not in PROTOCOLS:
+        raise AgqError(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+    if prunes and protocol == "all":
+        raise AgqError("a model that prunes has no logits for all tokens: choose the protocol suffix")
+    if protocol == "paper-protocol" and not prunes:
+        raise AgqError("paper-protocol is for models that prune, this one does not: choose the protocol suffix")
+    return protocol
+
+
+def _suffix_logits(reference: "ReferenceModel", prefix: list[int], suffix: list[int]) -> np.ndarray:
+    tokens = prefix + suffix
+    if reference.pruning is None:
+        logits = reference.logits(tokens)
+    else:
+        cut = [valid for _, valid in chunks(len(prefix), PREFILL_BUCKETS)]
+        logits = reference.prune(tokens, cut).logits
+    return logits[-1 - len(suffix) : -1]
+
+
+def _survivors(reference: "ReferenceModel", tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    left = reference.prune(tokens, [len(tokens)])
+    return left.logits, left.kept[-1]
 
 
 def open_reference(

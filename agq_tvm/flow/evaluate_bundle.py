@@ -1,14 +1,17 @@
 """Perplexity of a compiled bundle, prefilled in chunks as it would be in use."""
 
 import os
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from agq_tvm.errors import AgqError
-from agq_tvm.flow.evaluate import evaluate_reference
+from agq_tvm.flow.evaluate import choose_protocol, evaluate_reference
 from agq_tvm.quantize.texts import load_text
 from agq_tvm.runtime.bundle import MANIFEST, Bundle
 from agq_tvm.runtime.engine import Engine, LocalSession
-from agq_tvm.runtime.perplexity import Score, score
+from agq_tvm.runtime.perplexity import Score, score, score_suffix
 from agq_tvm.runtime.text import load_tokenizer
 
 
@@ -23,6 +26,7 @@ def evaluate_bundle(
     window: int = 512,
     max_tokens: int | None = None,
     threads: int | None = None,
+    protocol: str | None = None,
 ) -> Score:
     """Score a text with a bundle on this machine.
 
@@ -37,6 +41,8 @@ def evaluate_bundle(
         Use only so many tokens from the beginning of the text.
     threads : int, optional
         Those of the device by default.
+    protocol : str, optional
+        See `agq_tvm.flow.evaluate.evaluate_reference`; bundles have no ``"paper-protocol"``.
 
     Raises
     ------
@@ -49,24 +55,42 @@ def evaluate_bundle(
     if window > engine.context:
         raise AgqError(f"a window of {window} does not fit the bundle's context of {engine.context}")
 
-    def logits_of(tokens: list[int]):
-        engine.reset()
-        return engine.prefill(tokens, all_logits=True)
+    protocol = choose_protocol(protocol, engine.pruning is not None)
+    if protocol == "paper-protocol":
+        raise AgqError(f"{bundle} is a bundle, paper-protocol is for checkpoints: choose the protocol suffix")
+    tokens = load_tokenizer(loaded.path).encode(text, add_special_tokens=False).ids[:max_tokens]
+    if protocol == "all":
+        return score(partial(_logits, engine), tokens, window)
+    return score_suffix(partial(_suffix_logits, engine), tokens, window)
 
-    tokens = load_tokenizer(loaded.path).encode(text, add_special_tokens=False).ids
-    return score(logits_of, tokens[:max_tokens], window)
+
+def _logits(engine: Engine, tokens: list[int]) -> np.ndarray:
+    engine.reset()
+    return engine.prefill(tokens, all_logits=True)
+
+
+def _suffix_logits(engine: Engine, prefix: list[int], suffix: list[int]) -> np.ndarray:
+    engine.reset()
+    first = engine.prefill(prefix)
+    return np.concatenate([first[None], engine.prefill(suffix, all_logits=True)[:-1]])
 
 
 def evaluate(
-    model: str | os.PathLike, data: str | os.PathLike, window: int = 512, max_tokens: int | None = None
+    model: str | os.PathLike,
+    data: str | os.PathLike,
+    window: int = 512,
+    max_tokens: int | None = None,
+    protocol: str | None = None,
 ) -> dict:
     """Score a text with a bundle, a checkpoint or a float model, whichever `model` is.
+
+    `protocol` is one of `agq_tvm.runtime.perplexity.PROTOCOLS`, by default the one that fits the model.
 
     Returns
     -------
     dict
-        ``perplexity``, ``nll`` and ``nll_stderr`` in nats per token, ``tokens`` scored, ``window``, and
-        ``text_sha256``.
+        ``perplexity``, ``nll`` and ``nll_stderr`` in nats per token, ``tokens`` scored, ``window``,
+        ``protocol``, and ``text_sha256``.
 
     Raises
     ------
@@ -74,12 +98,13 @@ def evaluate(
         See `evaluate_bundle` and `agq_tvm.flow.evaluate.evaluate_reference`.
     """
     run = evaluate_bundle if is_bundle(model) else evaluate_reference
-    result = run(model, data, window, max_tokens)
+    result = run(model, data, window, max_tokens, protocol=protocol)
     return {
         "perplexity": result.perplexity,
         "nll": result.nll,
         "nll_stderr": result.nll_stderr,
         "tokens": result.tokens,
         "window": result.window,
+        "protocol": result.protocol,
         "text_sha256": load_text(data)[1],
     }

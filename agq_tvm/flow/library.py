@@ -130,8 +130,9 @@ def _build(request: LibraryRequest) -> None:
     isa = instruction_set(device.instruction_set)
     target = Target(device.tvm_target())
     _step("decoder")
-    lanes, book = _VALUE_LANES.get(isa.name, 16), CODE_BOOKS.get(checkpoint.scheme.attention)
-    module = build_decoder(checkpoint.config, request.context, lanes, book)
+    lanes, scheme = _VALUE_LANES.get(isa.name, 16), checkpoint.scheme
+    book = CODE_BOOKS.get(scheme.attention)
+    module = build_decoder(checkpoint.config, request.context, lanes, scheme.pruning, book)
     format = linear_format(checkpoint.scheme, request.offsets)
     dump = Path(request.debug_dump) if request.debug_dump else None
     lowered, tensors = pipeline.run(module, target, format, isa, dump, _step)

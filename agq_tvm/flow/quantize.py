@@ -21,6 +21,7 @@ from agq_tvm.quantize.checkpoint import (
     vector_shapes,
     write_checkpoint,
 )
+from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.source import Source, open_source, quantize_matrix
 from agq_tvm.quantize.weights import dequantize, quantize_table
 
@@ -56,6 +57,7 @@ def quantize(
     max_refine: int = 0,
     four_bit: tuple[str, ...] = (),
     calibration: Calibration | None = None,
+    pruning: PruningSchedule | None = None,
     attention: str = "float",
 ) -> dict:
     """Quantize a model and write the checkpoint.
@@ -80,6 +82,8 @@ def quantize(
         The linears, e.g. ``("o", "gate_up", "down")``, whose inputs get 4-bit codes.
     calibration : Calibration, optional
         Used by ``"gptq"``, by static activations, by TRIP and by quantized attention.
+    pruning : PruningSchedule, optional
+        Drop tokens of a prompt in some layers; by default none are. Calibration runs without.
     attention : {"float", "log2", "log2-paper"}
         What probabilities of attention are rounded to, see `agq_tvm.quantize.codebooks.CODE_BOOKS`; unless
         ``"float"``, values are cached as int8.
@@ -87,9 +91,9 @@ def quantize(
     Returns
     -------
     dict
-        ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``attention``,
-        ``bytes`` of the weights file, ``bits_per_weight`` of the matrices with their scales and offsets,
-        ``relative_weight_error``
+        ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
+        or ``layers`` and ``beta``), ``attention``, ``bytes`` of the weights file, ``bits_per_weight`` of the
+        matrices with their scales and offsets, ``relative_weight_error``
         (root of the summed squared error over that of the weights), and ``seconds``.
 
     Raises
@@ -100,8 +104,10 @@ def quantize(
     started = time.perf_counter()
     source = open_source(model)
     weights = _choose_weights(source, method, group_size, symmetric)
-    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), attention)
+    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), pruning, attention)
     check_roles(source.config, scheme.four_bit)
+    if pruning is not None:
+        pruning.check_layers(source.config.num_layers)
     calibration = calibration or Calibration()
     with fresh_directory(output, "checkpoint") as directory:
         source.copy_tokenizer(directory)

@@ -29,6 +29,10 @@ class AttentionKernel:
         Channels of the values summed at a time, so that the sums of a tile of rows stay in registers.
     alibi : bool
         Whether scores get the slope of their head times the distance of the key from the row, 0 or less.
+    pruned : bool
+        Whether the caches lack tokens that were pruned, so that ALiBi needs the positions of rows and keys.
+    importance : bool
+        Whether the probability that each row and head gives to the first key is wanted, too: what tokens are pruned by.
     book : CodeBook or None
         What probabilities are rounded to; values are int8 then, with a static scale for each KV head.
     """
@@ -40,6 +44,8 @@ class AttentionKernel:
     context: int
     value_lanes: int = LANES
     alibi: bool = False
+    pruned: bool = False
+    importance: bool = False
     book: CodeBook | None = None
 
     @property
@@ -56,8 +62,9 @@ class AttentionKernel:
     @property
     def name(self) -> str:
         """E.g. ``attention_m128_h9_kv3_d64_c2048``."""
-        alibi, log2 = "alibi_" if self.alibi else "", "log2_" if self.book else ""
-        return f"{alibi}{log2}attention_{self.suffix}"
+        alibi = ("pruned_alibi_" if self.pruned else "alibi_") if self.alibi else ""
+        kind = f"{alibi}{'log2_' if self.book else ''}"
+        return f"{kind}attention_{'importance_' if self.importance else ''}{self.suffix}"
 
     @property
     def rope_name(self) -> str:
@@ -184,7 +191,8 @@ def build_attention(kernel: AttentionKernel):
     """Return causal attention of M rows over the caches, softmax in two passes.
 
     Buffers, in order: q float32 [M, H, D], already scaled; keys, values; lengths int32 [2]; value_scale float32
-    [KV] if `kernel.book`; slopes float32 [H] if `kernel.alibi`; out float32 [M, H D].
+    [KV] if `kernel.book`; slopes float32 [H] if `kernel.alibi`, and if it is `kernel.pruned`, too: positions int32
+    [M] and key_positions int32 [context]; out float32 [M, H D]; importance float32 [M, H] if `kernel.importance`.
     A task is one KV head and a few rows with all query heads that share it, so a key or value is loaded and
     converted once for them.
     """
@@ -200,25 +208,41 @@ def build_attention(kernel: AttentionKernel):
             values = T.arg("values", T.buffer(kernel.value_cache, kernel.value_dtype))
             lengths = T.arg("lengths", T.buffer((2,), "int32"))
             value_scale = kernel.arg_value_scale()
-            slopes = [T.arg("slopes", T.buffer((H,), "float32"))] if kernel.alibi else []
-            out = T.arg("out", T.buffer((M, H * D), "float32"))
-            reads = [q, keys, values, lengths, *value_scale, *slopes]
-            with task_loop("tile", kernel.kv_heads * tiles, reads, [out]) as task:
+            alibi = _alibi_arguments(kernel)
+            outputs = [T.arg("out", T.buffer((M, H * D), "float32"))]
+            if kernel.importance:
+                outputs.append(T.arg("importance", T.buffer((M, H), "float32")))
+            reads = [q, keys, values, lengths, *value_scale, *alibi]
+            with task_loop("tile", kernel.kv_heads * tiles, reads, outputs) as task:
                 scores = T.sblock_alloc_buffer((pairs, kernel.context), "float32")
                 norm = T.sblock_alloc_buffer((pairs, 1), "float32")
                 kv, row = task // tiles, task % tiles * R
                 at = [(row + p // kernel.shared, kv * kernel.shared + p % kernel.shared) for p in range(pairs)]
                 end = tirx.min(lengths[0] + row + R, tirx.const(kernel.context, "int32"))
                 blocks = (end + (LANES - 1)) // LANES
-                _scores(kernel, at, kv, blocks, q, keys, lengths, slopes, scores)
+                _scores(kernel, at, kv, blocks, q, keys, lengths, alibi, scores)
                 _softmax(at, blocks, scores, norm)
+                for importance in outputs[1:]:
+                    for p, (m, h) in enumerate(at):
+                        T.buffer_store(importance, scores[p, 0] * norm[p, 0], [m, h])
                 if kernel.book:
                     round_probabilities(kernel.book, pairs, kv, blocks, scores, norm, *value_scale)
-                _weighted_values(kernel, at, kv, end, scores, norm, values, out)
+                _weighted_values(kernel, at, kv, end, scores, norm, values, outputs[0])
     return builder.get()
 
 
-def _scores(kernel, at, kv, blocks, q, keys, lengths, slopes, scores) -> None:
+def _alibi_arguments(kernel: AttentionKernel) -> list:
+    """Declare what ALiBi reads: slopes, and the positions of rows and keys where they are not those of the cache."""
+    if not kernel.alibi:
+        return []
+    arguments = [T.arg("slopes", T.buffer((kernel.heads,), "float32"))]
+    if kernel.pruned:
+        arguments.append(T.arg("positions", T.buffer((kernel.rows,), "int32")))
+        arguments.append(T.arg("key_positions", T.buffer((kernel.context,), "int32")))
+    return arguments
+
+
+def _scores(kernel, at, kv, blocks, q, keys, lengths, alibi, scores) -> None:
     """scores[p, j] = q_p · k_j, masked beyond the row's own position; all pairs share a load of keys."""
     pairs = len(at)
     with T.serial(blocks) as block, T.sblock("scores"):
@@ -236,8 +260,10 @@ def _scores(kernel, at, kv, blocks, q, keys, lengths, slopes, scores) -> None:
         for p, (m, h) in enumerate(at):
             with T.vectorized(LANES) as j:
                 key, row, score = block * LANES + j, lengths[0] + m, sums[p, j]
-                for slope in slopes:
-                    score = score + slope[h] * T.Cast("float32", key - row)
+                if kernel.alibi:
+                    slopes, *positions = alibi
+                    distance = positions[1][key] - positions[0][m] if positions else key - row
+                    score = score + slopes[h] * T.Cast("float32", distance)
                 T.buffer_store(scores, T.Select(key <= row, score, float32(MASKED)), [p, key])
 
 

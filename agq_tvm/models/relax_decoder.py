@@ -7,22 +7,40 @@ function takes
     tokens int32 [M], positions int32 [M], lengths int32 [2], then caches and weights,
 
 where `lengths` is (positions cached so far, valid rows of this call), and returns logits float32.
+
+Of a model that prunes tokens, the functions that return the last row's logits drop rows in some layers, whose later
+layers therefore run with fewer; caches differ in length from there on, and `lengths` is that of `kernels.prune`.
 """
+
+from dataclasses import replace
+from typing import Protocol
 
 from agq_tvm.kernels import attention as attention_kernels
 from agq_tvm.kernels import embedding as embedding_kernels
+from agq_tvm.kernels import prune as prune_kernels
 from agq_tvm.kernels.attention import AttentionKernel
 from agq_tvm.models.decoder import PREFILL_BUCKETS, DecoderConfig
 from agq_tvm.tvm_seam import relax
 
 NUM_INPUTS = 3
 """Arguments before caches and weights."""
+ROW_TILE = min(PREFILL_BUCKETS)
+"""What the rows left by pruning are rounded up to, so that they fill the register tiles of matrix products."""
 _ACTIVATIONS = {
     "silu": relax.op.nn.silu,
     "relu": relax.op.nn.relu,
     "gelu": relax.op.nn.gelu,
     "gelu_tanh": relax.op.nn.gelu_tanh,
 }
+
+
+class Pruning(Protocol):
+    """After which layers, counted from 1, rows are dropped, and how many are left."""
+
+    layers: tuple[int, ...]
+
+    def counts(self, rows: int) -> tuple[int, ...]:
+        """Return how many of so many rows there are at first, and after each of the layers."""
 
 
 def function_names() -> list[tuple[str, int, bool]]:
@@ -33,7 +51,7 @@ def function_names() -> list[tuple[str, int, bool]]:
     return names
 
 
-def build_decoder(config: DecoderConfig, context: int, value_lanes: int, book=None):
+def build_decoder(config: DecoderConfig, context: int, value_lanes: int, pruning: Pruning | None = None, book=None):
     """Build the module.
 
     Parameters
@@ -43,6 +61,7 @@ def build_decoder(config: DecoderConfig, context: int, value_lanes: int, book=No
     value_lanes : int
     book : optional
         See `AttentionKernel`.
+    pruning : Pruning, optional
 
     Returns
     -------
@@ -51,16 +70,23 @@ def build_decoder(config: DecoderConfig, context: int, value_lanes: int, book=No
     """
     builder = relax.BlockBuilder()
     for name, rows, all_rows in function_names():
-        _Decoder(builder, config, context, value_lanes, book, rows).emit(name, all_rows)
+        _Decoder(builder, config, context, value_lanes, rows, pruning, book).emit(name, all_rows)
     return builder.get()
 
 
 class _Decoder:
-    """Emits one function; all its functions ask for their parameters in the same order."""
+    """Emits one function; all its functions ask for their parameters in the same order.
 
-    def __init__(self, builder, config: DecoderConfig, context: int, value_lanes: int, book, rows: int):
+    `rows`, `positions`, `lengths`, `attention` and `key_positions` are those of the current segment: see
+    `kernels.prune`.
+    """
+
+    def __init__(self, builder, config: DecoderConfig, context: int, value_lanes: int, rows: int, pruning, book):
         self.builder, self.config, self.context, self.rows = builder, config, context, rows
         self.params: list = []
+        self.pruned_layers = pruning.layers if pruning else ()
+        self.segment, self.segments = 0, 1 + len(self.pruned_layers)
+        self.counts = pruning.counts(rows) if pruning else (rows,)
         self.attention = AttentionKernel(
             rows,
             config.num_heads,
@@ -84,8 +110,9 @@ class _Decoder:
         config, rows = self.config, self.rows
         tokens = self.param("tokens", (rows,), "int32")
         self.positions = self.param("positions", (rows,), "int32")
-        self.lengths = self.param("lengths", (2,), "int32")
+        self.all_lengths = self.param("lengths", (2 * self.segments + 1 if self.pruned_layers else 2,), "int32")
         caches = [self._caches(layer) for layer in range(config.num_layers)]
+        self.position_caches = self._position_caches()
         self._position_params()
         self.tables = {role: self.param(role, shape) for role, shape in config.tables.items()}
         embedding_norm = self._norm_params("embedding_norm") if config.embedding_norm else None
@@ -94,15 +121,25 @@ class _Decoder:
         emit = self.builder.emit
         with self.builder.function(name, self.params, attrs={"num_input": NUM_INPUTS}):
             with self.builder.dataflow():
+                self.lengths, self.key_positions = self._segment_lengths(), None
                 x = self._embed(tokens, embedding_norm)
                 for layer in range(config.num_layers):
-                    x = self._layer(x, weights[layer], caches[layer])
+                    ends_segment = layer + 1 in self.pruned_layers
+                    drops = ends_segment and not all_rows and self._drops_rows()
+                    x = self._layer(x, weights[layer], caches[layer], ends_segment, drops)
                 if not all_rows:
-                    last = self.kernel(embedding_kernels.build_last_row(rows, config.hidden_size))
+                    last = self.kernel(embedding_kernels.build_last_row(self.rows, config.hidden_size))
                     out_type = relax.TensorType((1, config.hidden_size), "float32")
                     x = emit(relax.call_tir(last, (x, self.lengths), out_type))
                 logits = self.builder.emit_output(self._logits(x, final_norm))
             self.builder.emit_func_output(logits)
+
+    def _position_caches(self) -> list:
+        """Ask for the positions of cached keys, for the segments where places in the cache are not positions."""
+        if not self.attention.alibi:
+            return []
+        names = [f"segments.{segment}.positions" for segment in range(1, self.segments)]
+        return [self.param(name, (self.context,), "int32") for name in names]
 
     def _position_params(self) -> None:
         config = self.config
@@ -157,13 +194,51 @@ class _Decoder:
         norm = {"rms": op.rms_norm, "layer": op.layer_norm}[style.kind]
         return self.builder.emit(norm(x, *vectors, axes=-1, epsilon=style.epsilon))
 
-    def _layer(self, x, weights: dict, caches):
+    def _layer(self, x, weights: dict, caches, ends_segment: bool, drops: bool):
         def attention(x):
             qkv = self._linear(x, *weights["qkv"])
-            return self._linear(self._attention(qkv, caches, weights["value_scale"]), *weights["o"])
+            return self._linear(self._attention(qkv, caches, weights["value_scale"], drops), *weights["o"])
 
         x = self._residual(x, weights["input_norm"], attention)
+        if drops:
+            x = self._drop_rows(x)
+        if ends_segment:
+            self._enter_next_segment()
         return self._residual(x, weights["mlp_norm"], lambda x: self._mlp(x, weights))
+
+    def _drops_rows(self) -> bool:
+        """Tell whether the segment loses rows; if a full chunk loses none, no other does."""
+        return self.counts[self.segment + 1] < self.counts[self.segment]
+
+    def _drop_rows(self, x):
+        """Choose the rows of the next segment and return them."""
+        rows, emit, channels = self.rows, self.builder.emit, self.config.hidden_size
+        kept = min(rows, -(-self.counts[self.segment + 1] // ROW_TILE) * ROW_TILE)
+        kernel = prune_kernels.SelectKernel(rows, kept, self.config.num_heads, self.segment, self.segments)
+        select, types = self.kernel(prune_kernels.build_select(kernel)), [relax.TensorType((kept,), "int32")] * 2
+        chosen, self.positions = emit(
+            relax.call_tir(select, (self.importance, self.positions, self.all_lengths), types)
+        )
+        self.rows, self.attention = kept, replace(self.attention, rows=kept)
+        gather = self.kernel(prune_kernels.build_gather(rows, kept, channels))
+        return emit(relax.call_tir(gather, (x, chosen), relax.TensorType((kept, channels), "float32")))
+
+    def _enter_next_segment(self) -> None:
+        self.segment += 1
+        self.lengths = self._segment_lengths()
+        self.attention = replace(self.attention, pruned=True)
+        if self.position_caches:
+            append = self.kernel(prune_kernels.build_append_positions(self.rows, self.context))
+            cache = self.position_caches[self.segment - 1]
+            arguments = (self.positions, self.lengths, cache)
+            self.key_positions = self.builder.emit(relax.op.call_tir_inplace(append, arguments, [2], [cache.ty]))
+
+    def _segment_lengths(self):
+        """Return what kernels of the current segment take as their lengths, int32 [2]."""
+        if not self.pruned_layers:
+            return self.all_lengths
+        start = 2 * self.segment
+        return self.builder.emit(relax.op.strided_slice(self.all_lengths, [0], [start], [start + 2]))
 
     def _residual(self, x, norm: list, branch):
         add = relax.op.add
@@ -183,7 +258,7 @@ class _Decoder:
             inner = self.builder.emit(activation(inner))
         return self._linear(inner, *weights[down.name])
 
-    def _attention(self, qkv, caches, value_scale: list):
+    def _attention(self, qkv, caches, value_scale: list, drops: bool):
         kernel, emit = self.attention, self.builder.emit
         if self.config.positions == "rotary":
             append = self.kernel(attention_kernels.build_rope_append(kernel))
@@ -194,8 +269,14 @@ class _Decoder:
         types, updated = [cache.ty for cache in caches], [len(inputs), len(inputs) + 1, -1]
         arguments = (*inputs, *caches)
         keys, values, q = emit(relax.op.call_tir_inplace(append, arguments, updated, [*types, q_type]))
+        kernel = replace(kernel, importance=drops)
         attention = self.kernel(attention_kernels.build_attention(kernel))
-        slopes = [self.slopes] if kernel.alibi else []
+        inputs = [q, keys, values, self.lengths, *value_scale]
+        if kernel.alibi:
+            inputs += [self.slopes, self.positions, self.key_positions] if kernel.pruned else [self.slopes]
         out_type = relax.TensorType((self.rows, kernel.heads * kernel.head_dim), "float32")
-        operands = (q, keys, values, self.lengths, *value_scale, *slopes)
-        return emit(relax.call_tir(attention, operands, out_type))
+        if not drops:
+            return emit(relax.call_tir(attention, inputs, out_type))
+        importance_type = relax.TensorType((self.rows, kernel.heads), "float32")
+        out, self.importance = emit(relax.call_tir(attention, inputs, [out_type, importance_type]))
+        return out

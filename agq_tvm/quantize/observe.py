@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from agq_tvm.progress import progress
+from agq_tvm.quantize.forward import start_probabilities
 from agq_tvm.quantize.reference import ReferenceModel
 
 
@@ -106,29 +106,6 @@ class _WindowObserver:
     def attention(self, layer: int, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
         mean = start_probabilities(q, k, bias)[:, 1:].mean(1)
         self._observation.start_attention[layer] += mean.numpy() / len(self._observation.windows)
-
-
-def start_probabilities(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return column 0 of the causal attention maps.
-
-    Parameters
-    ----------
-    q : float32 tensor [H, T, D]
-    k : float32 tensor [KV heads, T, D]
-        Each shared by H / KV heads neighbouring heads of `q`.
-    bias : float32 tensor [H, T, T], optional
-        Added to scores.
-
-    Returns
-    -------
-    float32 tensor [H, T]
-        What every query gives to the first key; 1 for the first query.
-    """
-    scores = q @ k.repeat_interleave(len(q) // len(k), 0).mT * q.shape[-1] ** -0.5
-    if bias is not None:
-        scores = scores + bias
-    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-    return torch.exp(scores[..., 0] - scores.masked_fill(hidden, -torch.inf).logsumexp(-1))
 
 
 def outlier_ratio(channel_largest: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The torch reference: what a quantized model means, and the float model that it is measured against."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import NamedTuple, Protocol
@@ -27,6 +27,8 @@ from agq_tvm.quantize.forward import (
     run_layer,
 )
 from agq_tvm.quantize.log2 import Log2Attention
+from agq_tvm.quantize.pruning import PruningSchedule
+from agq_tvm.quantize.row_pruner import PrunedPass, RowPruner
 from agq_tvm.quantize.source import Source
 from agq_tvm.quantize.weights import dequantize, dequantize_table, grid_of, unpack
 
@@ -199,6 +201,8 @@ class ReferenceModel:
     Attributes
     ----------
     config : DecoderConfig
+    pruning : PruningSchedule or None
+        What `prune` follows; `logits` does not.
     """
 
     def __init__(
@@ -208,8 +212,10 @@ class ReferenceModel:
         entry: Entry,
         exit: Exit,
         half_cache: bool,
+        pruning: PruningSchedule | None = None,
     ) -> None:
         self.config = config
+        self.pruning = pruning
         self._layer = cache(load_layer) if _layer_bytes(config) <= _KEPT_BYTES else load_layer
         self._entry = entry
         self._exit = exit
@@ -248,7 +254,7 @@ class ReferenceModel:
 
         operator = FloatLinear if activation == "none" else TableOperator
         entry, exit = _ends(config, table, operator, checkpoint.vector)
-        return cls(config, load_layer, entry, exit, half_cache=True)
+        return cls(config, load_layer, entry, exit, half_cache=True, pruning=checkpoint.scheme.pruning)
 
     @classmethod
     def from_source(cls, source: Source) -> "ReferenceModel":
@@ -267,7 +273,7 @@ class ReferenceModel:
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], trace: Trace | None = None, observer: Observer | None = None) -> np.ndarray:
-        """Run one causal pass from an empty cache.
+        """Run one causal pass from an empty cache, without pruning.
 
         Parameters
         ----------
@@ -280,13 +286,48 @@ class ReferenceModel:
         -------
         float32 array [T, vocab_size]
         """
+        return self._run(tokens, None, trace, observer)
+
+    @torch.inference_mode()
+    def prune(
+        self,
+        tokens: list[int],
+        chunks: Sequence[int],
+        trace: Trace | None = None,
+        observer: Observer | None = None,
+    ) -> PrunedPass:
+        """Run one causal pass from an empty cache, dropping rows of the prompt as `pruning` says.
+
+        Parameters
+        ----------
+        tokens : list of int
+            The prompt, then tokens that are not dropped, as if they were decoded.
+        chunks : sequence of int
+            How the prompt is cut: rows are chosen in each chunk by itself. ``[len(prompt)]`` chooses in all of it;
+            `agq_tvm.runtime.engine.chunks` says how compiled models cut it.
+        trace, observer : optional
+            See `logits`; later layers have fewer rows.
+        """
+        if self.pruning is None or not 0 < sum(chunks) <= len(tokens) or min(chunks) < 1:
+            raise ValueError(f"cannot prune {len(tokens)} tokens by {self.pruning} in chunks of {list(chunks)}")
+        pruner = RowPruner(self.pruning, chunks, attention_positions(self.config, len(tokens)), len(tokens))
+        return PrunedPass(self._run(tokens, pruner, trace, observer), tuple(pruner.kept))
+
+    def _run(
+        self, tokens: list[int], pruner: RowPruner | None, trace: Trace | None, observer: Observer | None
+    ) -> np.ndarray:
         self._check_tokens(tokens)
         hidden = self._entry(tokens)
-        positions = attention_positions(self.config, len(tokens))
+        positions, drop = attention_positions(self.config, len(tokens)), None
         for i in range(self.config.num_layers):
             layer = self._layer(i)
             watch = None if observer is None else partial(observer.attention, i)
-            steps = layer_steps(self.config, layer.norms, hidden, positions, self._half_cache, watch, layer.attend)
+            if pruner is not None:
+                positions = pruner.positions
+                watch, drop = pruner.in_layer(i, watch)
+            steps = layer_steps(
+                self.config, layer.norms, hidden, positions, self._half_cache, watch, drop, layer.attend
+            )
             hidden = run_layer(steps, _linear_of(layer, i, trace, observer))
         return self._exit(hidden).numpy()
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from agq_tvm.errors import AgqError
+from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.runtime.bundle import LIBRARY, Bundle
 from agq_tvm.targets import detect
 
@@ -15,7 +16,7 @@ class Session(Protocol):
     """Where a bundle's functions run: this machine, or a board."""
 
     def run(self, function: str, tokens: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Call a function of the bundle: int32 arrays [M], [M], [2] in, float32 logits out."""
+        """Call a function of the bundle: int32 arrays [M], [M] and its lengths in, float32 logits out."""
 
 
 class LocalSession:
@@ -89,7 +90,9 @@ class Engine:
     Attributes
     ----------
     length : int
-        Positions in the caches.
+        Positions read so far; the caches of models that prune hold fewer.
+    pruning : PruningSchedule or None
+        Which tokens of a prompt are dropped.
     """
 
     def __init__(self, bundle: Bundle, session: Session | None = None):
@@ -97,14 +100,16 @@ class Engine:
         self.context: int = bundle.manifest["context"]
         self.vocab_size: int = bundle.manifest["model"]["vocab_size"]
         self.buckets: list[int] = bundle.manifest["buckets"]
-        self.length = 0
+        self.pruning = read_schedule(bundle.manifest.get("pruning"))
+        self.reset()
 
     def reset(self) -> None:
         """Start a new sequence."""
         self.length = 0
+        self._cached = [0] * (1 + len(self.pruning.layers) if self.pruning else 1)
 
     def prefill(self, tokens: list[int], all_logits: bool = False) -> np.ndarray:
-        """Append tokens in chunks.
+        """Append tokens in chunks; a model that prunes drops some of them, unless all logits are asked for.
 
         Parameters
         ----------
@@ -124,9 +129,10 @@ class Engine:
         self._check(tokens)
         rows_of_logits, start = [], 0
         for rows, valid in chunks(len(tokens), self.buckets):
-            logits = self._step(tokens[start : start + valid], rows, all_logits)
+            end = start + valid
+            logits = self._step(tokens[start:end], rows, all_logits, end == len(tokens))
             rows_of_logits.append(logits[:valid])
-            start += valid
+            start = end
         return np.concatenate(rows_of_logits) if all_logits else rows_of_logits[-1][-1]
 
     def decode(self, token: int) -> np.ndarray:
@@ -160,13 +166,22 @@ class Engine:
                 "compiled for: shorten the prompt, or compile it with a larger --context"
             )
 
-    def _step(self, tokens: list[int], rows: int, all_rows: bool) -> np.ndarray:
+    def _step(self, tokens: list[int], rows: int, all_rows: bool, ends_prompt: bool = True) -> np.ndarray:
         valid = len(tokens)
         padded = np.zeros(rows, "int32")
         padded[:valid] = tokens
         positions = np.minimum(self.length + np.arange(rows), self.context - 1).astype("int32")
-        lengths = np.array([self.length, valid], "int32")
+        lengths, counts = self._lengths(valid, all_rows, ends_prompt)
         name = "decode" if rows == 1 else f"prefill_{rows}_all" if all_rows else f"prefill_{rows}"
         logits = self.session.run(name, padded, positions, lengths)
         self.length += valid
+        self._cached = [cached + count for cached, count in zip(self._cached, counts, strict=True)]
         return logits
+
+    def _lengths(self, valid: int, all_rows: bool, ends_prompt: bool) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Return the functions' `lengths`, and how many rows each segment is about to cache."""
+        if self.pruning is None:
+            return np.array([self._cached[0], valid], "int32"), (valid,)
+        counts = (valid,) * len(self._cached) if all_rows else self.pruning.counts(valid)
+        pairs = np.array([self._cached, counts], "int32").T
+        return np.append(pairs.reshape(-1), np.int32(ends_prompt)), counts

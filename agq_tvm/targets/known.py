@@ -6,7 +6,7 @@ lists.
 
 INSTRUCTION_SETS = {
     "x86_64": ("avx512vnni", "avx2", "generic"),
-    "aarch64": ("dotprod", "neon", "generic"),
+    "aarch64": ("dotprod", "neon", "neon-paper", "generic"),
 }
 
 # The features (Linux names) without which the kernels of an instruction set die on their first instruction.
@@ -15,6 +15,7 @@ INSTRUCTION_SET_NEEDS = {
     "avx2": {"avx2", "fma", "f16c"},
     "dotprod": {"asimd", "asimddp"},
     "neon": {"asimd"},
+    "neon-paper": {"asimd"},
     "generic": set(),
 }
 

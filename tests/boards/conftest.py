@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,3 +74,14 @@ def own_state(emulator, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     yield
     emulate.stop_board("all")
+
+
+@pytest.fixture(scope="session")
+def disassembler() -> str:
+    """The name of a program that disassembles AArch64."""
+    tool = shutil.which("aarch64-linux-gnu-objdump")
+    if tool is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "aarch64-linux-gnu-objdump is missing: install binutils-aarch64-linux-gnu"
+        )
+    return tool

@@ -6,7 +6,7 @@ import numpy as np
 
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.layout import K_BLOCK
-from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear import ZERO, LinearKernel
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.quantize.checkpoint import Checkpoint
 from agq_tvm.quantize.reference import ReferenceModel
@@ -94,7 +94,8 @@ class _Probe:
         per_column = (tiles, G, layout.vectors, layout.lanes)
         scales = [self.on_board(np.ones((M, G if kernel.per_group else 1), "float32"))]
         weights = self.session.get_function("vm.builtin.tensor_cache.get")(f"param_{self.index[name + '.w']}")
-        operands = [self.on_board(x), *scales, self.on_board(np.zeros((M, G), "int32")), weights]
+        code_sums = padded.reshape(M, G, -1).sum(-1, dtype="int32")
+        operands = [self.on_board(x), *scales, self.on_board(code_sums), weights]
         rest = []
         if self.offsets:
             rest.append(self.on_board(np.zeros(per_column, self.offsets)))
@@ -108,4 +109,5 @@ class _Probe:
             one[:, group] = 1
             function(*operands, self.on_board(one), *rest, out)
             sums[:, group] = out.numpy()[:, : kernel.columns]
-        return sums
+        # Without offsets the kernel counts weights from the code that stands for 0.
+        return sums if self.offsets else sums + ZERO[4] * code_sums[..., None]

@@ -1,8 +1,6 @@
 """Bundles on emulated boards, through the tracker: integers bit for bit, logits, decode; for the real model too."""
 
-import os
 import re
-import shutil
 import subprocess
 
 import numpy as np
@@ -53,15 +51,10 @@ def test_bundle_for_a_better_processor_is_refused_before_it_runs(boards, tmp_pat
         del refusal
 
 
-def test_disassembly(device_bundle):
+def test_disassembly(device_bundle, disassembler):
     """The binaries hold the multiply that their device has, and no other."""
     name, path = device_bundle
-    tool = shutil.which("aarch64-linux-gnu-objdump")
-    if tool is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(
-            "aarch64-linux-gnu-objdump is missing: install binutils-aarch64-linux-gnu"
-        )
-    result = subprocess.run([tool, "-d", path / "model.so"], capture_output=True, text=True, check=True)
+    result = subprocess.run([disassembler, "-d", path / "model.so"], capture_output=True, text=True, check=True)
     found = set(re.findall(r"\t(sdot|smlal2?|smull2?|smmla)\b", result.stdout))
     if name == "raspberry-pi-4":
         assert {"smlal", "smull"} <= found and "sdot" not in found and "smmla" not in found

@@ -1,4 +1,8 @@
-"""OPT and BLOOM with log2 attention on emulated boards, their bundles with few functions."""
+"""OPT and BLOOM with log2 attention, and activations of 4 bits, on emulated boards; bundles with few functions."""
+
+import re
+import subprocess
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -42,3 +46,26 @@ def test_tiny_model(boards, tmp_path, few_functions, family, attention, device):
     with boards.session(device) as session:
         same = check_bundle(session, bundle, checkpoint, tokens, steps=4)
     assert same.mean_kl <= 1e-3 and same.top1 >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("instruction_set", "instructions"),
+    [("neon", {"mul.16b", "mla.16b"}), ("neon-paper", {"mul.4s", "shl.4s", "orr.16b"})],
+)
+def test_activations_of_4_bits(boards, tmp_path, few_functions, disassembler, instruction_set, instructions):
+    """Byte lanes where the board chooses; the paper's Algorithm 1 where its device file asks for it."""
+    device = resources.files("agq_tvm.targets").joinpath("devices", "raspberry-pi-4.toml").read_text()
+    assert 'instruction_set = "neon"' in device
+    (tmp_path / "device.toml").write_text(device.replace('"neon"', f'"{instruction_set}"'))
+    settings = {"activation": "per-token", "four_bit": ("o", "gate_up", "down")}
+    quantize(write_tiny_model(tmp_path / "m", "llama"), tmp_path / "c", method="rtn", group_size=64, **settings)
+    compile_checkpoint(tmp_path / "c", tmp_path / "device.toml", tmp_path / "b", context=64)
+    bundle, checkpoint = Bundle(tmp_path / "b"), read_checkpoint(tmp_path / "c")
+    tokens = np.random.default_rng(1).integers(0, checkpoint.config.vocab_size, 24).tolist()
+    with boards.session("raspberry-pi-4") as session:
+        same = check_bundle(session, bundle, checkpoint, tokens, steps=4)
+    assert same.mean_kl <= 1e-3 and same.top1 >= 0.95
+    listing = subprocess.run([disassembler, "-d", bundle.path / "model.so"], capture_output=True, text=True, check=True)
+    found = {".".join(pair) for pair in re.findall(r"\t(mla|mul|shl|orr)\tv\d+\.(16b|4s)", listing.stdout)}
+    assert instructions <= found
+    assert ("mla.16b" in found) == (instruction_set == "neon")

@@ -27,9 +27,8 @@ class Case:
 
     def __init__(self, shape, book, isa: str = "generic", alibi: bool = False):
         rows, heads, kv_heads, dim, context, self.cached, self.valid = shape
-        self.kernel = AttentionKernel(
-            rows, heads, kv_heads, dim, context, 32 if isa == "avx512vnni" else LANES, alibi, book
-        )
+        lanes = 32 if isa == "avx512vnni" else LANES
+        self.kernel = AttentionKernel(rows, heads, kv_heads, dim, context, lanes, alibi, book=book)
         rng = np.random.default_rng(1)
         self.q = rng.standard_normal((rows, heads, dim)).astype("float32")
         self.q *= np.geomspace(0.03, 3, heads)[None, :, None] / dim**0.5

