@@ -13,6 +13,7 @@ from agq_tvm.models import relax_decoder
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.passes import pipeline
 from agq_tvm.quantize.checkpoint import Checkpoint
+from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.runtime.bundle import CACHES
 from tests.kernels.operands import target_of
 
@@ -45,7 +46,8 @@ class CompiledModel:
     def __init__(self, checkpoint: Checkpoint, isa: str, context: int, monkeypatch, rows: int = ROWS):
         monkeypatch.setattr(relax_decoder, "function_names", lambda: functions(rows))
         offsets, scheme = offsets_dtype(checkpoint), checkpoint.scheme
-        module = relax_decoder.build_decoder(checkpoint.config, context, 16, scheme.pruning)
+        book = CODE_BOOKS.get(scheme.attention)
+        module = relax_decoder.build_decoder(checkpoint.config, context, 16, scheme.pruning, book)
         format = linear_format(scheme, offsets)
         target, kernels = target_of(isa), instruction_set(isa)
         self.lowered, tensors = pipeline.run(module, target, format, kernels)
@@ -70,6 +72,10 @@ class CompiledModel:
         """See `agq_tvm.runtime.engine.Session.run`."""
         inputs = map(tvm.runtime.tensor, (tokens, positions, lengths))
         return self._machine[function](*inputs, self._packed).numpy()
+
+    def cache(self, name: str) -> np.ndarray:
+        """Return the contents of a cache, e.g. ``"layers.0.values"``."""
+        return self._tensors[[cache[0] for cache in self.caches].index(name)].numpy()
 
     def cpu(self, _index: int):
         """See `tvm.rpc.RPCSession.cpu`."""

@@ -92,6 +92,7 @@ def _quantize(subparsers) -> None:
             four_bit=tuple(filter(None, args.four_bit.split(","))),
             calibration=Calibration(args.calibration),
             pruning=_pruning(args),
+            attention=args.attention,
         )
         rows = [
             ("checkpoint", args.output),
@@ -101,6 +102,7 @@ def _quantize(subparsers) -> None:
                 f"4 bit, groups of {result['group_size']}, {result['bits_per_weight']:.2f} bit stored",
             ),
             ("activations", _activations(result)),
+            ("attention", result["attention"]),
             ("pruning", _pruning_text(result["pruning"])),
             ("weight error", f"{result['relative_weight_error']:.4f}"),
             ("size", megabytes(result["bytes"])),
@@ -136,6 +138,13 @@ def _quantize(subparsers) -> None:
         default="",
         metavar="LINEARS",
         help="linears whose inputs get 4 bits instead of 8, e.g. o,gate_up,down (default: none)",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=("float", "log2", "log2-paper"),
+        default="float",
+        help="log2 rounds probabilities to 15 powers of two and zero, log2-paper to 16 and zero as Agile-Quant does; "
+        "both cache 8-bit values (default: %(default)s)",
     )
     parser.add_argument(
         "--calibration", default="calibration", metavar="TEXT", help="a text file (default: a shipped one)"

@@ -136,6 +136,7 @@ def _manifest(checkpoint: Checkpoint, device: Device, context: int) -> dict:
             "weight_bits": 4,
             "group_size": scheme.group_size,
             "activation": scheme.activation,
+            "attention": scheme.attention,
         },
         "pruning": asdict(scheme.pruning) if scheme.pruning else None,
         "context": context,

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json
 from agq_tvm.quantize.checkpoint import Scheme, read_checkpoint
+from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.targets import load_device
 from agq_tvm.targets.link import exporter
 
@@ -129,8 +130,9 @@ def _build(request: LibraryRequest) -> None:
     isa = instruction_set(device.instruction_set)
     target = Target(device.tvm_target())
     _step("decoder")
-    lanes, pruning = _VALUE_LANES.get(isa.name, 16), checkpoint.scheme.pruning
-    module = build_decoder(checkpoint.config, request.context, lanes, pruning)
+    lanes, scheme = _VALUE_LANES.get(isa.name, 16), checkpoint.scheme
+    book = CODE_BOOKS.get(scheme.attention)
+    module = build_decoder(checkpoint.config, request.context, lanes, scheme.pruning, book)
     format = linear_format(checkpoint.scheme, request.offsets)
     dump = Path(request.debug_dump) if request.debug_dump else None
     lowered, tensors = pipeline.run(module, target, format, isa, dump, _step)

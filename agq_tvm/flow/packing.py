@@ -129,6 +129,8 @@ class Packer:
         if name == "position_table":
             table = self.checkpoint.vector(f"{config.position_table}.weight")
             return table[config.position_offset :][: self.context]
+        if part == "value_scale":
+            return self.checkpoint.value_scale(int(owner.split(".")[1]))
         if owner.endswith("_norm"):
             return self._norm(owner)[part]
         if self._last[0] != owner:

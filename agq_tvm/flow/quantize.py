@@ -30,7 +30,7 @@ KEPT_GROUP = 32
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text that GPTQ and static activations look at.
+    """The text that GPTQ, static activations and the scales of values look at.
 
     Attributes
     ----------
@@ -58,6 +58,7 @@ def quantize(
     four_bit: tuple[str, ...] = (),
     calibration: Calibration | None = None,
     pruning: PruningSchedule | None = None,
+    attention: str = "float",
 ) -> dict:
     """Quantize a model and write the checkpoint.
 
@@ -80,16 +81,19 @@ def quantize(
     four_bit : tuple of str
         The linears, e.g. ``("o", "gate_up", "down")``, whose inputs get 4-bit codes.
     calibration : Calibration, optional
-        Used by ``"gptq"``, by static activations and by TRIP.
+        Used by ``"gptq"``, by static activations, by TRIP and by quantized attention.
     pruning : PruningSchedule, optional
         Drop tokens of a prompt in some layers; by default none are. Calibration runs without.
+    attention : {"float", "log2", "log2-paper"}
+        What probabilities of attention are rounded to, see `agq_tvm.quantize.codebooks.CODE_BOOKS`; unless
+        ``"float"``, values are cached as int8.
 
     Returns
     -------
     dict
         ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
-        or ``layers`` and ``beta``), ``bytes`` of the weights file, ``bits_per_weight`` of the matrices with their
-        scales and offsets, ``relative_weight_error``
+        or ``layers`` and ``beta``), ``attention``, ``bytes`` of the weights file, ``bits_per_weight`` of the
+        matrices with their scales and offsets, ``relative_weight_error``
         (root of the summed squared error over that of the weights), and ``seconds``.
 
     Raises
@@ -100,7 +104,7 @@ def quantize(
     started = time.perf_counter()
     source = open_source(model)
     weights = _choose_weights(source, method, group_size, symmetric)
-    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), pruning)
+    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), pruning, attention)
     check_roles(source.config, scheme.four_bit)
     if pruning is not None:
         pruning.check_layers(source.config.num_layers)

@@ -1,15 +1,17 @@
 """Attention over caches that are updated in place, and the step that fills them, with or without rotation.
 
 Caches: keys float16 [KV, context / 16, head_dim, 16], sixteen positions side by side so that a vector of scores
-needs no sum across lanes; values float16 [KV, context, head_dim]. `lengths` holds two int32: positions cached
-before this call, and valid rows of this call. Rows beyond the valid ones give unused results and are never
-cached.
+needs no sum across lanes; values [KV, context, head_dim], float16, or int8 where probabilities are powers of two
+(`attention_log2.py`). `lengths` holds two int32: positions cached before this call, and valid rows of this call.
+Rows beyond the valid ones give unused results and are never cached.
 """
 
 import math
 from dataclasses import dataclass
 
+from agq_tvm.kernels.attention_log2 import round_probabilities, value_code
 from agq_tvm.kernels.emit import LANES, exp, float32, reduce_lanes, task_loop
+from agq_tvm.quantize.codebooks import CodeBook
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
 MASKED = -1.0e30
@@ -31,6 +33,8 @@ class AttentionKernel:
         Whether the caches lack tokens that were pruned, so that ALiBi needs the positions of rows and keys.
     importance : bool
         Whether the probability that each row and head gives to the first key is wanted, too: what tokens are pruned by.
+    book : CodeBook or None
+        What probabilities are rounded to; values are int8 then, with a static scale for each KV head.
     """
 
     rows: int
@@ -42,6 +46,7 @@ class AttentionKernel:
     alibi: bool = False
     pruned: bool = False
     importance: bool = False
+    book: CodeBook | None = None
 
     @property
     def shared(self) -> int:
@@ -57,7 +62,8 @@ class AttentionKernel:
     @property
     def name(self) -> str:
         """E.g. ``attention_m128_h9_kv3_d64_c2048``."""
-        kind = ("pruned_alibi_" if self.pruned else "alibi_") if self.alibi else ""
+        alibi = ("pruned_alibi_" if self.pruned else "alibi_") if self.alibi else ""
+        kind = f"{alibi}{'log2_' if self.book else ''}"
         return f"{kind}attention_{'importance_' if self.importance else ''}{self.suffix}"
 
     @property
@@ -85,12 +91,22 @@ class AttentionKernel:
         """Shape of the value cache."""
         return (self.kv_heads, self.context, self.head_dim)
 
+    @property
+    def value_dtype(self) -> str:
+        """Type of the value cache."""
+        return "int8" if self.book else "float16"
+
+    def arg_value_scale(self) -> list:
+        """Declare the next argument, the scales of int8 values, float32 [KV]; nothing for float16 ones."""
+        return [T.arg("value_scale", T.buffer((self.kv_heads,), "float32"))] if self.book else []
+
 
 def build_rope_append(kernel: AttentionKernel):
     """Return the kernel that rotates q and k, scales q by 1/sqrt(D), and appends k and v to the caches.
 
     Buffers, in order: qkv float32 [M, (H + 2 KV) D]; cos, sin float32 [context, D / 2]; positions int32 [M];
-    lengths int32 [2]; keys and values (updated); q float32 [M, H, D] (output).
+    lengths int32 [2]; value_scale float32 [KV] if `kernel.book`; keys and values (updated); q float32 [M, H, D]
+    (output).
     """
     M, H, KV, D = kernel.rows, kernel.heads, kernel.kv_heads, kernel.head_dim
     half = D // 2
@@ -103,10 +119,11 @@ def build_rope_append(kernel: AttentionKernel):
             sin = T.arg("sin", T.buffer((kernel.context, half), "float32"))
             positions = T.arg("positions", T.buffer((M,), "int32"))
             lengths = T.arg("lengths", T.buffer((2,), "int32"))
+            value_scale = kernel.arg_value_scale()
             keys = T.arg("keys", T.buffer(kernel.key_cache, "float16"))
-            values = T.arg("values", T.buffer(kernel.value_cache, "float16"))
+            values = T.arg("values", T.buffer(kernel.value_cache, kernel.value_dtype))
             q = T.arg("q", T.buffer((M, H, D), "float32"))
-            reads = [qkv, cos, sin, positions, lengths]
+            reads = [qkv, cos, sin, positions, lengths, *value_scale]
             with task_loop("row", M, reads, [keys, values, q]) as m:
 
                 def rotated(start, d, high):
@@ -125,15 +142,15 @@ def build_rope_append(kernel: AttentionKernel):
                         with T.serial(half) as d:
                             for high in (False, True):
                                 _store_key(keys, g, place, d + half * high, rotated(H * D + g * D, d, high))
-                        _store_value(kernel, qkv, m, g, place, values)
+                        _store_value(kernel, qkv, m, g, place, values, value_scale)
     return builder.get()
 
 
 def build_append(kernel: AttentionKernel):
     """Return the kernel that scales q by 1/sqrt(D) and appends k and v to the caches, without rotation.
 
-    Buffers, in order: qkv float32 [M, (H + 2 KV) D]; lengths int32 [2]; keys and values (updated); q float32
-    [M, H, D] (output).
+    Buffers, in order: qkv float32 [M, (H + 2 KV) D]; lengths int32 [2]; value_scale float32 [KV] if
+    `kernel.book`; keys and values (updated); q float32 [M, H, D] (output).
     """
     M, H, KV, D = kernel.rows, kernel.heads, kernel.kv_heads, kernel.head_dim
     with IRBuilder() as builder:
@@ -142,10 +159,11 @@ def build_append(kernel: AttentionKernel):
             T.func_attr({"global_symbol": kernel.append_name, "tirx.noalias": True})
             qkv = T.arg("qkv", T.buffer((M, (H + 2 * KV) * D), "float32"))
             lengths = T.arg("lengths", T.buffer((2,), "int32"))
+            value_scale = kernel.arg_value_scale()
             keys = T.arg("keys", T.buffer(kernel.key_cache, "float16"))
-            values = T.arg("values", T.buffer(kernel.value_cache, "float16"))
+            values = T.arg("values", T.buffer(kernel.value_cache, kernel.value_dtype))
             q = T.arg("q", T.buffer((M, H, D), "float32"))
-            with task_loop("row", M, [qkv, lengths], [keys, values, q]) as m:
+            with task_loop("row", M, [qkv, lengths, *value_scale], [keys, values, q]) as m:
                 with T.serial(H) as h, T.vectorized(D) as d:
                     T.buffer_store(q, qkv[m, h * D + d] * float32(D**-0.5), [m, h, d])
                 with T.If(m < lengths[1]), T.Then():
@@ -153,7 +171,7 @@ def build_append(kernel: AttentionKernel):
                     with T.serial(KV) as g:
                         with T.serial(D) as d:
                             _store_key(keys, g, place, d, qkv[m, (H + g) * D + d])
-                        _store_value(kernel, qkv, m, g, place, values)
+                        _store_value(kernel, qkv, m, g, place, values, value_scale)
     return builder.get()
 
 
@@ -161,19 +179,20 @@ def _store_key(keys, g, place, d, value) -> None:
     T.buffer_store(keys, T.Cast("float16", value), [g, place // LANES, d, place % LANES])
 
 
-def _store_value(kernel: AttentionKernel, qkv, m, g, place, values) -> None:
+def _store_value(kernel: AttentionKernel, qkv, m, g, place, values, value_scale) -> None:
     start = (kernel.heads + kernel.kv_heads) * kernel.head_dim
     with T.vectorized(kernel.head_dim) as d:
-        value = T.Cast("float16", qkv[m, start + g * kernel.head_dim + d])
-        T.buffer_store(values, value, [g, place, d])
+        value = qkv[m, start + g * kernel.head_dim + d]
+        stored = value_code(value, value_scale[0][g]) if kernel.book else T.Cast("float16", value)
+        T.buffer_store(values, stored, [g, place, d])
 
 
 def build_attention(kernel: AttentionKernel):
     """Return causal attention of M rows over the caches, softmax in two passes.
 
-    Buffers, in order: q float32 [M, H, D], already scaled; keys, values; lengths int32 [2]; slopes float32 [H] if
-    `kernel.alibi`, and if it is `kernel.pruned`, too: positions int32 [M] and key_positions int32 [context]; out
-    float32 [M, H D]; importance float32 [M, H] if `kernel.importance`.
+    Buffers, in order: q float32 [M, H, D], already scaled; keys, values; lengths int32 [2]; value_scale float32
+    [KV] if `kernel.book`; slopes float32 [H] if `kernel.alibi`, and if it is `kernel.pruned`, too: positions int32
+    [M] and key_positions int32 [context]; out float32 [M, H D]; importance float32 [M, H] if `kernel.importance`.
     A task is one KV head and a few rows with all query heads that share it, so a key or value is loaded and
     converted once for them.
     """
@@ -186,13 +205,15 @@ def build_attention(kernel: AttentionKernel):
             T.func_attr({"global_symbol": kernel.name, "tirx.noalias": True})
             q = T.arg("q", T.buffer((M, H, D), "float32"))
             keys = T.arg("keys", T.buffer(kernel.key_cache, "float16"))
-            values = T.arg("values", T.buffer(kernel.value_cache, "float16"))
+            values = T.arg("values", T.buffer(kernel.value_cache, kernel.value_dtype))
             lengths = T.arg("lengths", T.buffer((2,), "int32"))
+            value_scale = kernel.arg_value_scale()
             alibi = _alibi_arguments(kernel)
             outputs = [T.arg("out", T.buffer((M, H * D), "float32"))]
             if kernel.importance:
                 outputs.append(T.arg("importance", T.buffer((M, H), "float32")))
-            with task_loop("tile", kernel.kv_heads * tiles, [q, keys, values, lengths, *alibi], outputs) as task:
+            reads = [q, keys, values, lengths, *value_scale, *alibi]
+            with task_loop("tile", kernel.kv_heads * tiles, reads, outputs) as task:
                 scores = T.sblock_alloc_buffer((pairs, kernel.context), "float32")
                 norm = T.sblock_alloc_buffer((pairs, 1), "float32")
                 kv, row = task // tiles, task % tiles * R
@@ -204,6 +225,8 @@ def build_attention(kernel: AttentionKernel):
                 for importance in outputs[1:]:
                     for p, (m, h) in enumerate(at):
                         T.buffer_store(importance, scores[p, 0] * norm[p, 0], [m, h])
+                if kernel.book:
+                    round_probabilities(kernel.book, pairs, kv, blocks, scores, norm, *value_scale)
                 _weighted_values(kernel, at, kv, end, scores, norm, values, outputs[0])
     return builder.get()
 

@@ -51,7 +51,7 @@ def function_names() -> list[tuple[str, int, bool]]:
     return names
 
 
-def build_decoder(config: DecoderConfig, context: int, value_lanes: int, pruning: Pruning | None = None):
+def build_decoder(config: DecoderConfig, context: int, value_lanes: int, pruning: Pruning | None = None, book=None):
     """Build the module.
 
     Parameters
@@ -59,6 +59,7 @@ def build_decoder(config: DecoderConfig, context: int, value_lanes: int, pruning
     context : int
         Length of the caches, a multiple of 16.
     value_lanes : int
+    book : optional
         See `AttentionKernel`.
     pruning : Pruning, optional
 
@@ -69,7 +70,7 @@ def build_decoder(config: DecoderConfig, context: int, value_lanes: int, pruning
     """
     builder = relax.BlockBuilder()
     for name, rows, all_rows in function_names():
-        _Decoder(builder, config, context, value_lanes, rows, pruning).emit(name, all_rows)
+        _Decoder(builder, config, context, value_lanes, rows, pruning, book).emit(name, all_rows)
     return builder.get()
 
 
@@ -80,7 +81,7 @@ class _Decoder:
     `kernels.prune`.
     """
 
-    def __init__(self, builder, config: DecoderConfig, context: int, value_lanes: int, rows: int, pruning):
+    def __init__(self, builder, config: DecoderConfig, context: int, value_lanes: int, rows: int, pruning, book):
         self.builder, self.config, self.context, self.rows = builder, config, context, rows
         self.params: list = []
         self.pruned_layers = pruning.layers if pruning else ()
@@ -94,6 +95,7 @@ class _Decoder:
             context,
             value_lanes,
             alibi=config.positions == "alibi",
+            book=book,
         )
 
     def param(self, name: str, shape: tuple[int, ...], dtype: str = "float32"):
@@ -168,15 +170,15 @@ class _Decoder:
         return self._linear(x, self.tables.get("head", self.tables["embedding"]))
 
     def _caches(self, layer: int):
-        shapes = (self.attention.key_cache, self.attention.value_cache)
-        return [
-            self.param(f"layers.{layer}.{name}", shape, "float16")
-            for name, shape in zip(("keys", "values"), shapes, strict=True)
-        ]
+        kernel = self.attention
+        caches = (("keys", kernel.key_cache, "float16"), ("values", kernel.value_cache, kernel.value_dtype))
+        return [self.param(f"layers.{layer}.{name}", shape, dtype) for name, shape, dtype in caches]
 
     def _layer_weights(self, layer: int) -> dict:
         names = ("input_norm", "mlp_norm")
         weights = {name: self._norm_params(f"layers.{layer}.{name}") for name in names}
+        scale = [self.param(f"layers.{layer}.value_scale", (self.config.num_kv_heads,))] if self.attention.book else []
+        weights["value_scale"] = scale
         for linear in self.config.linears:
             name, columns = f"layers.{layer}.{linear.name}", sum(linear.rows)
             weight = self.param(name, (columns, linear.in_features))
@@ -195,7 +197,7 @@ class _Decoder:
     def _layer(self, x, weights: dict, caches, ends_segment: bool, drops: bool):
         def attention(x):
             qkv = self._linear(x, *weights["qkv"])
-            return self._linear(self._attention(qkv, caches, drops), *weights["o"])
+            return self._linear(self._attention(qkv, caches, weights["value_scale"], drops), *weights["o"])
 
         x = self._residual(x, weights["input_norm"], attention)
         if drops:
@@ -256,20 +258,20 @@ class _Decoder:
             inner = self.builder.emit(activation(inner))
         return self._linear(inner, *weights[down.name])
 
-    def _attention(self, qkv, caches, drops: bool):
+    def _attention(self, qkv, caches, value_scale: list, drops: bool):
         kernel, emit = self.attention, self.builder.emit
         if self.config.positions == "rotary":
             append = self.kernel(attention_kernels.build_rope_append(kernel))
-            inputs = (qkv, *self.rope, self.positions, self.lengths)
+            inputs = (qkv, *self.rope, self.positions, self.lengths, *value_scale)
         else:
-            append, inputs = self.kernel(attention_kernels.build_append(kernel)), (qkv, self.lengths)
+            append, inputs = self.kernel(attention_kernels.build_append(kernel)), (qkv, self.lengths, *value_scale)
         q_type = relax.TensorType((self.rows, kernel.heads, kernel.head_dim), "float32")
         types, updated = [cache.ty for cache in caches], [len(inputs), len(inputs) + 1, -1]
         arguments = (*inputs, *caches)
         keys, values, q = emit(relax.op.call_tir_inplace(append, arguments, updated, [*types, q_type]))
         kernel = replace(kernel, importance=drops)
         attention = self.kernel(attention_kernels.build_attention(kernel))
-        inputs = [q, keys, values, self.lengths]
+        inputs = [q, keys, values, self.lengths, *value_scale]
         if kernel.alibi:
             inputs += [self.slopes, self.positions, self.key_positions] if kernel.pruned else [self.slopes]
         out_type = relax.TensorType((self.rows, kernel.heads * kernel.head_dim), "float32")

@@ -14,12 +14,14 @@ from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json, write_json
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.models.registry import describe
+from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.quantize.pruning import PruningSchedule, read_schedule
 
 FORMAT_VERSION = 1
 METHODS = ("gptq", "rtn", "keep")
 GROUP_SIZES = (32, 64, 128)
 ACTIVATIONS = ("per-token", "per-token-group", "static", "none")
+ATTENTIONS = ("float", *CODE_BOOKS)
 TABLE_GROUP = 32
 LARGEST_REFINE = 8
 """TRIP's exponents are at most this: group scales times two to their power stay far below float16's limit."""
@@ -46,6 +48,8 @@ class Scheme:
         The linears, by role, whose inputs have 4-bit codes, -7..7.
     pruning : PruningSchedule or None
         Which tokens of a prompt are dropped on their way through the layers.
+    attention : str
+        ``"float"``, or a name in `CODE_BOOKS`: probabilities are powers of two then, and values int8.
     """
 
     method: str
@@ -55,6 +59,7 @@ class Scheme:
     max_refine: int = 0
     four_bit: tuple[str, ...] = ()
     pruning: PruningSchedule | None = None
+    attention: str = "float"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -65,6 +70,8 @@ class Scheme:
             raise AgqError(f"symmetric must be true or false, not {self.symmetric!r}")
         if self.activation not in ACTIVATIONS:
             raise AgqError(f"unknown activation {self.activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+        if self.attention not in ATTENTIONS:
+            raise AgqError(f"unknown attention {self.attention!r}: choose one of {', '.join(ATTENTIONS)}")
         if type(self.max_refine) is not int or not 0 <= self.max_refine <= LARGEST_REFINE:
             raise AgqError(f"max_refine {self.max_refine!r} is not an integer in 0..{LARGEST_REFINE}")
         if self.max_refine and self.activation not in ("static", "per-token"):
@@ -77,7 +84,7 @@ class Scheme:
     @property
     def is_calibrated(self) -> bool:
         """Whether quantizing looks at what passes through the model."""
-        return self.method == "gptq" or self.activation == "static" or self.max_refine > 0
+        return self.method == "gptq" or self.activation == "static" or self.max_refine > 0 or self.attention != "float"
 
     def activation_bits(self, role: str) -> int:
         """Return the bits of the activation codes at the input of the linear of that role."""
@@ -105,6 +112,9 @@ class QuantizedLinear:
     act_zero : int32 array [1] or None
     alpha : int8 array [G] or None
         TRIP's exponents: activations of a group are divided by 2^alpha before they are rounded.
+    value_scale : float32 array [KV] or None
+        The matrix that values come from, with quantized attention only: static scale of every KV head's values,
+        ``v = value_scale * code``.
     """
 
     qweight: np.ndarray
@@ -116,6 +126,7 @@ class QuantizedLinear:
     act_scale: np.ndarray | None = None
     act_zero: np.ndarray | None = None
     alpha: np.ndarray | None = None
+    value_scale: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +179,13 @@ def vector_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def value_scale_names(config: DecoderConfig) -> list[str]:
+    """Name the scales of the values of every layer: they belong to the matrix that the values come from."""
+    qkv = next(linear for linear in config.linears if linear.name == "qkv")
+    prefixes = (config.layer_prefix.format(layer=layer) for layer in range(config.num_layers))
+    return [f"{prefix}{qkv.parts[-1]}.value_scale" for prefix in prefixes]
+
+
 def group_count(in_features: int, group_size: int) -> int:
     """Return the number of groups of a row, the last one possibly short."""
     return -(-in_features // group_size)
@@ -214,7 +232,7 @@ def write_checkpoint(
     """
     tensors = {name: np.ascontiguousarray(value, "float32") for name, value in vectors.items()}
     for name, linear in linears.items():
-        for field in ("qweight", "scales", "offsets", "bias", "act_scale", "act_zero", "alpha"):
+        for field in ("qweight", "scales", "offsets", "bias", "act_scale", "act_zero", "alpha", "value_scale"):
             value = getattr(linear, field)
             if value is not None:
                 tensors[f"{name}.{field}"] = np.ascontiguousarray(value)
@@ -301,6 +319,7 @@ class Checkpoint:
             act_scale=act_scale,
             act_zero=act_zero,
             alpha=alpha,
+            value_scale=self._optional(f"{name}.value_scale"),
         )
 
     def fused(self, layer: int, parts: tuple[str, ...]) -> tuple[QuantizedLinear, ...]:
@@ -318,6 +337,14 @@ class Checkpoint:
         if len({tuple(None if value is None else value.tobytes() for value in values) for values in fields}) > 1:
             raise self._damaged(f"{', '.join(parts)} of layer {layer} disagree on their shared input")
         return linears
+
+    def value_scale(self, layer: int) -> np.ndarray:
+        """Read the scales of a layer's values, float32 [KV]; for quantized attention only."""
+        name = value_scale_names(self.config)[layer]
+        scales = self._read(name)
+        if not (scales > 0).all():
+            raise self._damaged(f"{name} has a scale out of range")
+        return scales
 
     def table(self, name: str) -> QuantizedTable:
         """Read a matrix outside the layers, e.g. the embedding, ``"model.embed_tokens"``."""
@@ -357,12 +384,15 @@ def _read_scheme(ours: Mapping) -> Scheme:
     if not isinstance(four_bit, list):
         raise AgqError(f"four_bit must be a list of linears, not {four_bit!r}")
     values = (ours.get(name) for name in ("method", "group_size", "symmetric", "activation"))
-    return Scheme(*values, ours.get("max_refine", 0), tuple(four_bit), read_schedule(ours.get("pruning")))
+    pruning, attention = read_schedule(ours.get("pruning")), ours.get("attention", "float")
+    return Scheme(*values, ours.get("max_refine", 0), tuple(four_bit), pruning, attention)
 
 
 def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
     """Give the allowed types and the shape of every tensor."""
     floats = vector_shapes(config) | bias_shapes(config)
+    if scheme.attention != "float":
+        floats |= dict.fromkeys(value_scale_names(config), (config.num_kv_heads,))
     expected = {name: (("F32",), shape) for name, shape in floats.items()}
     for name, (rows, columns) in table_shapes(config).items():
         expected[f"{name}.qweight"] = (("I8",), (rows, columns))

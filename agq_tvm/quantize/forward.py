@@ -15,6 +15,8 @@ LayerSteps = Generator[tuple[str, Tensor], Tensor, Tensor]
 # Called with queries [H, T, D] and keys [KV heads, T, D] as attention multiplies them, any rotation done, and with
 # what it adds to scores, [H, T, T] or None.
 WatchAttention = Callable[[Tensor, Tensor, Tensor | None], None]
+# Called with queries, keys, values [KV heads, T, D] and that same bias; returns [H, T, D].
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 _ACTIVATIONS = {
     "silu": functional.silu,
     "relu": functional.relu,
@@ -160,6 +162,7 @@ def layer_steps(
     half_cache: bool,
     watch: WatchAttention | None = None,
     drop: Callable[[Tensor], Tensor] | None = None,
+    attend: Attend | None = None,
 ) -> LayerSteps:
     """Run one layer, leaving the linears to the caller.
 
@@ -179,8 +182,10 @@ def layer_steps(
         Shown the queries and keys.
     drop : callable, optional
         Given the rows after attention and its residual, returns those that the MLP goes on with.
+    attend : callable, optional
+        Instead of float attention; it is given the values as they are.
     """
-    attention = partial(_attention_steps, config, positions, half_cache, watch)
+    attention = partial(_attention_steps, config, positions, half_cache, watch, attend)
     hidden = yield from _residual_steps(config, norms.attention, hidden, attention)
     if drop is not None:
         hidden = drop(hidden)
@@ -210,10 +215,11 @@ def _attention_steps(
     positions: AttentionPositions,
     half_cache: bool,
     watch: WatchAttention | None,
+    attend: Attend | None,
     x: Tensor,
 ) -> LayerSteps:
     qkv = yield "qkv", x
-    return (yield "o", _attention(config, qkv, positions, half_cache, watch))
+    return (yield "o", _attention(config, qkv, positions, half_cache, watch, attend))
 
 
 def _mlp_steps(config: DecoderConfig, x: Tensor) -> LayerSteps:
@@ -232,6 +238,7 @@ def _attention(
     positions: AttentionPositions,
     half_cache: bool,
     watch: WatchAttention | None,
+    attend: Attend | None,
 ) -> Tensor:
     heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
     rows = qkv.view(len(qkv), heads + 2 * kv_heads, width).transpose(0, 1)
@@ -239,19 +246,26 @@ def _attention(
     if positions.rope is not None:
         q, k = _rotate(q, *positions.rope), _rotate(k, *positions.rope)
     if half_cache:
-        k, v = k.half().float(), v.half().float()
+        k = k.half().float()
     if watch is not None:
         watch(q, k, positions.bias)
-    out = functional.scaled_dot_product_attention(
+    if attend is None:
+        out = _float_attention(q, k, v.half().float() if half_cache else v, positions.bias)
+    else:
+        out = attend(q, k, v, positions.bias)
+    return out.transpose(0, 1).reshape(len(qkv), heads * width)
+
+
+def _float_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.scaled_dot_product_attention(
         q[None],
         k[None],
         v[None],
-        attn_mask=positions.bias,
-        is_causal=positions.bias is None,
-        scale=width**-0.5,
+        attn_mask=bias,
+        is_causal=bias is None,
+        scale=q.shape[-1] ** -0.5,
         enable_gqa=True,
     )[0]
-    return out.transpose(0, 1).reshape(len(qkv), heads * width)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

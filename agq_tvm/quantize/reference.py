@@ -13,7 +13,9 @@ from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.quantize.activations import ActivationQuantizer, to_groups
 from agq_tvm.quantize.checkpoint import ACTIVATIONS, TABLE_GROUP, Checkpoint, QuantizedLinear
+from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.quantize.forward import (
+    Attend,
     Entry,
     Norm,
     Norms,
@@ -24,6 +26,7 @@ from agq_tvm.quantize.forward import (
     read_norms,
     run_layer,
 )
+from agq_tvm.quantize.log2 import Log2Attention
 from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.row_pruner import PrunedPass, RowPruner
 from agq_tvm.quantize.source import Source
@@ -157,10 +160,11 @@ class TableOperator:
 
 
 class Layer(NamedTuple):
-    """One layer: its norms and its linears by their name."""
+    """One layer: its norms, its linears by their name, and its attention if that is not float."""
 
     norms: Norms
     linears: Mapping[str, Operator]
+    attend: Attend | None = None
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,11 @@ class ReferenceModel:
             for linear in config.linears:
                 parts = checkpoint.fused(layer, linear.parts)
                 linears[linear.name] = _operator(parts, activation, checkpoint.scheme.activation_bits(linear.name))
-            return Layer(read_norms(config, layer, checkpoint.vector), linears)
+            attend = None
+            if checkpoint.scheme.attention in CODE_BOOKS:
+                scales = torch.from_numpy(checkpoint.value_scale(layer))
+                attend = Log2Attention(CODE_BOOKS[checkpoint.scheme.attention], scales)
+            return Layer(read_norms(config, layer, checkpoint.vector), linears, attend)
 
         def table(name: str) -> Tensor:
             return torch.from_numpy(dequantize_table(checkpoint.table(name)))
@@ -317,7 +325,9 @@ class ReferenceModel:
             if pruner is not None:
                 positions = pruner.positions
                 watch, drop = pruner.in_layer(i, watch)
-            steps = layer_steps(self.config, layer.norms, hidden, positions, self._half_cache, watch, drop)
+            steps = layer_steps(
+                self.config, layer.norms, hidden, positions, self._half_cache, watch, drop, layer.attend
+            )
             hidden = run_layer(steps, _linear_of(layer, i, trace, observer))
         return self._exit(hidden).numpy()
 

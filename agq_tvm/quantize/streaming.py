@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from agq_tvm.errors import AgqError
-from agq_tvm.models.decoder import Linear
+from agq_tvm.models.decoder import DecoderConfig, Linear
 from agq_tvm.progress import progress
 from agq_tvm.quantize.activations import ActivationQuantizer
 from agq_tvm.quantize.checkpoint import QuantizedLinear, Scheme
-from agq_tvm.quantize.forward import LayerSteps, Norms, attention_positions, layer_steps, read_norms
+from agq_tvm.quantize.codebooks import CODE_BOOKS
+from agq_tvm.quantize.forward import Attend, LayerSteps, Norms, attention_positions, layer_steps, read_norms
 from agq_tvm.quantize.gptq import gptq
-from agq_tvm.quantize.reference import float_entry, float_linear, stacked_weights
+from agq_tvm.quantize.log2 import Log2Attention, value_scales
+from agq_tvm.quantize.reference import FloatLinear, float_entry, float_linear, stacked_weights
 from agq_tvm.quantize.source import Source, quantize_matrix
 from agq_tvm.quantize.trip import refine_per_token, refine_static
 from agq_tvm.quantize.weights import grid_of
@@ -36,10 +38,10 @@ class _Windows:
         self._positions = attention_positions(source.config, len(windows[0]))
         self._steps: list[LayerSteps] = []
 
-    def enter_layer(self, norms: Norms) -> list[Tensor]:
+    def enter_layer(self, norms: Norms, attend: Attend | None = None) -> list[Tensor]:
         """Begin a layer; return the inputs [T, K] of its first linear."""
-        config, positions = self._config, self._positions
-        self._steps = [layer_steps(config, norms, hidden, positions, half_cache=False) for hidden in self._hidden]
+        common = {"config": self._config, "norms": norms, "positions": self._positions, "attend": attend}
+        self._steps = [layer_steps(hidden=hidden, half_cache=False, **common) for hidden in self._hidden]
         return [next(steps)[1] for steps in self._steps]
 
     def advance(self, outputs: Iterator[Tensor]) -> list[Tensor]:
@@ -57,8 +59,8 @@ class _Windows:
 def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) -> dict[str, QuantizedLinear]:
     """Quantize every linear, on inputs that come out of the already quantized ones before it.
 
-    Inputs are rounded as the scheme rounds activations. GPTQ fits each linear to what the float model gives;
-    linears that share an input share its Hessian.
+    Inputs are rounded as the scheme rounds activations, and attention is the scheme's. GPTQ fits each linear to what
+    the float model gives; linears that share an input share its Hessian.
 
     Parameters
     ----------
@@ -70,7 +72,8 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
     Returns
     -------
     dict
-        By the name of the matrix, with what is calibrated of its input's quantizer.
+        By the name of the matrix, with what is calibrated of its input's quantizer, and of the values with quantized
+        attention.
     """
     config = source.config
     states = _Windows(source, windows)
@@ -79,7 +82,8 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
     for layer in progress(range(config.num_layers), "calibrating", unit="layer"):
         prefix = config.layer_prefix.format(layer=layer)
         norms = read_norms(config, layer, source.tensor)
-        inputs = states.enter_layer(norms)
+        attend = Log2Attention(CODE_BOOKS[scheme.attention]) if scheme.attention in CODE_BOOKS else None
+        inputs = states.enter_layer(norms, attend)
         wanted = exact.enter_layer(norms) if exact else inputs
         for linear in config.linears:
             names = [prefix + part for part in linear.parts]
@@ -92,8 +96,11 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
             else:
                 parts = tuple(quantize_matrix(source, name, scheme) for name in names)
             parts = tuple(_with_quantizer(*each, quantizer) for each in zip(parts, names, strict=True))
-            quantized |= zip(names, parts, strict=True)
             operator = stacked_weights(parts)
+            if attend and linear.name == "qkv":
+                attend.value_scales = _value_scales(config, operator, inputs)
+                parts = (*parts[:-1], replace(parts[-1], value_scale=attend.value_scales.numpy()))
+            quantized |= zip(names, parts, strict=True)
             inputs = states.advance(operator(x) for x in inputs)
     return quantized
 
@@ -104,6 +111,14 @@ def _quantizer(inputs: list[Tensor], weight: Tensor, role: str, scheme: Scheme) 
         return refine_static(inputs, scheme.group_size, scheme.max_refine, bits).quantizer
     alpha = refine_per_token(inputs, weight, scheme.group_size, scheme.max_refine) if scheme.max_refine else None
     return ActivationQuantizer(scheme.activation, scheme.group_size, alpha=alpha, bits=bits)
+
+
+def _value_scales(config: DecoderConfig, qkv: FloatLinear, inputs: list[Tensor]) -> Tensor:
+    """Return the scale of each KV head's values, float32 [KV]; they are the last columns of `qkv`."""
+    columns = config.num_kv_heads * config.head_dim
+    values = FloatLinear(qkv.weight[-columns:], None if qkv.bias is None else qkv.bias[-columns:])
+    largest = [values(x).view(-1, config.num_kv_heads, config.head_dim).abs().amax((0, 2)) for x in inputs]
+    return value_scales(torch.stack(largest).amax(0))
 
 
 def _with_quantizer(linear: QuantizedLinear, name: str, quantizer: ActivationQuantizer) -> QuantizedLinear:

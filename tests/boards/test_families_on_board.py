@@ -1,4 +1,4 @@
-"""OPT and BLOOM, and activations of 4 bits, on emulated boards; bundles with few functions."""
+"""OPT and BLOOM with log2 attention, and activations of 4 bits, on emulated boards; bundles with few functions."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from agq_tvm.flow import compile as compile_flow
 from agq_tvm.flow import library
 from agq_tvm.flow.compile import compile_checkpoint
-from agq_tvm.flow.quantize import quantize
+from agq_tvm.flow.quantize import Calibration, quantize
 from agq_tvm.models import relax_decoder
 from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.runtime.bundle import Bundle
@@ -34,9 +34,12 @@ def few_functions(monkeypatch):
     monkeypatch.setattr(compile_flow, "build_library", build)
 
 
-@pytest.mark.parametrize(("family", "device"), [("opt", "raspberry-pi-4"), ("bloom", "snapdragon-870")])
-def test_tiny_model(boards, tmp_path, few_functions, family, device):
-    quantize(write_tiny_model(tmp_path / "m", family), tmp_path / "c", method="rtn", group_size=64)
+@pytest.mark.parametrize(
+    ("family", "attention", "device"), [("opt", "log2-paper", "raspberry-pi-4"), ("bloom", "log2", "snapdragon-870")]
+)
+def test_tiny_model(boards, tmp_path, few_functions, family, attention, device):
+    settings = {"group_size": 64, "attention": attention, "calibration": Calibration(samples=2, length=48)}
+    quantize(write_tiny_model(tmp_path / "m", family), tmp_path / "c", method="rtn", **settings)
     compile_checkpoint(tmp_path / "c", device, tmp_path / "b", context=64)
     bundle, checkpoint = Bundle(tmp_path / "b"), read_checkpoint(tmp_path / "c")
     tokens = np.random.default_rng(1).integers(0, checkpoint.config.vocab_size, 24).tolist()

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from agq_tvm.flow.quantize import quantize
+from agq_tvm.flow.quantize import Calibration, quantize
 from agq_tvm.kernels.emit import LANES
 from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.pruning import PruningSchedule
@@ -21,10 +21,10 @@ CONTEXT = 64
 ROWS = 24
 TOKENS = np.random.default_rng(8).integers(3, 259, 48).tolist()
 SHARED = {"apply_residual_connection_post_layernorm": True}
-CASES = {  # family, its variant, pruned layers, their share, instruction set
-    "llama": ("llama", {"num_hidden_layers": 4}, (2, 3), 0.6, HERE),
-    "opt, norms after": ("opt", {"num_hidden_layers": 3, "do_layer_norm_before": False}, (1,), 0.5, "generic"),
-    "bloom, norms shared": ("bloom", {"n_layer": 4} | SHARED, (1, 3, 4), 0.8, "generic"),
+CASES = {  # family, its variant, pruned layers, their share, attention, instruction set
+    "llama": ("llama", {"num_hidden_layers": 4}, (2, 3), 0.6, "float", HERE),
+    "opt, norms after": ("opt", {"num_hidden_layers": 3, "do_layer_norm_before": False}, (1,), 0.5, "float", "generic"),
+    "bloom, norms shared": ("bloom", {"n_layer": 4} | SHARED, (1, 3, 4), 0.8, "log2", "generic"),
 }
 
 
@@ -44,11 +44,12 @@ class Keys:
 @pytest.fixture(scope="module", params=CASES)
 def both(request, tmp_path_factory):
     """The reference and the compiled model of a case."""
-    family, overrides, layers, beta, isa = CASES[request.param]
+    family, overrides, layers, beta, attention, isa = CASES[request.param]
     root = tmp_path_factory.mktemp("pruned")
     source = write_tiny_model(root / "m", family, 3, **overrides)
     schedule = PruningSchedule(layers, beta)
-    quantize(source, root / "c", method="rtn", group_size=64, pruning=schedule)
+    settings = {"attention": attention, "calibration": Calibration(samples=2, length=48)}
+    quantize(source, root / "c", method="rtn", group_size=64, pruning=schedule, **settings)
     checkpoint = read_checkpoint(root / "c")
     with pytest.MonkeyPatch.context() as patch:
         model = CompiledModel(checkpoint, isa, CONTEXT, patch, ROWS)

@@ -15,7 +15,7 @@ def test_the_summary_is_what_was_written(tmp_path, method):
     write_tiny_llama(tmp_path / "m")
     result = quantize(tmp_path / "m", tmp_path / "out", method=method, calibration=FEW)
     scheme = read_checkpoint(tmp_path / "out").scheme
-    for name in ("method", "group_size", "symmetric", "activation"):
+    for name in ("method", "group_size", "symmetric", "activation", "attention"):
         assert result[name] == getattr(scheme, name)
     assert (result["method"], result["activation"]) == (method, "per-token-group")
     assert result["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -62,6 +62,7 @@ def test_an_earlier_checkpoint_is_replaced_and_nothing_else(tmp_path):
         ({"method": "rtn", "activation": "static", "max_refine": -1}, "max_refine -1"),
         ({"method": "rtn", "four_bit": ("q_proj",)}, "no linear 'q_proj': choose from qkv, o, gate_up, down"),
         ({"method": "rtn", "activation": "none", "four_bit": ("o",)}, "float activations have no 4-bit codes"),
+        ({"method": "rtn", "attention": "log3"}, "attention 'log3'"),
         ({"method": "keep"}, "not 4 bit"),
         ({"method": "gptq", "calibration": Calibration(text="absent.txt")}, "no text absent.txt"),
         ({"method": "gptq", "calibration": Calibration(samples=0)}, "1 or more"),

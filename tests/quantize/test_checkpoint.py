@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,6 +106,21 @@ def test_changed_tensors_are_refused(static, change, words):
     assert str(static) in str(error.value)
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.inf])
+def test_scales_of_values_are_positive_numbers(quantized, tmp_path, scale):
+    path = Path(shutil.copytree(quantized(attention="log2"), tmp_path / "log2"))
+    assert read_checkpoint(path).scheme.attention == "log2" and read_checkpoint(path).value_scale(1).shape == (2,)
+    name = "model.layers.1.self_attn.v_proj.value_scale"
+    change_tensors(path, lambda tensors: tensors[name].__setitem__(1, scale))
+    with pytest.raises(AgqError, match=r"layers\.1\.self_attn\.v_proj\.value_scale has .*damaged"):
+        read_checkpoint(path).value_scale(1)
+
+
+def test_checkpoints_from_before_there_was_a_choice_have_float_attention(static):
+    change_config(static, lambda config: config["quantization_config"].pop("attention"))
+    assert read_checkpoint(static).scheme.attention == "float"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
@@ -122,6 +138,9 @@ def test_changed_tensors_are_refused(static, change, words):
         ("four_bit", "o", "four_bit must be a list"),
         ("four_bit", [3], "four_bit must be names"),
         ("four_bit", ["head"], "no linear 'head'"),
+        ("attention", "int4", "attention 'int4'"),
+        ("attention", None, "attention None"),
+        ("attention", "log2", r"v_proj.value_scale"),
         ("format_version", 2, "format 2"),
         ("format_version", None, "format None"),
         ("weight_bits", 3, "weight_bits 3"),
