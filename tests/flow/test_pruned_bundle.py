@@ -3,43 +3,55 @@
 import pytest
 
 from agq_tvm.errors import AgqError
-from agq_tvm.flow.compile import compile_checkpoint
+from agq_tvm.flow import compile, library
 from agq_tvm.flow.evaluate import evaluate_reference
 from agq_tvm.flow.evaluate_bundle import evaluate, evaluate_bundle
 from agq_tvm.flow.quantize import quantize
+from agq_tvm.models import relax_decoder
 from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.runtime.bundle import Bundle
 from agq_tvm.runtime.perplexity import compare
-from tests.conftest import once
+from tests.compiled import FUNCTIONS, ROWS
 from tests.tiny import write_tiny_model
 
-TEXT = {"data": "persuasion", "window": 128, "max_tokens": 640}
+# Chunks of 8 and 4 tokens, whatever the buckets are, before 4 that are scored.
+TEXT = {"data": "persuasion", "window": 16, "max_tokens": 160}
 
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
-    """A folder with a checkpoint that drops half of the tokens in layer 1 of 2, and its bundle for this machine."""
+    """A folder with a checkpoint that drops half of the tokens in layer 1 of 2, and its bundle for this machine.
 
-    def make(path):
-        source = write_tiny_model(path / "model", "bloom", 5)
-        quantize(source, path / "checkpoint", method="rtn", group_size=32, pruning=PruningSchedule((1,), 0.5))
-        compile_checkpoint(path / "checkpoint", "host", path / "bundle", context=128)
+    It is compiled in this process and with few functions: seconds instead of half a minute.
+    """
 
-    return once(tmp_path_factory, "pruned", make)
+    def build(request: library.LibraryRequest):
+        library._build(request)
+        return library.read_tensors(request)
+
+    path = tmp_path_factory.mktemp("pruned")
+    source = write_tiny_model(path / "model", "bloom", 5)
+    quantize(source, path / "checkpoint", method="rtn", group_size=32, pruning=PruningSchedule((1,), 0.5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relax_decoder, "function_names", lambda: FUNCTIONS)
+        patch.setattr(compile, "PREFILL_BUCKETS", (ROWS,))
+        patch.setattr(compile, "build_library", build)
+        compile.compile_checkpoint(path / "checkpoint", "host", path / "bundle", context=64)
+    return path
 
 
 def test_a_bundle_scores_what_the_reference_scores(pruned):
     found, expected = evaluate_bundle(pruned / "bundle", **TEXT), evaluate_reference(pruned / "checkpoint", **TEXT)
-    assert found.protocol == expected.protocol == "suffix" and found.losses.shape == (5, 32)
+    assert found.protocol == expected.protocol == "suffix" and found.losses.shape == (10, 4)
     assert abs(compare(found, expected).nll) < 1e-3 * expected.nll
     said = evaluate(pruned / "bundle", **TEXT)
-    assert (said["protocol"], said["tokens"], said["nll"]) == ("suffix", 160, found.nll)
+    assert (said["protocol"], said["tokens"], said["nll"]) == ("suffix", 40, found.nll)
 
 
 def test_a_bundle_says_how_it_prunes(pruned):
     bundle = Bundle(pruned / "bundle")
     assert bundle.manifest["pruning"] == {"layers": [1], "beta": 0.5}
-    assert [cache for cache in bundle.caches if cache[2] == "int32"] == [("segments.1.positions", (128,), "int32")]
+    assert [cache for cache in bundle.caches if cache[2] == "int32"] == [("segments.1.positions", (64,), "int32")]
 
 
 @pytest.mark.parametrize(("protocol", "words"), [("paper-protocol", "is for checkpoints"), ("all", "choose the pro")])
