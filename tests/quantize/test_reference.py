@@ -8,7 +8,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.quantize.checkpoint import QuantizedLinear, read_checkpoint
 from agq_tvm.quantize.reference import QuantizedOperator, ReferenceModel
 from agq_tvm.quantize.source import open_source
-from agq_tvm.quantize.weights import dequantize, rtn
+from agq_tvm.quantize.weights import dequantize, dequantize_table, rtn
 from tests.tiny import tiny_config, write_tiny_llama
 
 LLAMA3 = {
@@ -152,7 +152,7 @@ def test_keys_and_values_are_rounded_to_half(quantized, monkeypatch):
     assert 1e-6 < error < 1e-2
 
 
-def test_the_head_sees_eight_bit_codes_in_groups_of_32(quantized):
+def test_the_head_sees_two_terms_of_eight_bit_codes_in_groups_of_32(quantized):
     checkpoint = read_checkpoint(quantized({"tie_word_embeddings": False}))
     model = ReferenceModel.from_checkpoint(checkpoint)
     x = torch.from_numpy(np.random.default_rng(1).standard_normal((3, 96), dtype="float32"))
@@ -161,11 +161,15 @@ def test_the_head_sees_eight_bit_codes_in_groups_of_32(quantized):
     for g in range(3):
         channels = slice(32 * g, 32 * g + 32)
         part = x.numpy()[:, channels]
-        scale = np.abs(part).max(axis=1, keepdims=True) / np.float32(127)
-        codes = np.rint(part * (np.float32(1) / scale)).astype("int64")
-        dots = codes @ table.qweight[:, channels].astype("int64").T
-        expected += scale.astype("float64") * table.scales[:, g].astype("float64") * dots
-    np.testing.assert_allclose(model._exit.head(x).numpy(), expected, rtol=1e-4, atol=1e-4)
+        for _ in range(2):
+            scale = np.abs(part).max(axis=1, keepdims=True) / np.float32(127)
+            codes = np.rint(part * (np.float32(1) / scale))
+            part = part - codes * scale
+            dots = codes.astype("int64") @ table.qweight[:, channels].astype("int64").T
+            expected += scale.astype("float64") * table.scales[:, g].astype("float64") * dots
+    np.testing.assert_allclose(model._exit.head(x).numpy(), expected, rtol=1e-4, atol=1e-5)
+    exact = x.double().numpy() @ dequantize_table(table).astype("float64").T
+    np.testing.assert_allclose(model._exit.head(x).numpy(), exact, rtol=0, atol=1e-3)
 
 
 def test_causal(quantized):
