@@ -7,7 +7,7 @@ import pytest
 
 from agq_tvm.boards import runtime_files, server_build
 from agq_tvm.errors import AgqError
-from agq_tvm.targets import load_device
+from agq_tvm.targets import link, load_device
 
 DEVICE = load_device("raspberry-pi-4")
 ELF = b"\x7fELF\x02\x01" + bytes(12) + (183).to_bytes(2, "little") + bytes(44)
@@ -34,7 +34,7 @@ def fake_pip(monkeypatch, content: bytes = ELF, drop: str = "", rename: tuple[st
                         archive.writestr(member, content)
         return subprocess.CompletedProcess(command, 0, b"")
 
-    monkeypatch.setattr(runtime_files.subprocess, "run", run)
+    monkeypatch.setattr(link.subprocess, "run", run)
     return commands
 
 
@@ -71,7 +71,7 @@ def test_other_wheels_are_refused(monkeypatch, changes, told):
 
 def test_words_of_pip_are_passed_on(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, b"Looking\nERROR: No matching distribution found\n")
-    monkeypatch.setattr(runtime_files.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(link.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(AgqError, match="with pip: ERROR: No matching distribution found"):
         runtime_files.runtime_folder(DEVICE)
 
