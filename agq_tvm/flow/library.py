@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json
-from agq_tvm.quantize.checkpoint import Scheme, read_checkpoint
+from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.codebooks import CODE_BOOKS
+from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.targets import load_device
 from agq_tvm.targets.link import exporter
 

@@ -11,17 +11,15 @@ from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory
 from agq_tvm.progress import progress, say
 from agq_tvm.quantize.checkpoint import (
-    GROUP_SIZES,
     QuantizedLinear,
     QuantizedTable,
-    Scheme,
-    check_roles,
     linear_shapes,
     table_shapes,
     vector_shapes,
     write_checkpoint,
 )
 from agq_tvm.quantize.pruning import PruningSchedule
+from agq_tvm.quantize.scheme import GROUP_SIZES, Scheme, check_roles
 from agq_tvm.quantize.source import Source, open_source, quantize_matrix
 from agq_tvm.quantize.weights import dequantize, quantize_table
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import DecoderConfig
-from agq_tvm.quantize.activations import ActivationQuantizer, to_groups
-from agq_tvm.quantize.checkpoint import ACTIVATIONS, TABLE_GROUP, Checkpoint, QuantizedLinear
+from agq_tvm.quantize.checkpoint import Checkpoint, QuantizedLinear
 from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.quantize.forward import (
     Attend,
@@ -27,10 +26,19 @@ from agq_tvm.quantize.forward import (
     run_layer,
 )
 from agq_tvm.quantize.log2 import Log2Attention
+from agq_tvm.quantize.operators import (
+    FloatLinear,
+    Operator,
+    QuantizedOperator,
+    TableOperator,
+    float_linear,
+    stacked_weights,
+)
 from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.row_pruner import PrunedPass, RowPruner
+from agq_tvm.quantize.scheme import ACTIVATIONS
 from agq_tvm.quantize.source import Source
-from agq_tvm.quantize.weights import dequantize, dequantize_table, grid_of, unpack
+from agq_tvm.quantize.weights import dequantize_table
 
 # Called with "layers.3.qkv", codes int8 [T, K], scales float32 [T, GA] and sums int32 [T, G, N].
 Trace = Callable[[str, np.ndarray, np.ndarray, np.ndarray], None]
@@ -46,117 +54,6 @@ class Observer(Protocol):
 
     def attention(self, layer: int, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
         """See queries [H, T, D] and keys [KV heads, T, D] as attention multiplies them, and what it adds [H, T, T]."""
-
-
-class Operator(Protocol):
-    """A linear: float32 [T, K] to float32 [T, N]."""
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-
-class FloatLinear:
-    """``y = x Wᵀ + bias`` in float32.
-
-    Parameters
-    ----------
-    weight : float32 tensor [N, K]
-    bias : float32 tensor [N], optional
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight = weight
-        self.bias = bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Multiply float32 [T, K] to float32 [T, N]."""
-        return torch.nn.functional.linear(x, self.weight, self.bias)
-
-
-class QuantizedOperator:
-    """The linears that share an input, stacked along N, on integer activation codes.
-
-    Calling it multiplies the dequantized codes: equal to the contract but for the rounding of float32 sums.
-    `exact` does the contract's own sum, with the integer dot product of every group.
-
-    Parameters
-    ----------
-    parts : tuple of QuantizedLinear
-    activation : str
-        ``"per-token"``, ``"per-token-group"`` or ``"static"``.
-    bits : int
-        Of activation codes, 8 or 4.
-    """
-
-    def __init__(self, parts: tuple[QuantizedLinear, ...], activation: str, bits: int = 8) -> None:
-        self._parts = parts
-        self._float = stacked_weights(parts)
-        self._quantizer = activation_quantizer(parts, activation, bits)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Multiply float32 [T, K] to float32 [T, N]."""
-        return self._float(self._quantizer.rounded(x))
-
-    def exact(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Multiply float32 [T, K] as the contract says.
-
-        Returns
-        -------
-        y : float32 tensor [T, N]
-        codes : int8 tensor [T, K]
-        scales : float32 tensor [T, GA]
-            GA is 1 or G.
-        sums : int32 tensor [T, G, N]
-            ``sum over the group of activation code * weight code``.
-        """
-        codes, scales = self._quantizer.codes(x)
-        group_size = self._quantizer.group_size
-        q, s, o = self._grid()
-        grouped = to_groups(codes, group_size).transpose(0, 1)  # [G, T, g]
-        sums = grouped @ to_groups(q, group_size).permute(1, 2, 0)  # exact: integers below 2^24
-        per_group = s.T[:, None] * sums + o.T[:, None] * grouped.sum(-1, keepdim=True)  # [G, T, N]
-        y = (scales.T[..., None] * per_group).sum(0) + self._constant(q, s, o)
-        return y, codes.to(torch.int8), scales, sums.transpose(0, 1).to(torch.int32)
-
-    def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes [N, K], scales [N, G] and offsets [N, G] in float32, TRIP's powers of two included."""
-        codes = [unpack(part.qweight, part.in_features).astype("float32") for part in self._parts]
-        grids = [grid_of(part) for part in self._parts]
-        stacks = (codes, [s for s, _ in grids], [o for _, o in grids])
-        q, s, o = (torch.from_numpy(np.concatenate(stack)) for stack in stacks)
-        if self._quantizer.alpha is None:
-            return q, s, o
-        powers = torch.exp2(self._quantizer.alpha.float())
-        return q, s * powers, o * powers
-
-    def _constant(self, q: Tensor, s: Tensor, o: Tensor) -> Tensor | float:
-        constant = 0.0 if self._float.bias is None else self._float.bias
-        if self._quantizer.static is None:
-            return constant
-        (scale, zero), group_size = self._quantizer.static, self._quantizer.group_size
-        counts = to_groups(torch.ones(1, q.shape[1]), group_size).sum(-1)
-        weights = (s * to_groups(q, group_size).sum(-1) + o * counts).sum(-1)
-        return constant - scale * zero * weights
-
-
-class TableOperator:
-    """A matrix outside the layers (head or projection), its input quantized per token and group of 32.
-
-    Codes have two terms: what the first leaves over is quantized again, so 8-bit products carry about 15 bits.
-
-    Parameters
-    ----------
-    weight : float32 tensor [N, K]
-        The dequantized table.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Multiply float32 [T, K] to float32 [T, N]."""
-        quantizer = ActivationQuantizer("per-token-group", TABLE_GROUP)
-        first = quantizer.rounded(x)
-        return (first + quantizer.rounded(x - first)) @ self._weight.T
 
 
 class Layer(NamedTuple):
@@ -357,37 +254,12 @@ def _ends(
     return entry, Exit(norm, project, operator(head))
 
 
-def float_linear(source: Source, names: list[str]) -> FloatLinear:
-    """Return the modules `names`, which share an input, stacked along N, as the model has them."""
-    weight = torch.cat([_weight(source, name) for name in names])
-    biases = [source.bias(name) for name in names]
-    return FloatLinear(weight, None if biases[0] is None else torch.from_numpy(np.concatenate(biases)))
-
-
-def _weight(source: Source, name: str) -> Tensor:
-    return torch.from_numpy(source.tensor(f"{name}.weight"))
-
-
 def _operator(parts: tuple[QuantizedLinear, ...], activation: str, bits: int) -> Operator:
     return stacked_weights(parts) if activation == "none" else QuantizedOperator(parts, activation, bits)
 
 
-def activation_quantizer(parts: tuple[QuantizedLinear, ...], activation: str, bits: int) -> ActivationQuantizer:
-    """Return the quantizer of the input that some linears share."""
-    first, static = parts[0], None
-    if activation == "static":
-        static = float(first.act_scale[0]), int(first.act_zero[0])
-    alpha = None if first.alpha is None else torch.from_numpy(first.alpha.astype("int32"))
-    return ActivationQuantizer(activation, first.group_size, static, alpha, bits)
-
-
-def stacked_weights(parts: tuple[QuantizedLinear, ...]) -> FloatLinear:
-    """Dequantize linears that share an input and stack them along N."""
-    weight = torch.from_numpy(np.concatenate([dequantize(part) for part in parts]))
-    if all(part.bias is None for part in parts):
-        return FloatLinear(weight)
-    biases = [np.zeros(len(part.qweight), "float32") if part.bias is None else part.bias for part in parts]
-    return FloatLinear(weight, torch.from_numpy(np.concatenate(biases)))
+def _weight(source: Source, name: str) -> Tensor:
+    return torch.from_numpy(source.tensor(f"{name}.weight"))
 
 
 def _linear_of(

@@ -18,7 +18,6 @@ from agq_tvm.models.registry import describe
 from agq_tvm.quantize.checkpoint import (
     QuantizedLinear,
     QuantizedTable,
-    Scheme,
     bias_shapes,
     linear_shapes,
     quantization_config,
@@ -26,6 +25,7 @@ from agq_tvm.quantize.checkpoint import (
     vector_shapes,
 )
 from agq_tvm.quantize.known import KNOWN, fetch_known
+from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.weights import checked, rtn
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

@@ -15,12 +15,14 @@ from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import DecoderConfig, Linear
 from agq_tvm.progress import progress
 from agq_tvm.quantize.activations import ActivationQuantizer
-from agq_tvm.quantize.checkpoint import QuantizedLinear, Scheme
+from agq_tvm.quantize.checkpoint import QuantizedLinear
 from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.quantize.forward import Attend, LayerSteps, Norms, attention_positions, layer_steps, read_norms
 from agq_tvm.quantize.gptq import gptq
 from agq_tvm.quantize.log2 import Log2Attention, value_scales
-from agq_tvm.quantize.reference import FloatLinear, float_entry, float_linear, stacked_weights
+from agq_tvm.quantize.operators import FloatLinear, float_linear, stacked_weights
+from agq_tvm.quantize.reference import float_entry
+from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.source import Source, quantize_matrix
 from agq_tvm.quantize.trip import refine_per_token, refine_static
 from agq_tvm.quantize.weights import grid_of

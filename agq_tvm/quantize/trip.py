@@ -52,17 +52,16 @@ def refine_static(inputs: list[Tensor], group_size: int, max_refine: int, bits: 
     full, zero = static_range(low, high, limit)
     scale = full / 2**max_refine
     errors = torch.zeros(max_refine + 1, channels, dtype=torch.float64)
-    clipped = torch.zeros_like(errors)
     for alpha in range(max_refine + 1):
         step = scale * 2**alpha
         for x in inputs:
             codes = static_codes(x, step, zero, limit)
             errors[alpha] += ((codes - zero) * step - x).square().sum(0, dtype=torch.float64)
-            clipped[alpha] += ((x / step + zero).abs() > limit + 0.5).sum(0)
     chosen = to_groups(errors, group_size).sum(-1).argmin(0)  # [G]
-    share = clipped.gather(0, chosen.repeat_interleave(group_size)[None, :channels])[0] / sum(len(x) for x in inputs)
+    steps = scale * torch.exp2(chosen.float()).repeat_interleave(group_size)[:channels]
+    clipped = sum(((x / steps + zero).abs() > limit + 0.5).sum(0) for x in inputs) / sum(len(x) for x in inputs)
     alpha = chosen if max_refine else None
-    return StaticRefinement(ActivationQuantizer("static", group_size, (scale, zero), alpha, bits), share.float())
+    return StaticRefinement(ActivationQuantizer("static", group_size, (scale, zero), alpha, bits), clipped)
 
 
 def refine_per_token(inputs: list[Tensor], weight: Tensor, group_size: int, max_refine: int) -> Tensor:

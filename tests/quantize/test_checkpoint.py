@@ -7,7 +7,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from agq_tvm.errors import AgqError
-from agq_tvm.quantize.checkpoint import Scheme, linear_shapes, read_checkpoint, table_shapes, vector_shapes
+from agq_tvm.quantize.checkpoint import linear_shapes, read_checkpoint, table_shapes, vector_shapes
+from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.source import open_source
 from agq_tvm.quantize.weights import dequantize, dequantize_table, rtn
 

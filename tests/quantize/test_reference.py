@@ -6,7 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from agq_tvm.errors import AgqError
 from agq_tvm.quantize.checkpoint import QuantizedLinear, read_checkpoint
-from agq_tvm.quantize.reference import QuantizedOperator, ReferenceModel
+from agq_tvm.quantize.operators import QuantizedOperator
+from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.source import open_source
 from agq_tvm.quantize.weights import dequantize, dequantize_table, rtn
 from tests.tiny import tiny_config, write_tiny_llama
