@@ -10,12 +10,12 @@ Weights and their scales come in the tiles of `layout.py`; activation codes come
 `quantize.py` writes them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import te
 
 from agq_tvm.kernels.intrin.base import InstructionSet, intrinsic, nibble, stored_dtype
-from agq_tvm.kernels.layout import K_BLOCK, k_blocks
+from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.tvm_seam import Schedule, T
 
 ZERO = {4: 8, 8: 128}
@@ -96,7 +96,7 @@ def define(kernel: LinearKernel, isa: InstructionSet):
     """
     layout = isa.layout(kernel.bits)
     multiply = isa.multiply(kernel.bits, kernel.activation_bits, kernel.packed)
-    less = multiply.center if multiply else 0
+    less = multiply.center if multiply and not kernel.packed else 0
     M, R, G, GB = kernel.rows, kernel.code_rows, kernel.groups, kernel.group_size // K_BLOCK
     KB, NT = k_blocks(kernel.channels, kernel.group_size), layout.tiles(kernel.columns)
     S, V, L, D = layout.steps, layout.vectors, layout.lanes, layout.depth
@@ -109,19 +109,28 @@ def define(kernel: LinearKernel, isa: InstructionSet):
     wo = te.placeholder((NT, G, V, L), kernel.offsets, name="wo") if kernel.offsets else None
     bias = te.placeholder((NT, V, L), "float32", name="bias") if kernel.bias else None
 
-    codes = w
+    tile = register_tile(kernel, isa)
+    TV = tile.vectors
+
+    def code(t, kb, s, h, v, j, i):
+        return w[t, kb, s, h, v, j, i]
+
     if kernel.bits == 4:
         codes = te.compute(
-            (NT, KB, S, 2, V, L, D),
-            lambda t, kb, s, h, v, j, i: nibble(w[t, kb, s, v, j, i], h, layout, less),
+            (NT, V // TV, KB, S, 2, TV, L, D),
+            lambda t, p, kb, s, h, v, j, i: nibble(w[t, kb, s, p * TV + v, j, i], h, layout, less),
             name="unpack",
         )
+
+        def code(t, kb, s, h, v, j, i):
+            return codes[t, v // TV, kb, s, h, v % TV, j, i]
+
     axes = [te.reduce_axis((0, extent), name) for extent, name in ((GB, "kb"), (S, "s"), (2, "h"), (D, "i"))]
     kb, s, h, i = axes
     dot = te.compute(
         (NT, G, R, V, L),
         lambda t, g, m, v, j: te.sum(
-            T.Cast("int32", x[g * GB + kb, m, s, h, i]) * T.Cast("int32", codes[t, g * GB + kb, s, h, v, j, i]),
+            T.Cast("int32", x[g * GB + kb, m, s, h, i]) * T.Cast("int32", code(t, g * GB + kb, s, h, v, j, i)),
             axis=axes,
         ),
         name="dot",
@@ -157,6 +166,13 @@ def define(kernel: LinearKernel, isa: InstructionSet):
     return func.with_attr({"global_symbol": kernel.name, "tirx.noalias": True})
 
 
+def register_tile(kernel: LinearKernel, isa: InstructionSet) -> Layout:
+    layout = isa.layout(kernel.bits)
+    if kernel.bits == 8 or kernel.code_rows == 1 or not isa.tile_vectors:
+        return layout
+    return replace(layout, vectors=isa.tile_vectors)
+
+
 def row_tile(rows: int, limit: int) -> int:
     """Return the largest number of rows up to `limit` that divides `rows`."""
     return next(r for r in range(min(rows, limit), 0, -1) if rows % r == 0)
@@ -180,18 +196,22 @@ def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
     sch.vectorize(j)
     sch.unroll(v)
     sch.parallel(t)
-    # scaled: inside a tile, groups outermost, then tiles of rows.
+    # scaled: inside a tile, panels of groups outermost, then register tiles, which go through the groups of a panel.
     sch.compute_at(scaled, t, preserve_unit_loops=True)
     *_, m, v, j, g = sch.get_loops(scaled)
+    vectors = register_tile(kernel, isa).vectors
     m, r = sch.split(m, [None, rows])
-    sch.reorder(g, m, r, v, j)
+    vo, v = sch.split(v, [None, vectors])
+    panel = row_tile(kernel.groups, max(1, isa.panel // kernel.group_size)) if kernel.code_rows > 1 else 1
+    g, gi = sch.split(g, [None, panel])
+    sch.reorder(g, m, vo, gi, r, v, j)
     _vector_tile(sch, r, v, j)
     # dot: one register tile at a time.
-    sch.compute_at(dot, m, preserve_unit_loops=True)
+    sch.compute_at(dot, gi, preserve_unit_loops=True)
     _place_conversions(sch, kernel, g)
     *_, r, v, j, kb, s, h, i = sch.get_loops(dot)
     sch.reorder(kb, r, v, j, s, h, i)
-    name = intrinsic(isa, kernel.bits, kernel.packed, rows, kernel.activation_bits)
+    name = intrinsic(isa, kernel.bits, kernel.packed, rows, kernel.activation_bits, register_tile(kernel, isa))
     if name is None:
         sch.reorder(kb, s, h, i, r, v, j)
         _vector_tile(sch, r, v, j)

@@ -50,6 +50,7 @@ class Multiply:
     center: int = 0
     offset: int = 0
     unroll: bool = True
+    lane_operand: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class InstructionSet:
     multiply_4bit: Multiply | None = None
     multiply_8bit: Multiply | None = None
     multiply_4x4: Multiply | None = None
+    tile_vectors: int = 0
+    panel: int = 0
 
     def layout(self, bits: int) -> Layout:
         """Return the packed layout for 4 or 8 bits."""
@@ -187,6 +190,13 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool):
         return w.vload([s, h, v, 0, 0], f"{w.dtype}x{L * D}")
 
     def activations(x, r, s, h):
+        if multiply.lane_operand:
+            # One load holds the words of several steps.
+            words, dtype = 16 // D, {2: "int16", 4: "int32"}[D]
+            word = 2 * s + h
+            loaded = x.vload(at(r, word // words * words // 2, 0, 0), "int8x16")
+            loaded = tirx.reinterpret(f"{dtype}x{words}", loaded)
+            return tirx.reinterpret("int8x16", tirx.Shuffle([loaded], [word % words] * words))
         codes = x.vload(at(r, s, h, 0), f"int8x{D}" if D > 1 else "int8")
         return broadcast_activations(codes, layout, multiply.offset)
 
@@ -247,7 +257,7 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool):
     return builder.get()
 
 
-def intrinsic(isa: InstructionSet, bits: int, packed: bool, rows: int, activation_bits: int = 8) -> str | None:
+def intrinsic(isa: InstructionSet, bits: int, packed: bool, rows: int, activation_bits: int = 8, layout: Layout | None = None) -> str | None:
     """Register an intrinsic if need be and return its name, or None where LLVM has the loops.
 
     Parameters
@@ -261,12 +271,12 @@ def intrinsic(isa: InstructionSet, bits: int, packed: bool, rows: int, activatio
     activation_bits : int
         8 or 4. Where the instruction set has no multiply of its own for 4, the intrinsic is the one for 8.
     """
-    multiply, layout = isa.multiply(bits, activation_bits, packed), isa.layout(bits)
+    multiply, layout = isa.multiply(bits, activation_bits, packed), layout or isa.layout(bits)
     if multiply is None:
         return None
     activations = ".a4" if multiply is isa.multiply_4x4 else ""
     name = f"agq.dot.{isa.name}.{layout.name}{activations}.{'packed' if packed else 'bytes'}.m{rows}"
     if TensorIntrin.get(name, allow_missing=True) is None:
-        desc = dot_desc(rows, layout, packed, multiply.center)
+        desc = dot_desc(rows, layout, packed, 0 if packed or bits == 8 else multiply.center)
         TensorIntrin.register(name, desc, dot_impl(rows, layout, multiply, packed))
     return name

@@ -18,6 +18,8 @@ DOTPROD = InstructionSet(
     layout_4bit=Layout(bits=4, vectors=4, lanes=4, depth=4, zero=0),
     layout_8bit=Layout(bits=8, vectors=4, lanes=4, depth=4, zero=128),
     rows=4,
-    multiply_4bit=Multiply("sdot", sdot),
-    multiply_8bit=Multiply("sdot", sdot),
+    tile_vectors=2,
+    panel=2048,
+    multiply_4bit=Multiply("sdot", sdot, lane_operand=True, center=8),
+    multiply_8bit=Multiply("sdot", sdot, lane_operand=True),
 )

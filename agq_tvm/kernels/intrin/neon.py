@@ -88,12 +88,16 @@ NEON = InstructionSet(
     layout_4bit=Layout(bits=4, vectors=4, lanes=8, depth=2, zero=0),
     layout_8bit=Layout(bits=8, vectors=4, lanes=8, depth=2, zero=128),
     rows=2,
+    tile_vectors=4,
+    panel=2048,
     multiply_4bit=Multiply(
         "smlal",
         lambda total, weights, activations: total + products(weights, activations),
         total="int16",
         total_lanes=16,
         fold=add_neighbours,
+        lane_operand=True,
+        center=8,
     ),
     multiply_8bit=Multiply(
         "smull", lambda total, weights, activations: total + add_neighbours(products(weights, activations))
