@@ -30,6 +30,7 @@ from agq_tvm.quantize.operators import (
     FloatLinear,
     Operator,
     QuantizedOperator,
+    ShiftedOperator,
     TableOperator,
     float_linear,
     stacked_weights,
@@ -255,7 +256,11 @@ def _ends(
 
 
 def _operator(parts: tuple[QuantizedLinear, ...], activation: str, bits: int) -> Operator:
-    return stacked_weights(parts) if activation == "none" else QuantizedOperator(parts, activation, bits)
+    if activation == "none":
+        return stacked_weights(parts)
+    if parts[0].is_shifted:
+        return ShiftedOperator(parts, bits)
+    return QuantizedOperator(parts, activation, bits)
 
 
 def _weight(source: Source, name: str) -> Tensor:
