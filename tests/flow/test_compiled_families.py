@@ -24,7 +24,6 @@ PLAIN_OPT = {"layer_norm_elementwise_affine": False, "enable_bias": False, "tie_
 BIASED = {"attention_bias": True, "mlp_bias": True}
 TRIP = {"activation": "per-token", "max_refine": 4}
 STATIC_TRIP = {"activation": "static", "max_refine": 3}
-SHIFTS = STATIC_TRIP | {"group_size": "column", "shifts": True}
 CASES = {  # family, its variant, activations (or more of what `quantize` takes), instruction set
     "llama with biases": ("llama", BIASED, {"attention": "log2"}, HERE),
     "opt": ("opt", {}, "static", "generic"),
@@ -35,8 +34,6 @@ CASES = {  # family, its variant, activations (or more of what `quantize` takes)
     "opt, static TRIP": ("opt", {}, STATIC_TRIP, HERE),
     "bloom, static TRIP, 4 bit": ("bloom", {}, STATIC_TRIP | {"four_bit": ("qkv", "down")}, "generic"),
     "llama, 4 bit": ("llama", {}, {"activation": "per-token-group", "four_bit": ("o", "gate_up", "down")}, HERE),
-    "llama, shifts": ("llama", {}, SHIFTS, HERE),
-    "opt, shifts, 4 bit": ("opt", {}, SHIFTS | {"symmetric": True, "four_bit": ("qkv", "down")}, "generic"),
     "llama, columns": ("llama", {}, {"activation": "per-token", "group_size": "column"}, HERE),
     "bloom with residuals after norms": ("bloom", {"apply_residual_connection_post_layernorm": True}, "static", HERE),
 }
