@@ -118,9 +118,8 @@ def prepare(kernel: LinearKernel | ShiftedKernel, weights: Weights, isa: Instruc
     x = np.ascontiguousarray(codes.reshape(shape).transpose(1, 0, 2, 3, 4))
     sums = (codes * powers).reshape(kernel.rows, groups, -1).sum(-1).astype("int32")
     sx = rng.uniform(0.5, 2, (kernel.rows, 1)).astype("float32")
-    scales = limits.aligned_empty(
-        (copies, layout.tiles(kernel.columns), groups, layout.vectors, layout.lanes), "float16"
-    )
+    per_group = (layout.tiles(kernel.columns), groups, layout.vectors, layout.lanes)
+    scales = limits.aligned_empty((copies, *per_group), "float16")
     scales[:] = rng.uniform(0.5, 1, scales.shape[1:])
     out = limits.aligned_empty((kernel.rows, layout.tiles(kernel.columns) * layout.width), "float32")
     out[:] = np.nan

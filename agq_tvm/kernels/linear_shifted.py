@@ -49,7 +49,7 @@ class ShiftedKernel:
     activation_bits: int = 8
 
     def __post_init__(self) -> None:
-        check_sum(self.name, self.channels, 15, self.activation_bits)
+        check_sum(self.name, self.channels, self.activation_bits)
 
     @property
     def bits(self) -> int:

@@ -16,6 +16,7 @@ from agq_tvm.errors import AgqError
 BLOCK = 32
 """Channels of one exponent: a k-block of the kernels."""
 INT32_LARGEST = (1 << 31) - 1
+_LARGEST_CODE = 15
 _ACTIVATION_LIMIT = {8: 127, 4: 7}
 
 
@@ -36,7 +37,7 @@ def is_blocked(alpha: np.ndarray) -> bool:
     return falling[-1] == 0 and bool((falling == np.repeat(falling[::BLOCK], BLOCK)[: len(falling)]).all())
 
 
-def check_sum(name: str, channels: int, largest_code: int, activation_bits: int) -> None:
+def check_sum(name: str, channels: int, activation_bits: int) -> None:
     """Check that an int32 holds any sum over so many channels without shifts.
 
     Raises
@@ -44,7 +45,7 @@ def check_sum(name: str, channels: int, largest_code: int, activation_bits: int)
     AgqError
         If it does not.
     """
-    largest = channels * largest_code * _ACTIVATION_LIMIT[activation_bits]
+    largest = channels * _LARGEST_CODE * _ACTIVATION_LIMIT[activation_bits]
     if largest > INT32_LARGEST:
         raise AgqError(
             f"{name}: a sum over {channels} channels may reach {largest}, beyond the {INT32_LARGEST} of an int32: "

@@ -34,7 +34,7 @@ CASES = {  # family, its variant, activations (or more of what `quantize` takes)
     "opt, static TRIP": ("opt", {}, STATIC_TRIP, HERE),
     "bloom, static TRIP, 4 bit": ("bloom", {}, STATIC_TRIP | {"four_bit": ("qkv", "down")}, "generic"),
     "llama, 4 bit": ("llama", {}, {"activation": "per-token-group", "four_bit": ("o", "gate_up", "down")}, HERE),
-    "llama, columns": ("llama", {}, {"activation": "per-token", "group_size": "column"}, HERE),
+    "llama, columns": ("llama", {"intermediate_size": 150}, {"activation": "per-token", "group_size": "column"}, HERE),
     "bloom with residuals after norms": ("bloom", {"apply_residual_connection_post_layernorm": True}, "static", HERE),
 }
 

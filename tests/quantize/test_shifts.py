@@ -201,6 +201,11 @@ def test_a_checkpoint_with_scattered_outliers_has_better_inputs(tiny_llama, tmp_
     for linear in ("qkv", "gate_up"):
         assert errors["channels", linear] < 0.6 * min(errors["groups", linear], errors["none", linear])
     checkpoint = read_checkpoint(tmp_path / "channels")
+    # Other activations do without exponents.
+    per_token = ReferenceModel.from_checkpoint(checkpoint, "per-token")._layer(0).linears["qkv"]
+    y, _, scales, sums = per_token.exact(seen.inputs["qkv"])
+    torch.testing.assert_close(y, per_token(seen.inputs["qkv"]), rtol=1e-4, atol=1e-3)
+    assert scales.shape == (57, 1) and sums.shape[1] == 1
     for linear in checkpoint.config.linears:
         for part in checkpoint.fused(0, linear.parts):
             assert part.is_shifted and part.scales.shape == (len(part.qweight), 1)

@@ -118,14 +118,9 @@ def _signature(rows: int, layout: Layout, packed: bool, center: int, shifted: bo
     S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
     lead = () if rows == 1 else (rows,)
     w_shape, w_dtype = ((S, V, L, D), "uint8") if packed else ((S, 2, V, L, D), stored_dtype(layout, center))
-    forms = {
-        "x": ((*lead, S, 2, D), "int8"),
-        "w": (w_shape, w_dtype),
-        "d": ((1,), "int32"),
-        "c": ((*lead, V, L), "int32"),
-    }
-    if not shifted:
-        del forms["d"]
+    forms = {"x": ((*lead, S, 2, D), "int8"), "w": (w_shape, w_dtype)}
+    forms |= {"d": ((1,), "int32")} if shifted else {}
+    forms |= {"c": ((*lead, V, L), "int32")}
     handles = {name: T.arg(name, T.handle()) for name in forms}
     buffers = {name: T.match_buffer(handles[name], *form, offset_factor=1) for name, form in forms.items()}
     return buffers["x"], buffers["w"], buffers.get("d"), buffers["c"]
