@@ -93,13 +93,14 @@ def _quantize(subparsers) -> None:
             calibration=Calibration(args.calibration),
             pruning=_pruning(args),
             attention=args.attention,
+            shifts=args.shifts,
         )
         rows = [
             ("checkpoint", args.output),
             ("method", result["method"]),
             (
                 "weights",
-                f"4 bit, groups of {result['group_size']}, {result['bits_per_weight']:.2f} bit stored",
+                f"4 bit, group size {result['group_size']}, {result['bits_per_weight']:.2f} bit stored",
             ),
             ("activations", _activations(result)),
             ("attention", result["attention"]),
@@ -118,7 +119,12 @@ def _quantize(subparsers) -> None:
         choices=("gptq", "rtn", "keep"),
         help="default: keep a model that is 4 bit already as it is, else gptq",
     )
-    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), help="weights that share a scale")
+    parser.add_argument(
+        "--group-size",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        choices=(32, 64, 128, "column"),
+        help="weights that share a scale; column: all of an output column",
+    )
     parser.add_argument("--symmetric", action="store_true", help="no group offsets: smaller, less exact")
     parser.add_argument(
         "--activation",
@@ -132,6 +138,11 @@ def _quantize(subparsers) -> None:
         default=0,
         metavar="K",
         help="TRIP: divide groups of channels by up to 2^K before rounding (per-token, static; default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shifts",
+        action="store_true",
+        help="TRIP for channels, in integers only (needs --group-size column, --activation static, --max-refine)",
     )
     parser.add_argument(
         "--four-bit",
@@ -179,6 +190,7 @@ def _activations(result: dict) -> str:
     if result["activation"] == "none":
         return "float"
     refined = f", TRIP up to 2^{result['max_refine']}" if result["max_refine"] else ""
+    refined += " by shifts" if result["shifts"] else ""
     four_bit = f", 4 bit at the inputs of {', '.join(result['four_bit'])}" if result["four_bit"] else ""
     return f"8 bit, {result['activation']}{refined}{four_bit}"
 

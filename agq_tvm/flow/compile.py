@@ -8,7 +8,7 @@ from pathlib import Path
 from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory, sha256_file, write_json
 from agq_tvm.flow.library import LibraryRequest, build_library
-from agq_tvm.flow.packing import Packer, offsets_dtype
+from agq_tvm.flow.packing import Packer, check_overflow, offsets_dtype
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.progress import progress, say
@@ -86,6 +86,7 @@ def _build(
 ) -> None:
     isa = instruction_set(device.instruction_set)
     offsets = offsets_dtype(checkpoint)
+    check_overflow(checkpoint)
     scratch = directory / "scratch"
     scratch.mkdir()
     request = LibraryRequest(

@@ -117,7 +117,9 @@ def linear_format(scheme: Scheme, offsets: str | None):
     from agq_tvm.passes.quantize_linears import LinearFormat
 
     refined = scheme.max_refine > 0
-    return LinearFormat(4, scheme.group_size, scheme.activation, offsets, refined, scheme.four_bit)
+    return LinearFormat(
+        4, scheme.group_size, scheme.activation, offsets, refined, scheme.four_bit, shifts=scheme.shifts
+    )
 
 
 def _build(request: LibraryRequest) -> None:

@@ -49,7 +49,7 @@ def quantize(
     model: str | os.PathLike | Source,
     output: str | os.PathLike,
     method: str | None = None,
-    group_size: int | None = None,
+    group_size: int | str | None = None,
     symmetric: bool = False,
     activation: str = "per-token-group",
     max_refine: int = 0,
@@ -57,6 +57,7 @@ def quantize(
     calibration: Calibration | None = None,
     pruning: PruningSchedule | None = None,
     attention: str = "float",
+    shifts: bool = False,
 ) -> dict:
     """Quantize a model and write the checkpoint.
 
@@ -68,9 +69,9 @@ def quantize(
         The directory to write; an earlier checkpoint there is replaced.
     method : {"gptq", "rtn", "keep"}, optional
         Default: ``"keep"`` if every matrix of the model is 4 bit already, else ``"gptq"``.
-    group_size : int, optional
-        32, 64 or 128. Default: the model's own 32 for ``"keep"``; else 128 if it divides the inner dimension
-        of every matrix, and 64 if not.
+    group_size : int or str, optional
+        32, 64, 128, or ``"column"`` for one scale of each output column. Default: the model's own 32 for
+        ``"keep"``; else 128 if it divides the inner dimension of every matrix, and 64 if not.
     symmetric : bool
         Leave out the offsets; ``"keep"`` takes over what the model has.
     activation : {"per-token-group", "per-token", "static", "none"}
@@ -85,13 +86,15 @@ def quantize(
     attention : {"float", "log2", "log2-paper"}
         What probabilities of attention are rounded to, see `agq_tvm.quantize.codebooks.CODE_BOOKS`; unless
         ``"float"``, values are cached as int8.
+    shifts : bool
+        TRIP in the paper's integer-only form, with `group_size` ``"column"``, static activations and `max_refine`.
 
     Returns
     -------
     dict
         ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
-        or ``layers`` and ``beta``), ``attention``, ``bytes`` of the weights file, ``bits_per_weight`` of the
-        matrices with their scales and offsets, ``relative_weight_error``
+        or ``layers`` and ``beta``), ``attention``, ``shifts``, ``bytes`` of the weights file, ``bits_per_weight`` of
+        the matrices with their scales and offsets, ``relative_weight_error``
         (root of the summed squared error over that of the weights), and ``seconds``.
 
     Raises
@@ -102,7 +105,7 @@ def quantize(
     started = time.perf_counter()
     source = open_source(model)
     weights = _choose_weights(source, method, group_size, symmetric)
-    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), pruning, attention)
+    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), pruning, attention, shifts=shifts)
     check_roles(source.config, scheme.four_bit)
     if pruning is not None:
         pruning.check_layers(source.config.num_layers)
@@ -110,7 +113,7 @@ def quantize(
     with fresh_directory(output, "checkpoint") as directory:
         source.copy_tokenizer(directory)
         windows = _windows(directory, calibration, scheme, source)
-        say(f"quantizing {source.label}: {scheme.method}, groups of {scheme.group_size}")
+        say(f"quantizing {source.label}: {scheme.method}, {scheme.weight_scales}")
         linears = _linears(source, scheme, windows)
         tables = {name: _table(source, name) for name in table_shapes(source.config)}
         vectors = {name: source.tensor(name) for name in vector_shapes(source.config)}
@@ -127,8 +130,8 @@ def quantize(
 
 
 def _choose_weights(
-    source: Source, method: str | None, group_size: int | None, symmetric: bool
-) -> tuple[str, int, bool]:
+    source: Source, method: str | None, group_size: int | str | None, symmetric: bool
+) -> tuple[str, int | str, bool]:
     """Return method, group size and whether it is symmetric."""
     method = method or ("keep" if source.is_four_bit else "gptq")
     if method == "keep":

@@ -3,6 +3,7 @@
 Codes are written by k-block, then row, as `linear.py` reads them. For s = max|y| / L over a row or a group:
 q = round half to even of y · (1/s); a row (or group) of zeros has s = 1. Static: q = y / s + z, clipped to -L..L.
 L is 127, or 7 for codes of 4 bits. Two terms: y - s q is quantized again, into as many rows after the first ones.
+For the integer-only product of `linear_shifted.py` channels are gathered in the order of their exponents.
 """
 
 import math
@@ -48,6 +49,9 @@ class QuantizeKernel:
         Of the codes, 8 or 4.
     terms : int
         1, or 2 with scales of groups.
+    shifted : bool
+        Whether channels are put into another order, in which the vector stands that they are multiplied with, and
+        the sum of the codes is shifted left before each k-block. For refined static codes of one group.
     """
 
     source: str
@@ -59,6 +63,7 @@ class QuantizeKernel:
     refined: bool = False
     bits: int = 8
     terms: int = 1
+    shifted: bool = False
 
     @property
     def limit(self) -> int:
@@ -81,7 +86,7 @@ class QuantizeKernel:
         prefix = "" if self.source == "plain" else f"{self.source}_"
         mode = self.mode.replace("-", "_")
         form = f"{mode}{'_refined' if self.refined else ''}{'_4bit' if self.bits == 4 else ''}"
-        form += "_two_terms" if self.terms == 2 else ""
+        form += ("_two_terms" if self.terms == 2 else "") + ("_shifted" if self.shifted else "")
         return f"{prefix}quantize_{form}_g{self.group_size}_m{self.rows}_k{self.channels}"
 
     def input_shapes(self) -> list[tuple[int, ...]]:
@@ -91,6 +96,10 @@ class QuantizeKernel:
         shapes = [(M, 2 * K if self.source == "silu_mul" else K), *[(K,)] * vectors]
         shapes += [(K,)] * self.refined
         return [*shapes, (2,)] if self.mode == "static" else shapes
+
+    def index_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the int32 inputs after those: which channel stands at each place, and the shifts of k-blocks."""
+        return [(self.channels,), (k_blocks(self.channels, self.group_size),)] if self.shifted else []
 
     def output_shapes(self, layout: Layout) -> list[tuple[tuple[int, ...], str]]:
         """Shapes and types of codes [KB, R, S, 2, D], scales [R, G or 1] and sums [R, G]; R is M times the terms."""
@@ -103,27 +112,34 @@ class QuantizeKernel:
 
 
 def build(kernel: QuantizeKernel, layout: Layout):
-    """Return the PrimFunc; inputs as `input_shapes`, outputs as `output_shapes`."""
+    """Return the PrimFunc; inputs as `input_shapes` and `index_shapes`, outputs as `output_shapes`."""
     K, padded = kernel.channels, k_blocks(kernel.channels, kernel.group_size) * K_BLOCK
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(kernel.name)
             T.func_attr({"global_symbol": kernel.name, "tirx.noalias": True})
             inputs = [T.arg(f"in{i}", T.buffer(shape, "float32")) for i, shape in enumerate(kernel.input_shapes())]
+            indices = [
+                T.arg(name, T.buffer(shape, "int32"))
+                for name, shape in zip(("order", "shift"), kernel.index_shapes(), strict=False)
+            ]
             names = ("codes", "scales", "sums")
             outputs = [
                 T.arg(name, T.buffer(shape, dtype))
                 for name, (shape, dtype) in zip(names, kernel.output_shapes(layout), strict=True)
             ]
-            with task_loop("row", kernel.rows, inputs, outputs) as m:
+            with task_loop("row", kernel.rows, [*inputs, *indices], outputs) as m:
                 y = T.sblock_alloc_buffer((padded,), "float32")
                 partial = T.sblock_alloc_buffer((LANES,), "float32")
                 scalar = T.sblock_alloc_buffer((2,), "float32")
                 counts = T.sblock_alloc_buffer((LANES,), "int32")
                 total = T.sblock_alloc_buffer((1,), "int32")
                 SOURCES[kernel.source](kernel, inputs, m, y, partial, scalar)
-                if kernel.refined:
-                    refine = inputs[-2 if kernel.mode == "static" else -1]
+                refine = inputs[-2 if kernel.mode == "static" else -1]
+                if kernel.shifted:
+                    made, y = y, T.sblock_alloc_buffer((padded,), "float32")
+                    store_vector(y, K, lambda k: made[indices[0][k]] * refine[k])
+                elif kernel.refined:
                     store_vector(y, K, lambda k: y[k] * refine[k])
                 if padded > K:
                     with T.serial(padded - K) as k:
@@ -131,7 +147,10 @@ def build(kernel: QuantizeKernel, layout: Layout):
                 for term in range(kernel.terms):
                     row = m + term * kernel.rows
                     more = term + 1 < kernel.terms
-                    _quantize_row(kernel, inputs[-1], row, more, y, partial, scalar, counts, total, outputs, layout)
+                    shift = indices[1] if kernel.shifted else None
+                    _quantize_row(
+                        kernel, inputs[-1], shift, row, more, y, partial, scalar, counts, total, outputs, layout
+                    )
     return builder.get()
 
 
@@ -202,7 +221,7 @@ SOURCES = {
 """What can be fused with a quantization, by name."""
 
 
-def _quantize_row(kernel, static, m, more, y, partial, scalar, counts, total, outputs, layout) -> None:
+def _quantize_row(kernel, static, shift, m, more, y, partial, scalar, counts, total, outputs, layout) -> None:
     codes, scales, sums = outputs
     G, size = kernel.groups, kernel.group_size
     if kernel.mode == "static":
@@ -216,9 +235,13 @@ def _quantize_row(kernel, static, m, more, y, partial, scalar, counts, total, ou
             T.buffer_store(scales, scalar[0], [m, g])
         with T.vectorized(LANES) as j:
             T.buffer_store(counts, tirx.const(0, "int32"), [j])
-        with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
-            k = g * size + c * LANES + j
-            T.buffer_store(counts, counts[j] + _code(kernel, y, static, scalar, k), [j])
+        with T.serial(size // K_BLOCK) as b:
+            if kernel.shifted:
+                with T.vectorized(LANES) as j:
+                    T.buffer_store(counts, T.shift_left(counts[j], shift[b]), [j])
+            with T.serial(K_BLOCK // LANES) as c, T.vectorized(LANES) as j:
+                k = g * size + b * K_BLOCK + c * LANES + j
+                T.buffer_store(counts, counts[j] + _code(kernel, y, static, scalar, k), [j])
         with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
             k = g * size + c * LANES + j
             code = T.Cast("int8", _code(kernel, y, static, scalar, k))

@@ -112,5 +112,5 @@ class Layout:
 
 
 def k_blocks(channels: int, group_size: int) -> int:
-    """K-blocks of the padded inner dimension: whole groups, a short last group filled up."""
-    return -(-channels // group_size) * (group_size // K_BLOCK)
+    """K-blocks of the padded inner dimension: whole groups of whole k-blocks, a short last group filled up."""
+    return -(-channels // group_size) * -(-group_size // K_BLOCK)

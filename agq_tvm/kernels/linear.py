@@ -14,12 +14,16 @@ from dataclasses import dataclass
 
 from tvm import te
 
-from agq_tvm.kernels.intrin.base import InstructionSet, intrinsic, nibble, stored_dtype
-from agq_tvm.kernels.layout import K_BLOCK, k_blocks
+from agq_tvm.errors import AgqError
+from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, intrinsic, nibble, stored_dtype
+from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.tvm_seam import Schedule, T
 
 ZERO = {4: 8, 8: 128}
 """The code that stands for 0 in symmetric weights."""
+OPERANDS = ("w", "ws", "wo", "bias")
+"""Packed parameters of a linear that are operands of `define`, in order."""
+_INT32_LIMIT = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,14 @@ class LinearKernel:
     activation_bits: int = 8
     terms: int = 1
 
+    def __post_init__(self) -> None:
+        largest = ((1 << self.bits) - 1) * (ACTIVATION_LIMIT if self.activation_bits == 8 else 7)
+        if self.group_size * largest > _INT32_LIMIT:
+            raise AgqError(
+                f"{self.group_size} products of {self.bits}-bit weights and {self.activation_bits}-bit activations may "
+                f"leave 32 bits: take groups of {_INT32_LIMIT // largest} or fewer"
+            )
+
     @property
     def code_rows(self) -> int:
         """Rows of activation codes."""
@@ -80,6 +92,14 @@ class LinearKernel:
             f"linear_w{self.bits}a{self.activation_bits}g{self.group_size}_{scales}_{kind}{bias}"
             f"_m{self.rows}_n{self.columns}_k{self.channels}"
         )
+
+
+def center_of(layout: Layout, less: int, bits: int, offsets: str | None) -> int:
+    """Return what the sum of the activations is multiplied by and added to a dot product.
+
+    It brings multiplied codes, which lack `layout.zero` and `less`, back to q (offsets), or to q - zero (symmetric).
+    """
+    return layout.zero + less - (0 if offsets else ZERO[bits])
 
 
 def define(kernel: LinearKernel, isa: InstructionSet):
@@ -132,8 +152,7 @@ def define(kernel: LinearKernel, isa: InstructionSet):
 
     scales = widened(ws, "scales")
     offsets = widened(wo, "offsets") if kernel.offsets else None
-    # Adds `center` times the sum of activations: multiplied codes back to q (offsets), or to q - zero (symmetric).
-    center = layout.zero + less - (0 if kernel.offsets else ZERO[kernel.bits])
+    center = center_of(layout, less, kernel.bits, kernel.offsets)
 
     def term(t, m, v, j, g):
         total = dot[t, g, m, v, j] if center == 0 else dot[t, g, m, v, j] + xsum[m, g] * center
@@ -168,10 +187,32 @@ def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
     Threads take tiles of columns. Inside a tile the groups run outermost: one row reads nibbles directly; more
     rows share codes that are unpacked once for each group. Scales are applied at group ends.
     """
+    conversions = ["unpack"] if kernel.bits == 4 else []
+    conversions += ["scales", "offsets"] if kernel.offsets else ["scales"]
+    return schedule_tiles(func, kernel, isa, "scaled", conversions)
+
+
+def schedule_tiles(
+    func, kernel, isa: InstructionSet, total: str, conversions: list[str], shifted: bool = False
+) -> Schedule:
+    """Schedule a matrix product whose blocks are `conversions`, ``dot``, `total` and ``out``.
+
+    Parameters
+    ----------
+    func : PrimFunc
+    kernel : LinearKernel, or what has the same properties
+    isa : InstructionSet
+    total : str
+        The block that puts the dot products of groups together; its reduction is over the groups.
+    conversions : list of str
+        Blocks that read weights and scales.
+    shifted : bool
+        See `intrinsic`.
+    """
     layout = isa.layout(kernel.bits)
     rows = row_tile(kernel.code_rows, isa.rows)
     sch = Schedule(func)
-    dot, scaled, out = (sch.get_sblock(name) for name in ("dot", "scaled", "out"))
+    dot, scaled, out = (sch.get_sblock(name) for name in ("dot", total, "out"))
 
     # out: tiles of columns in parallel, then rows.
     m, n = sch.get_loops(out)
@@ -180,7 +221,7 @@ def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
     sch.vectorize(j)
     sch.unroll(v)
     sch.parallel(t)
-    # scaled: inside a tile, groups outermost, then tiles of rows.
+    # total: inside a tile, groups outermost, then tiles of rows.
     sch.compute_at(scaled, t, preserve_unit_loops=True)
     *_, m, v, j, g = sch.get_loops(scaled)
     m, r = sch.split(m, [None, rows])
@@ -188,10 +229,10 @@ def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
     _vector_tile(sch, r, v, j)
     # dot: one register tile at a time.
     sch.compute_at(dot, m, preserve_unit_loops=True)
-    _place_conversions(sch, kernel, g)
+    _place_conversions(sch, kernel, conversions, g)
     *_, r, v, j, kb, s, h, i = sch.get_loops(dot)
     sch.reorder(kb, r, v, j, s, h, i)
-    name = intrinsic(isa, kernel.bits, kernel.packed, rows, kernel.activation_bits)
+    name = intrinsic(isa, kernel.bits, kernel.packed, rows, kernel.activation_bits, shifted)
     if name is None:
         sch.reorder(kb, s, h, i, r, v, j)
         _vector_tile(sch, r, v, j)
@@ -210,10 +251,8 @@ def _vector_tile(sch: Schedule, r, v, j) -> None:
     sch.vectorize(j)
 
 
-def _place_conversions(sch: Schedule, kernel: LinearKernel, g) -> None:
+def _place_conversions(sch: Schedule, kernel, names: list[str], g) -> None:
     """Unpack codes and widen scales once for each group of a tile, or where they are used if there is one row."""
-    names = ["unpack"] if kernel.bits == 4 else []
-    names += ["scales", "offsets"] if kernel.offsets else ["scales"]
     for name in names:
         block = sch.get_sblock(name)
         if kernel.code_rows == 1:

@@ -14,7 +14,7 @@ class KernelRow:
     name : str
         Of the tensor intrinsic, or of the plain loops.
     operation : str
-        ``"gemv"`` (decode) or ``"gemm"`` (prefill).
+        ``"gemv"`` (decode) or ``"gemm"`` (prefill), and ``"shifted "`` before it for the integer-only form.
     bits : str
         Weights and activations, e.g. ``"w4a8"``.
     tile : str
@@ -45,18 +45,21 @@ def kernel_table() -> list[KernelRow]:
         for bits, activation_bits in ((4, 8), (4, 4), (8, 8)):
             for operation, tile_rows in (("gemv", 1), ("gemm", isa.rows)):
                 rows.append(_row(isa, bits, activation_bits, operation, tile_rows))
+                if bits == 4:
+                    rows.append(_row(isa, bits, activation_bits, operation, tile_rows, shifted=True))
     return rows
 
 
-def _row(isa, bits: int, activation_bits: int, operation: str, rows: int) -> KernelRow:
+def _row(isa, bits: int, activation_bits: int, operation: str, rows: int, shifted: bool = False) -> KernelRow:
     from agq_tvm.kernels.intrin.base import intrinsic
 
     packed = bits == 4 and operation == "gemv"
     layout, multiply = isa.layout(bits), isa.multiply(bits, activation_bits, packed)
-    name = intrinsic(isa, bits, packed, rows, activation_bits) or f"loops.{isa.name}.{layout.name}.m{rows}"
+    loops = f"{'shift_' if shifted else ''}loops.{isa.name}.{layout.name}.m{rows}"
+    name = intrinsic(isa, bits, packed, rows, activation_bits, shifted) or loops
     return KernelRow(
         name=name,
-        operation=operation,
+        operation=f"shifted {operation}" if shifted else operation,
         bits=f"w{bits}a{activation_bits}",
         tile=f"{rows}x{layout.width}x32",
         layout=layout.name,

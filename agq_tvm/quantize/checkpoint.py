@@ -16,6 +16,7 @@ from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.models.registry import describe
 from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.quantize.scheme import Scheme, check_roles
+from agq_tvm.quantize.shifts import BLOCK, is_blocked
 
 FORMAT_VERSION = 1
 TABLE_GROUP = 32
@@ -40,8 +41,9 @@ class QuantizedLinear:
     act_scale : float32 array [1] or None
         Static activations only: ``x = act_scale * (code - act_zero)``.
     act_zero : int32 array [1] or None
-    alpha : int8 array [G] or None
-        TRIP's exponents: activations of a group are divided by 2^alpha before they are rounded.
+    alpha : int8 array [G], or [K], or None
+        TRIP's exponents: activations of a group are divided by 2^alpha before they are rounded; with shifts those
+        of a channel (see `agq_tvm.quantize.shifts`).
     value_scale : float32 array [KV] or None
         The matrix that values come from, with quantized attention only: static scale of every KV head's values,
         ``v = value_scale * code``.
@@ -57,6 +59,11 @@ class QuantizedLinear:
     act_zero: np.ndarray | None = None
     alpha: np.ndarray | None = None
     value_scale: np.ndarray | None = None
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether exponents are those of channels, and shift the accumulator."""
+        return self.alpha is not None and len(self.alpha) > self.scales.shape[1]
 
 
 @dataclass(frozen=True)
@@ -225,12 +232,15 @@ class Checkpoint:
         alpha = self._optional(f"{name}.alpha")
         if alpha is not None and not (alpha.min() >= 0 and alpha.max() <= self.scheme.max_refine):
             raise self._damaged(f"{name} has exponents outside 0..{self.scheme.max_refine}")
+        if self.scheme.shifts and not is_blocked(alpha):
+            raise self._damaged(f"{name} has exponents that are not those of blocks of {BLOCK} channels, the last 0")
+        in_features = linear_shapes(self.config)[name][1]
         return QuantizedLinear(
             qweight=self._read(f"{name}.qweight"),
             scales=self._read(f"{name}.scales"),
             offsets=self._optional(f"{name}.offsets"),
-            in_features=linear_shapes(self.config)[name][1],
-            group_size=self.scheme.group_size,
+            in_features=in_features,
+            group_size=self.scheme.group_of(in_features),
             bias=self._optional(f"{name}.bias"),
             act_scale=act_scale,
             act_zero=act_zero,
@@ -301,7 +311,9 @@ def _read_scheme(ours: Mapping) -> Scheme:
         raise AgqError(f"four_bit must be a list of linears, not {four_bit!r}")
     values = (ours.get(name) for name in ("method", "group_size", "symmetric", "activation"))
     pruning, attention = read_schedule(ours.get("pruning")), ours.get("attention", "float")
-    return Scheme(*values, ours.get("max_refine", 0), tuple(four_bit), pruning, attention)
+    return Scheme(
+        *values, ours.get("max_refine", 0), tuple(four_bit), pruning, attention, shifts=ours.get("shifts", False)
+    )
 
 
 def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
@@ -314,7 +326,7 @@ def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
         expected[f"{name}.qweight"] = (("I8",), (rows, columns))
         expected[f"{name}.scales"] = (("F16",), (rows, group_count(columns, TABLE_GROUP)))
     for name, (rows, columns) in linear_shapes(config).items():
-        groups = (rows, group_count(columns, scheme.group_size))
+        groups = (rows, group_count(columns, scheme.group_of(columns)))
         expected[f"{name}.qweight"] = (("U8",), (rows, -(-columns // 2)))
         expected[f"{name}.scales"] = (("F16",), groups)
         if not scheme.symmetric:
@@ -323,7 +335,7 @@ def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
             expected[f"{name}.act_scale"] = (("F32",), (1,))
             expected[f"{name}.act_zero"] = (("I32",), (1,))
         if scheme.max_refine:
-            expected[f"{name}.alpha"] = (("I8",), groups[1:])
+            expected[f"{name}.alpha"] = (("I8",), (columns,) if scheme.shifts else groups[1:])
     return expected
 
 

@@ -7,7 +7,7 @@ from agq_tvm.quantize.checkpoint import QuantizedLinear, group_count
 from agq_tvm.quantize.weights import assemble, choose_grid, encode
 
 DAMPING = 0.05
-_BLOCK = 128  # a multiple of every group size
+_BLOCK = 128  # a multiple of every group size that is smaller than a row
 
 
 def gptq(
@@ -51,7 +51,7 @@ def gptq(
             k = start + i
             g = k // group_size
             if k % group_size == 0:
-                scales[:, g], offsets[:, g] = choose_grid(block[:, i : i + group_size], symmetric)
+                scales[:, g], offsets[:, g] = choose_grid(weight[:, k : k + group_size], symmetric)
             codes[:, k] = encode(block[:, i], scales[:, g], offsets[:, g])
             rounded = codes[:, k] * scales[:, g] + offsets[:, g]
             errors[:, i] = (block[:, i] - rounded) / factor[k, k]

@@ -1,7 +1,7 @@
 """The torch reference: what a quantized model means, and the float model that it is measured against."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple, Protocol
 
@@ -30,6 +30,7 @@ from agq_tvm.quantize.operators import (
     FloatLinear,
     Operator,
     QuantizedOperator,
+    ShiftedOperator,
     TableOperator,
     float_linear,
     stacked_weights,
@@ -255,7 +256,13 @@ def _ends(
 
 
 def _operator(parts: tuple[QuantizedLinear, ...], activation: str, bits: int) -> Operator:
-    return stacked_weights(parts) if activation == "none" else QuantizedOperator(parts, activation, bits)
+    if activation == "none":
+        return stacked_weights(parts)
+    if parts[0].is_shifted and activation == "static":
+        return ShiftedOperator(parts, bits)
+    if parts[0].is_shifted:  # other activations than the checkpoint's own have no exponents of channels
+        parts = tuple(replace(part, alpha=None) for part in parts)
+    return QuantizedOperator(parts, activation, bits)
 
 
 def _weight(source: Source, name: str) -> Tensor:

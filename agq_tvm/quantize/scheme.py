@@ -9,6 +9,8 @@ from agq_tvm.quantize.pruning import PruningSchedule
 
 METHODS = ("gptq", "rtn", "keep")
 GROUP_SIZES = (32, 64, 128)
+COLUMN = "column"
+"""The group size of one weight scale for each output column."""
 ACTIVATIONS = ("per-token", "per-token-group", "static", "none")
 ATTENTIONS = ("float", *CODE_BOOKS)
 LARGEST_REFINE = 8
@@ -23,8 +25,9 @@ class Scheme:
     ----------
     method : str
         How the weight codes were found: ``"gptq"``, ``"rtn"`` or ``"keep"``.
-    group_size : int
-        Input channels that share a weight scale: 32, 64 or 128; the last group of a row may be shorter.
+    group_size : int or str
+        Input channels that share a weight scale: 32, 64 or 128, where the last group of a row may be shorter, or
+        ``"column"`` for all of them.
     symmetric : bool
         Whether every offset is -8 times its scale (offsets are then not stored).
     activation : str
@@ -38,22 +41,26 @@ class Scheme:
         Which tokens of a prompt are dropped on their way through the layers.
     attention : str
         ``"float"``, or a name in `CODE_BOOKS`: probabilities are powers of two then, and values int8.
+    shifts : bool
+        TRIP in the paper's integer-only form: exponents of channels, not of groups, by which the accumulator is
+        shifted (see `agq_tvm.quantize.shifts`). With scales of columns, static activations and `max_refine`.
     """
 
     method: str
-    group_size: int
+    group_size: int | str
     symmetric: bool
     activation: str
     max_refine: int = 0
     four_bit: tuple[str, ...] = ()
     pruning: PruningSchedule | None = None
     attention: str = "float"
+    shifts: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise AgqError(f"unknown quantization method {self.method!r}: choose one of {', '.join(METHODS)}")
-        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
-            raise AgqError(f"group size {self.group_size!r} is not supported: choose 32, 64 or 128")
+        if self.group_size != COLUMN and (type(self.group_size) is not int or self.group_size not in GROUP_SIZES):
+            raise AgqError(f"group size {self.group_size!r} is not supported: choose 32, 64, 128 or {COLUMN}")
         if type(self.symmetric) is not bool:
             raise AgqError(f"symmetric must be true or false, not {self.symmetric!r}")
         if self.activation not in ACTIVATIONS:
@@ -64,10 +71,32 @@ class Scheme:
             raise AgqError(f"max_refine {self.max_refine!r} is not an integer in 0..{LARGEST_REFINE}")
         if self.max_refine and self.activation not in ("static", "per-token"):
             raise AgqError(f"max_refine is for static and per-token activations: {self.activation} ones need none")
+        self._check_shifts()
         if not all(isinstance(role, str) for role in self.four_bit):
             raise AgqError(f"four_bit must be names of linears, not {self.four_bit!r}")
         if self.four_bit and self.activation == "none":
             raise AgqError("float activations have no 4-bit codes: choose another activation, or leave out four_bit")
+
+    def _check_shifts(self) -> None:
+        if type(self.shifts) is not bool:
+            raise AgqError(f"shifts must be true or false, not {self.shifts!r}")
+        if self.shifts and not (self.group_size == COLUMN and self.activation == "static" and self.max_refine):
+            raise AgqError(
+                f"shifts need group size {COLUMN}, static activations and max_refine of 1 or more: set all three"
+            )
+        if self.max_refine and self.group_size == COLUMN and not self.shifts:
+            raise AgqError(
+                f"max_refine needs groups of 32, 64 or 128: choose one of these, or group size {COLUMN} with shifts"
+            )
+
+    def group_of(self, in_features: int) -> int:
+        """Return how many input channels of a matrix share a scale."""
+        return in_features if self.group_size == COLUMN else self.group_size
+
+    @property
+    def weight_scales(self) -> str:
+        """Say in words what shares a weight scale."""
+        return "a scale for each column" if self.group_size == COLUMN else f"groups of {self.group_size}"
 
     @property
     def is_calibrated(self) -> bool:

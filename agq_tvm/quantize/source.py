@@ -303,5 +303,6 @@ def quantize_matrix(source: Source, name: str, scheme: Scheme) -> QuantizedLinea
     """Quantize one matrix by a method that needs no calibration: ``"keep"`` or ``"rtn"``."""
     if scheme.method == "keep":
         return source.kept_linear(name)
-    rounded = rtn(source.tensor(f"{name}.weight"), scheme.group_size, scheme.symmetric)
+    weight = source.tensor(f"{name}.weight")
+    rounded = rtn(weight, scheme.group_of(weight.shape[1]), scheme.symmetric)
     return replace(rounded, bias=source.bias(name))

@@ -23,9 +23,10 @@ from agq_tvm.quantize.log2 import Log2Attention, value_scales
 from agq_tvm.quantize.operators import FloatLinear, float_linear, stacked_weights
 from agq_tvm.quantize.reference import float_entry
 from agq_tvm.quantize.scheme import Scheme
+from agq_tvm.quantize.shifts import check_totals
 from agq_tvm.quantize.source import Source, quantize_matrix
-from agq_tvm.quantize.trip import refine_per_token, refine_static
-from agq_tvm.quantize.weights import grid_of
+from agq_tvm.quantize.trip import refine_blocks, refine_per_token, refine_static
+from agq_tvm.quantize.weights import grid_of, unpack
 
 _SMALLEST_SQUARE = 1e-30
 
@@ -109,10 +110,13 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
 
 def _quantizer(inputs: list[Tensor], weight: Tensor, role: str, scheme: Scheme) -> ActivationQuantizer:
     bits = scheme.activation_bits(role)
+    if scheme.shifts:
+        return refine_blocks(inputs, scheme.max_refine, bits).quantizer
+    group_size = scheme.group_of(weight.shape[1])
     if scheme.activation == "static":
-        return refine_static(inputs, scheme.group_size, scheme.max_refine, bits).quantizer
-    alpha = refine_per_token(inputs, weight, scheme.group_size, scheme.max_refine) if scheme.max_refine else None
-    return ActivationQuantizer(scheme.activation, scheme.group_size, alpha=alpha, bits=bits)
+        return refine_static(inputs, group_size, scheme.max_refine, bits).quantizer
+    alpha = refine_per_token(inputs, weight, group_size, scheme.max_refine) if scheme.max_refine else None
+    return ActivationQuantizer(scheme.activation, group_size, alpha=alpha, bits=bits)
 
 
 def _value_scales(config: DecoderConfig, qkv: FloatLinear, inputs: list[Tensor]) -> Tensor:
@@ -131,6 +135,9 @@ def _with_quantizer(linear: QuantizedLinear, name: str, quantizer: ActivationQua
     if quantizer.alpha is None:
         return linear
     linear = replace(linear, alpha=quantizer.alpha.numpy().astype("int8"))
+    if linear.is_shifted:
+        check_totals(name, unpack(linear.qweight, linear.in_features), linear.alpha, quantizer.bits)
+        return linear
     for values in grid_of(linear):
         if not np.isfinite((values * np.exp2(linear.alpha, dtype="float32")).astype("float16")).all():
             raise AgqError(f"{name}: scales times 2^{linear.alpha.max()} leave float16's range: lower max_refine")
@@ -148,7 +155,7 @@ def _by_gptq(
         drift += (x_float - x).T @ weighted
     weight = np.concatenate([source.tensor(f"{name}.weight") for name in names])
     try:
-        stacked = gptq(weight, hessian.numpy(), scheme.group_size, scheme.symmetric, drift.numpy())
+        stacked = gptq(weight, hessian.numpy(), scheme.group_of(linear.in_features), scheme.symmetric, drift.numpy())
     except AgqError as error:
         raise AgqError(f"{names[0]}: {error}") from error
     if not np.isfinite(stacked.scales).all():

@@ -16,6 +16,7 @@ from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.runtime.bundle import Bundle
 from tests.boards.on_board import check_bundle
 from tests.compiled import FUNCTIONS, ROWS
+from tests.flow.test_compiled_shifts import shifted_checkpoint
 from tests.tiny import write_tiny_model
 
 pytestmark = pytest.mark.emulator
@@ -46,6 +47,18 @@ def test_tiny_model(boards, tmp_path, few_functions, family, attention, device):
     with boards.session(device) as session:
         same = check_bundle(session, bundle, checkpoint, tokens, steps=4)
     assert same.mean_kl <= 1e-3 and same.top1 >= 0.95
+
+
+def test_shifted_accumulators(boards, tmp_path, few_functions, disassembler):
+    checkpoint = shifted_checkpoint(tmp_path, "llama")
+    compile_checkpoint(checkpoint.path, "raspberry-pi-4", tmp_path / "b", context=64)
+    bundle = Bundle(tmp_path / "b")
+    tokens = np.random.default_rng(1).integers(0, checkpoint.config.vocab_size, 24).tolist()
+    with boards.session("raspberry-pi-4") as session:
+        same = check_bundle(session, bundle, checkpoint, tokens, steps=4)
+    assert same.mean_kl <= 1e-3 and same.top1 >= 0.95
+    listing = subprocess.run([disassembler, "-d", bundle.path / "model.so"], capture_output=True, text=True, check=True)
+    assert re.search(r"\tushl\tv\d+\.4s", listing.stdout)
 
 
 @pytest.mark.parametrize(

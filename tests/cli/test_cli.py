@@ -175,3 +175,11 @@ def test_pruning_needs_layers_and_a_share(agq, tmp_path):
     refused(agq(*arguments, "--prune-layers", "1,9", "--prune-beta", "0.5"), "layer 9 does not exist")
     made = result_of(agq(*arguments, "--prune-layers", "1,2", "--prune-beta", "0.5", "--json"))
     assert made["pruning"] == {"layers": [1, 2], "beta": 0.5}
+
+
+def test_shifts_need_columns_and_static_activations(agq, tmp_path, text):
+    arguments = ("quantize", write_tiny_llama(tmp_path / "model"), "-o", tmp_path / "c", "--method", "rtn")
+    arguments += ("--calibration", text, "--max-refine", "3", "--shifts", "--activation", "static")
+    refused(agq(*arguments), "group size column")
+    made = agq(*arguments, "--group-size", "column")
+    assert "group size column" in made.stdout and "static, TRIP up to 2^3 by shifts" in made.stdout

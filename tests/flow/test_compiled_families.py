@@ -34,6 +34,7 @@ CASES = {  # family, its variant, activations (or more of what `quantize` takes)
     "opt, static TRIP": ("opt", {}, STATIC_TRIP, HERE),
     "bloom, static TRIP, 4 bit": ("bloom", {}, STATIC_TRIP | {"four_bit": ("qkv", "down")}, "generic"),
     "llama, 4 bit": ("llama", {}, {"activation": "per-token-group", "four_bit": ("o", "gate_up", "down")}, HERE),
+    "llama, columns": ("llama", {"intermediate_size": 150}, {"activation": "per-token", "group_size": "column"}, HERE),
     "bloom with residuals after norms": ("bloom", {"apply_residual_connection_post_layernorm": True}, "static", HERE),
 }
 
@@ -43,7 +44,8 @@ def test_the_compiled_model_is_the_reference(tmp_path, monkeypatch, case):
     family, overrides, activation, isa = CASES[case]
     source = write_tiny_model(tmp_path / "m", family, 3, **overrides)
     settings = activation if isinstance(activation, dict) else {"activation": activation}
-    quantize(source, tmp_path / "c", method="rtn", group_size=64, calibration=FEW, **settings)
+    settings = {"method": "rtn", "group_size": 64, "calibration": FEW} | settings
+    quantize(source, tmp_path / "c", **settings)
     checkpoint = read_checkpoint(tmp_path / "c")
     model = CompiledModel(checkpoint, isa, 64, monkeypatch)
     reference = ReferenceModel.from_checkpoint(checkpoint)

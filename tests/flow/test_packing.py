@@ -70,3 +70,22 @@ def test_a_bias_is_packed_with_or_without_static_activations():
     packed = pack_linear((replace(plain, bias=own),), isa.layout_4bit, "float16")
     np.testing.assert_array_equal(packed["bias"].reshape(-1)[:20], own)
     assert "act" not in packed
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS.values(), ids=lambda isa: isa.name)
+def test_channels_are_packed_in_the_order_of_their_exponents(isa):
+    linear = random_linear(20, 70, 70, "float16", static=True)
+    alpha = np.random.default_rng(1).permutation(np.repeat([3, 1, 0], [32, 32, 6])).astype("int8")
+    linear = replace(linear, alpha=alpha)
+    packed = pack_linear((linear,), isa.layout_4bit, "float16")
+    order = packed["order"]
+    assert order.dtype == packed["shift"].dtype == np.int32
+    np.testing.assert_array_equal(alpha[order], np.repeat([3, 1, 0], [32, 32, 6]))
+    np.testing.assert_array_equal(packed["shift"], [0, 2, 1])
+    codes = unpack_codes(linear)
+    np.testing.assert_array_equal(isa.layout_4bit.unpack(packed["w"], 20, 70), codes[:, order])
+    np.testing.assert_array_equal(packed["refine"], np.exp2(-alpha[order], dtype="float32"))
+    columns = packed["ws"].transpose(0, 2, 3, 1).reshape(-1, 1)
+    np.testing.assert_array_equal(columns[:20], linear.scales)
+    weights = (linear.scales.astype("float64") * codes + linear.offsets) * np.exp2(alpha, dtype="float64")
+    np.testing.assert_allclose(packed["bias"].reshape(-1)[:20], 0.03 * 7 * weights.sum(1), rtol=1e-5, atol=1e-4)

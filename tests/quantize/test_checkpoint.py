@@ -107,6 +107,23 @@ def test_changed_tensors_are_refused(static, change, words):
     assert str(static) in str(error.value)
 
 
+@pytest.mark.parametrize("change", [lambda a: a + 1, lambda a: np.eye(1, len(a), 3)[0]])
+def test_exponents_of_channels_are_those_of_blocks(quantized, tmp_path, change):
+    made = quantized(group_size="column", activation="static", max_refine=2, shifts=True)
+    path = Path(shutil.copytree(made, tmp_path / "shifts"))
+    name, valid = "model.layers.0.mlp.down_proj", np.append(np.zeros(96), np.full(64, 1)).astype("int8")
+    change_tensors(path, lambda tensors: tensors.update({f"{name}.alpha": valid}))
+    assert read_checkpoint(path).scheme.shifts and read_checkpoint(path).linear(name).is_shifted
+    change_tensors(path, lambda tensors: tensors.update({f"{name}.alpha": change(valid[:-1]).astype("int8")}))
+    with pytest.raises(AgqError, match=r"alpha is I8 \[159\], not I8 \[160\]"):
+        read_checkpoint(path)
+    wrong = valid.copy()
+    wrong[:-1] = change(wrong[:-1])
+    change_tensors(path, lambda tensors: tensors.update({f"{name}.alpha": wrong}))
+    with pytest.raises(AgqError, match="not those of blocks of 32 channels"):
+        read_checkpoint(path).linear(name)
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, np.inf])
 def test_scales_of_values_are_positive_numbers(quantized, tmp_path, scale):
     path = Path(shutil.copytree(quantized(attention="log2"), tmp_path / "log2"))
@@ -128,6 +145,9 @@ def test_checkpoints_from_before_there_was_a_choice_have_float_attention(static)
         ("group_size", 96, "group size 96"),
         ("group_size", 64, r"scales is F16"),
         ("group_size", "32", "group size '32'"),
+        ("group_size", "column", "max_refine needs groups"),
+        ("shifts", True, "shifts need group size column"),
+        ("shifts", 1, "shifts must be true or false"),
         ("symmetric", 1, "symmetric"),
         ("symmetric", True, "unexpected tensor"),
         ("method", "awq", "method 'awq'"),
