@@ -101,7 +101,7 @@ def _build(
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
     manifest = _manifest(checkpoint, device, context)
-    manifest["layout"] = {"linears": isa.layout_4bit.name, "tables": isa.layout_8bit.name}
+    manifest["layout"] = {"linears": isa.layout(checkpoint.scheme.weight_bits).name, "tables": isa.layout_8bit.name}
     manifest["caches"] = caches
     manifest["parameters"] = [asdict(parameter) for parameter in parameters]
     manifest["files"] = {
@@ -133,7 +133,7 @@ def _manifest(checkpoint: Checkpoint, device: Device, context: int) -> dict:
         },
         "quantization": {
             "method": scheme.method,
-            "weight_bits": 4,
+            "weight_bits": scheme.weight_bits,
             "group_size": scheme.group_size,
             "activation": scheme.activation,
             "attention": scheme.attention,

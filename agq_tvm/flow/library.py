@@ -117,7 +117,7 @@ def linear_format(scheme: Scheme, offsets: str | None):
     from agq_tvm.passes.quantize_linears import LinearFormat
 
     refined = scheme.max_refine > 0
-    return LinearFormat(4, scheme.group_size, scheme.activation, offsets, refined, scheme.four_bit)
+    return LinearFormat(scheme.weight_bits, scheme.group_size, scheme.activation, offsets, refined, scheme.four_bit)
 
 
 def _build(request: LibraryRequest) -> None:

@@ -57,6 +57,7 @@ def quantize(
     calibration: Calibration | None = None,
     pruning: PruningSchedule | None = None,
     attention: str = "float",
+    weight_bits: int = 4,
 ) -> dict:
     """Quantize a model and write the checkpoint.
 
@@ -67,12 +68,12 @@ def quantize(
     output : path-like
         The directory to write; an earlier checkpoint there is replaced.
     method : {"gptq", "rtn", "keep"}, optional
-        Default: ``"keep"`` if every matrix of the model is 4 bit already, else ``"gptq"``.
+        Default: ``"keep"`` if every matrix of the model is 4 bit already, else ``"gptq"``; ``"rtn"`` for 8 bits.
     group_size : int, optional
         32, 64 or 128. Default: the model's own 32 for ``"keep"``; else 128 if it divides the inner dimension
         of every matrix, and 64 if not.
     symmetric : bool
-        Leave out the offsets; ``"keep"`` takes over what the model has.
+        Leave out the offsets; ``"keep"`` takes over what the model has, and 8-bit weights never have any.
     activation : {"per-token-group", "per-token", "static", "none"}
     max_refine : int
         TRIP's largest exponent, 0 for none; for ``"per-token"`` and ``"static"``.
@@ -85,12 +86,14 @@ def quantize(
     attention : {"float", "log2", "log2-paper"}
         What probabilities of attention are rounded to, see `agq_tvm.quantize.codebooks.CODE_BOOKS`; unless
         ``"float"``, values are cached as int8.
+    weight_bits : {4, 8}
+        Of the linears' weight codes.
 
     Returns
     -------
     dict
         ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
-        or ``layers`` and ``beta``), ``attention``, ``bytes`` of the weights file, ``bits_per_weight`` of the
+        or ``layers`` and ``beta``), ``attention``, ``weight_bits``, ``bytes`` of the weights file, ``bits_per_weight`` of the
         matrices with their scales and offsets, ``relative_weight_error``
         (root of the summed squared error over that of the weights), and ``seconds``.
 
@@ -101,8 +104,8 @@ def quantize(
     """
     started = time.perf_counter()
     source = open_source(model)
-    weights = _choose_weights(source, method, group_size, symmetric)
-    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), pruning, attention)
+    weights = _choose_weights(source, method, group_size, symmetric, weight_bits)
+    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), pruning, attention, weight_bits=weight_bits)
     check_roles(source.config, scheme.four_bit)
     if pruning is not None:
         pruning.check_layers(source.config.num_layers)
@@ -127,11 +130,13 @@ def quantize(
 
 
 def _choose_weights(
-    source: Source, method: str | None, group_size: int | None, symmetric: bool
+    source: Source, method: str | None, group_size: int | None, symmetric: bool, weight_bits: int
 ) -> tuple[str, int, bool]:
     """Return method, group size and whether it is symmetric."""
+    if weight_bits == 8:
+        method, symmetric = method or "rtn", True
     method = method or ("keep" if source.is_four_bit else "gptq")
-    if method == "keep":
+    if method == "keep" and weight_bits != 8:
         if not source.is_four_bit:
             raise AgqError(f"{source.label} is not 4 bit, there is no grid to keep: choose gptq or rtn")
         if group_size not in (None, KEPT_GROUP):

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 from tvm import te
 
-from agq_tvm.kernels.intrin.base import InstructionSet, intrinsic, nibble, stored_dtype
+from agq_tvm.errors import AgqError
+from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, intrinsic, nibble, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.tvm_seam import Schedule, T
 
 ZERO = {4: 8, 8: 128}
 """The code that stands for 0 in symmetric weights."""
+_INT32_LIMIT = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,14 @@ class LinearKernel:
     bias: bool
     activation_bits: int = 8
     terms: int = 1
+
+    def __post_init__(self) -> None:
+        largest = ((1 << self.bits) - 1) * (ACTIVATION_LIMIT if self.activation_bits == 8 else 7)
+        if self.group_size * largest > _INT32_LIMIT:
+            raise AgqError(
+                f"{self.group_size} products of {self.bits}-bit weights and {self.activation_bits}-bit activations may "
+                f"leave 32 bits: take groups of {_INT32_LIMIT // largest} or fewer"
+            )
 
     @property
     def code_rows(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from agq_tvm.quantize.activations import ActivationQuantizer, to_groups
 from agq_tvm.quantize.checkpoint import TABLE_GROUP, QuantizedLinear
 from agq_tvm.quantize.source import Source
-from agq_tvm.quantize.weights import dequantize, grid_of, unpack
+from agq_tvm.quantize.weights import codes_of, dequantize, grid_of
 
 
 class Operator(Protocol):
@@ -83,7 +83,7 @@ class QuantizedOperator:
 
     def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes [N, K], scales [N, G] and offsets [N, G] in float32, TRIP's powers of two included."""
-        codes = [unpack(part.qweight, part.in_features).astype("float32") for part in self._parts]
+        codes = [codes_of(part).astype("float32") for part in self._parts]
         grids = [grid_of(part) for part in self._parts]
         stacks = (codes, [s for s, _ in grids], [o for _, o in grids])
         q, s, o = (torch.from_numpy(np.concatenate(stack)) for stack in stacks)

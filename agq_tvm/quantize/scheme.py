@@ -11,6 +11,7 @@ METHODS = ("gptq", "rtn", "keep")
 GROUP_SIZES = (32, 64, 128)
 ACTIVATIONS = ("per-token", "per-token-group", "static", "none")
 ATTENTIONS = ("float", *CODE_BOOKS)
+WEIGHT_BITS = (4, 8)
 LARGEST_REFINE = 8
 """TRIP's exponents are at most this: group scales times two to their power stay far below float16's limit."""
 
@@ -38,6 +39,8 @@ class Scheme:
         Which tokens of a prompt are dropped on their way through the layers.
     attention : str
         ``"float"``, or a name in `CODE_BOOKS`: probabilities are powers of two then, and values int8.
+    weight_bits : int
+        Of the linears' weight codes, 4 or 8; codes of 8 bits are symmetric and rounded to nearest.
     """
 
     method: str
@@ -48,6 +51,7 @@ class Scheme:
     four_bit: tuple[str, ...] = ()
     pruning: PruningSchedule | None = None
     attention: str = "float"
+    weight_bits: int = 4
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -68,6 +72,10 @@ class Scheme:
             raise AgqError(f"four_bit must be names of linears, not {self.four_bit!r}")
         if self.four_bit and self.activation == "none":
             raise AgqError("float activations have no 4-bit codes: choose another activation, or leave out four_bit")
+        if type(self.weight_bits) is not int or self.weight_bits not in WEIGHT_BITS:
+            raise AgqError(f"weight_bits {self.weight_bits!r} is not supported: choose 4 or 8")
+        if self.weight_bits == 8 and not (self.method == "rtn" and self.symmetric):
+            raise AgqError("8-bit weights are symmetric and rounded to nearest: choose the method rtn")
 
     @property
     def is_calibrated(self) -> bool:

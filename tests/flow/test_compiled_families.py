@@ -35,6 +35,8 @@ CASES = {  # family, its variant, activations (or more of what `quantize` takes)
     "bloom, static TRIP, 4 bit": ("bloom", {}, STATIC_TRIP | {"four_bit": ("qkv", "down")}, "generic"),
     "llama, 4 bit": ("llama", {}, {"activation": "per-token-group", "four_bit": ("o", "gate_up", "down")}, HERE),
     "bloom with residuals after norms": ("bloom", {"apply_residual_connection_post_layernorm": True}, "static", HERE),
+    "llama, 8-bit weights": ("llama", {}, {"activation": "per-token", "weight_bits": 8}, HERE),
+    "opt, 8-bit weights": ("opt", {}, STATIC_TRIP | {"weight_bits": 8, "four_bit": ("o",)}, "generic"),
 }
 
 
