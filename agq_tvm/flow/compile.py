@@ -55,11 +55,6 @@ def compile_checkpoint(
     device = load_device(target)
     source = read_checkpoint(checkpoint)
     context = _context(source, context)
-    if source.scheme.activation == "none":
-        raise AgqError(
-            f"{checkpoint} has float activations, which have no kernels yet: quantize it with "
-            "--activation per-token-group"
-        )
     say(f"compiling {checkpoint} for {device.name} ({device.instruction_set})")
     with fresh_directory(output, "bundle") as directory:
         _build(source, target, device, context, directory, str(debug_dump) if debug_dump else None)
@@ -84,7 +79,7 @@ def _context(checkpoint: Checkpoint, context: int | None) -> int:
 def _build(
     checkpoint: Checkpoint, target: str, device: Device, context: int, directory: Path, dump: str | None
 ) -> None:
-    isa = instruction_set(device.instruction_set)
+    isa = instruction_set(device.instruction_set, checkpoint.scheme.activation)
     offsets = offsets_dtype(checkpoint)
     scratch = directory / "scratch"
     scratch.mkdir()

@@ -128,7 +128,7 @@ def _build(request: LibraryRequest) -> None:
     from agq_tvm.tvm_seam import Target, relax
 
     device, checkpoint = load_device(request.target), read_checkpoint(request.checkpoint)
-    isa = instruction_set(device.instruction_set)
+    isa = instruction_set(device.instruction_set, checkpoint.scheme.activation)
     target = Target(device.tvm_target())
     _step("decoder")
     lanes, scheme = _VALUE_LANES.get(isa.name, 16), checkpoint.scheme
