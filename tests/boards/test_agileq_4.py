@@ -43,7 +43,7 @@ def _is_chain(found: list, i: int) -> bool:
             shifted = target
         elif name == "orr" and shifted and {first, second} == {product, shifted}:
             joined = target
-        elif joined and (name == "and" and joined in (first, second) or name == "bic" and joined in (target, first)):
+        elif joined and joined in {"and": (first, second), "bic": (target, first)}.get(name, ()):
             return True
         elif target in (shifted, joined) or (target == product and not joined):
             return False
