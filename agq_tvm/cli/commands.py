@@ -112,6 +112,7 @@ def _quantize(subparsers) -> None:
             ("attention", result["attention"]),
             ("pruning", _pruning_text(result["pruning"])),
             ("weight error", f"{result['relative_weight_error']:.4f}"),
+            *_clipped(result["clipped"] or {}),
             ("size", megabytes(result["bytes"])),
             ("time", f"{result['seconds']:.1f} s"),
         ]
@@ -182,6 +183,14 @@ def _pruning_text(pruning: dict | None) -> str:
     if pruning is None:
         return "none"
     return f"{pruning['beta']:.0%} of a prompt's tokens, in layers {', '.join(map(str, pruning['layers']))}"
+
+
+def _clipped(shares: dict) -> list[tuple[str, str]]:
+    """Say for the input of each linear how much of it static scales do not reach."""
+    return [
+        (f"clipped, {role}", f"{share['mean']:.4%} of all values, {share['largest']:.2%} of the worst channel's")
+        for role, share in shares.items()
+    ]
 
 
 def _activations(result: dict) -> str:

@@ -95,7 +95,9 @@ def quantize(
         ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
         or ``layers`` and ``beta``), ``attention``, ``weight_bits``, ``bytes`` of the weights file, ``bits_per_weight``
         of the matrices with their scales and offsets, ``relative_weight_error`` (root of the summed squared error over
-        that of the weights), and ``seconds``.
+        that of the weights), ``clipped`` (None, or for static activations what
+        `agq_tvm.quantize.calibration_report.CalibrationReport.summary` returns; the report itself lies beside the
+        weights), and ``seconds``.
 
     Raises
     ------
@@ -114,7 +116,7 @@ def quantize(
         source.copy_tokenizer(directory)
         windows = _windows(directory, calibration, scheme, source)
         say(f"quantizing {source.label}: {scheme.method}, groups of {scheme.group_size}")
-        linears = _linears(source, scheme, windows)
+        linears, clipped = _linears(source, scheme, windows, directory)
         tables = {name: _table(source, name) for name in table_shapes(source.config)}
         vectors = {name: source.tensor(name) for name in vector_shapes(source.config)}
         error = _relative_error(source, linears)
@@ -125,6 +127,7 @@ def quantize(
         "bytes": size,
         "bits_per_weight": _bits_per_weight(linears),
         "relative_weight_error": error,
+        "clipped": clipped,
         "seconds": time.perf_counter() - started,
     }
 
@@ -160,13 +163,22 @@ def _windows(directory: Path, calibration: Calibration, scheme: Scheme, source: 
     return cut_windows(directory / "tokenizer.json", calibration.text, calibration.samples, length)
 
 
-def _linears(source: Source, scheme: Scheme, windows: list[list[int]] | None) -> dict[str, QuantizedLinear]:
-    if windows is not None:
-        from agq_tvm.quantize.streaming import quantize_layers
+def _linears(
+    source: Source, scheme: Scheme, windows: list[list[int]] | None, directory: Path
+) -> tuple[dict[str, QuantizedLinear], dict | None]:
+    """Quantize the matrices; report on static activations, returning what is clipped."""
+    if windows is None:
+        names = progress(linear_shapes(source.config), "quantizing")
+        return {name: quantize_matrix(source, name, scheme) for name in names}, None
+    from agq_tvm.quantize.calibration_report import CalibrationReport
+    from agq_tvm.quantize.streaming import quantize_layers
 
-        return quantize_layers(source, scheme, windows)
-    names = progress(linear_shapes(source.config), "quantizing")
-    return {name: quantize_matrix(source, name, scheme) for name in names}
+    report = CalibrationReport()
+    linears = quantize_layers(source, scheme, windows, report.add)
+    if not report.linears:
+        return linears, None
+    report.write(directory)
+    return linears, report.summary()
 
 
 def _table(source: Source, name: str) -> QuantizedTable:
