@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
+from agq_tvm.kernels.linear_float import float_form
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,7 @@ class KernelRow:
     Attributes
     ----------
     name : str
-        Of the tensor intrinsic, or of the plain loops.
+        Of the tensor intrinsic, or of the plain loops. Float activations (a16) have loops that LLVM vectorizes.
     operation : str
         ``"gemv"`` (decode) or ``"gemm"`` (prefill).
     bits : str
@@ -45,6 +46,7 @@ def kernel_table() -> list[KernelRow]:
         for bits, activation_bits in ((4, 8), (4, 4), (8, 8)):
             for operation, tile_rows in (("gemv", 1), ("gemm", isa.rows)):
                 rows.append(_row(isa, bits, activation_bits, operation, tile_rows))
+        rows += [_float_row(isa, bits, *each) for bits in (4, 8) for each in (("gemv", 1), ("gemm", isa.rows))]
     return rows
 
 
@@ -62,6 +64,19 @@ def _row(isa, bits: int, activation_bits: int, operation: str, rows: int) -> Ker
         layout=layout.name,
         instruction_set=isa.name,
         instruction=multiply.instruction if multiply else "-",
+    )
+
+
+def _float_row(isa, bits: int, operation: str, rows: int) -> KernelRow:
+    layout = float_form(isa).layout(bits)
+    return KernelRow(
+        name=f"floats.{isa.name}.{layout.name}.m{rows}",
+        operation=operation,
+        bits=f"w{bits}a16",
+        tile=f"{rows}x{layout.width}x{layout.depth}",
+        layout=layout.name,
+        instruction_set=isa.name,
+        instruction="-",
     )
 
 

@@ -23,11 +23,8 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("kernel", FORMS, ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize("isa", NATIVE)
-def test_the_product_is_that_of_the_dequantized_weights(isa, kernel):
-    if not runs_here(isa):
-        pytest.skip(f"this processor lacks what {isa} needs")
+def check(kernel: FloatLinearKernel, isa: str, function) -> None:
+    """Call a kernel on random operands, and compare with the product of the dequantized weights."""
     form, rng = float_form(INSTRUCTION_SETS[isa]), np.random.default_rng(kernel.columns)
     layout, groups = form.layout(kernel.bits), kernel.padded // kernel.group_size
     x = np.zeros((kernel.rows, kernel.padded), "float32")
@@ -39,15 +36,22 @@ def test_the_product_is_that_of_the_dequantized_weights(isa, kernel):
     arrays = [x, pack_codes(q, kernel.group_size, layout), layout.pack_columns(scales)]
     arrays += [] if offsets is None else [layout.pack_columns(offsets)]
     arrays += [np.ascontiguousarray(layout.pack_columns(bias[:, None])[:, 0])] if kernel.bias else []
-    width = layout.tiles(kernel.columns) * layout.width
-    out = tvm.runtime.tensor(np.full((kernel.rows, width), np.nan, "float32"))
-    compiled(build(kernel, form), isa)(*map(tvm.runtime.tensor, arrays), out)
+    out = tvm.runtime.tensor(np.full((kernel.rows, layout.tiles(kernel.columns) * layout.width), np.nan, "float32"))
+    function(*map(tvm.runtime.tensor, arrays), out)
     of_channel = np.arange(kernel.channels) // kernel.group_size
     zero = 0 if kernel.offsets else {4: 8, 8: 128}[kernel.bits]
     weights = (q.astype("float64") - zero) * scales[:, of_channel]
     weights += 0 if offsets is None else offsets[:, of_channel]
     expected = x[:, : kernel.channels] @ weights.T + (bias if kernel.bias else 0)
     np.testing.assert_allclose(out.numpy()[:, : kernel.columns], expected, rtol=0, atol=1e-6 * abs(expected).max())
+
+
+@pytest.mark.parametrize("kernel", FORMS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("isa", NATIVE)
+def test_the_product_is_that_of_the_dequantized_weights(isa, kernel):
+    if not runs_here(isa):
+        pytest.skip(f"this processor lacks what {isa} needs")
+    check(kernel, isa, compiled(build(kernel, float_form(INSTRUCTION_SETS[isa])), isa))
 
 
 @pytest.mark.parametrize(

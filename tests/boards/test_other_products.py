@@ -1,16 +1,19 @@
-"""8-bit weights of linears on emulated boards: whole products, exact, at the ends of all ranges too."""
+"""8-bit weights of linears, and float activations, on emulated boards."""
 
 import numpy as np
 import pytest
 import tvm
 
-from agq_tvm.kernels import linear
+from agq_tvm.kernels import linear, linear_float
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear_float import float_form
 from agq_tvm.targets import load_device
 from tests.boards import kernels
 from tests.boards.conftest import DEVICES
 from tests.kernels.operands import corner_operands, random_operands
+from tests.kernels.test_linear_float import FORMS as FLOAT_FORMS
+from tests.kernels.test_linear_float import check
 
 pytestmark = pytest.mark.emulator
 
@@ -24,21 +27,29 @@ FORMS = [
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_whole_product_is_exact_in_integers(boards, tmp_path, device):
+def test_whole_products(boards, tmp_path, device):
+    """Integers are exact at the ends of all ranges, too; float products are those of the dequantized weights."""
     isa = instruction_set(load_device(device).instruction_set)
-    module = tvm.IRModule({kernel.name: linear.build(kernel, isa) for kernel in FORMS})
-    path = kernels.library(module, device, tmp_path, "weights.so")
+    functions = {kernel.name: linear.build(kernel, isa) for kernel in FORMS}
+    functions |= {kernel.name: linear_float.build(kernel, float_form(isa)) for kernel in FLOAT_FORMS}
+    path = kernels.library(tvm.IRModule(functions), device, tmp_path, "weights.so")
     with boards.session(device) as session:
         session.upload(path)
         loaded = [session.load_module("weights.so")]
-        for kernel in FORMS:
 
-            def function(*operands, name=kernel.name):
+        def function(name: str):
+            def call(*operands):
                 there = [tvm.runtime.tensor(operand.numpy(), session.cpu(0)) for operand in operands]
                 loaded[0][name](*there)
                 operands[-1].copyfrom(there[-1].numpy())
 
+            return call
+
+        for kernel in FORMS:
             for name, operands in {"random": random_operands(kernel, 1), **corner_operands(kernel)}.items():
                 operands = operands.integer_form()
-                np.testing.assert_array_equal(operands.run(function, isa), operands.expected(), err_msg=name)
+                got = operands.run(function(kernel.name), isa)
+                np.testing.assert_array_equal(got, operands.expected(), err_msg=name)
+        for kernel in FLOAT_FORMS:
+            check(kernel, isa.name, function(kernel.name))
         loaded.clear()
