@@ -6,12 +6,13 @@ import torch
 
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.evaluate import evaluate_reference, evaluate_release
-from agq_tvm.flow.quantize import Calibration
+from agq_tvm.flow.quantize import Calibration, quantize
 from agq_tvm.quantize.checkpoint import read_checkpoint
+from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.release import attend, release_model, round_probabilities, round_to_range
 from agq_tvm.quantize.source import open_source
 from agq_tvm.quantize.weights import dequantize
-from tests.tiny import write_tiny_llama
+from tests.tiny import write_tiny_llama, write_tiny_model
 
 WINDOWS = [np.random.default_rng(i).integers(3, 259, 40).tolist() for i in range(3)]
 
@@ -120,6 +121,17 @@ def test_a_bias_masks_and_shifts_scores():
     away[:, 1:, 0] = -1e4
     out = attend(q, k, v, away)
     torch.testing.assert_close(out[:, 1], v[:, 1].repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_other_families(tmp_path, family):
+    source = open_source(write_tiny_model(tmp_path / "m", family, 2))
+    quantize(source, tmp_path / "c", method="rtn", group_size=32, activation="none")
+    checkpoint = read_checkpoint(tmp_path / "c")
+    weights = ReferenceModel.from_checkpoint(checkpoint, "none").logits(WINDOWS[0])
+    ours = release_model(source, checkpoint, WINDOWS).logits(WINDOWS[0])
+    correlation = np.corrcoef(ours.ravel(), weights.ravel())[0, 1]
+    assert 0.95 < correlation < 0.99999
 
 
 def test_scores_are_of_the_same_tokens_as_others(pair):
