@@ -49,7 +49,7 @@ class CompiledModel:
         book = CODE_BOOKS.get(scheme.attention)
         module = relax_decoder.build_decoder(checkpoint.config, context, 16, scheme.pruning, book)
         format = linear_format(scheme, offsets)
-        target, kernels = target_of(isa), instruction_set(isa)
+        target, kernels = target_of(isa), instruction_set(isa, scheme.activation)
         self.lowered, tensors = pipeline.run(module, target, format, kernels)
         executable = relax.build(self.lowered, target, relax_pipeline=None)
         self.library = executable.jit()

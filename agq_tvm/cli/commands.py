@@ -5,6 +5,7 @@ import json
 import sys
 
 from agq_tvm.errors import AgqError
+from agq_tvm.quantize.variants import VARIANTS, variant_settings
 from agq_tvm.tables import as_table, megabytes
 
 
@@ -49,6 +50,10 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 8,16,24") from None
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
 def _print(args, value: dict, rows: list[tuple[str, str]]) -> None:
     if args.json:
         print(json.dumps(value))
@@ -81,39 +86,47 @@ def _quantize(subparsers) -> None:
     def run(args) -> None:
         from agq_tvm.flow.quantize import Calibration, quantize
 
-        result = quantize(
-            args.model,
-            args.output,
-            method=args.method,
-            group_size=args.group_size,
-            symmetric=args.symmetric,
-            activation=args.activation,
-            max_refine=args.max_refine,
-            four_bit=tuple(filter(None, args.four_bit.split(","))),
-            calibration=Calibration(args.calibration),
-            pruning=_pruning(args),
-            attention=args.attention,
-            shifts=args.shifts,
+        names = (
+            "method",
+            "group_size",
+            "symmetric",
+            "weight_bits",
+            "activation",
+            "max_refine",
+            "shifts",
+            "four_bit",
+            "attention",
         )
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        settings = variant_settings(args.variant) | given
+        calibration, pruning = Calibration(args.calibration), _pruning(args)
+        result = quantize(args.model, args.output, calibration=calibration, pruning=pruning, **settings)
         rows = [
             ("checkpoint", args.output),
             ("method", result["method"]),
             (
                 "weights",
-                f"4 bit, group size {result['group_size']}, {result['bits_per_weight']:.2f} bit stored",
+                f"{result['weight_bits']} bit, group size {result['group_size']}, "
+                f"{result['bits_per_weight']:.2f} bit stored",
             ),
             ("activations", _activations(result)),
             ("attention", result["attention"]),
             ("pruning", _pruning_text(result["pruning"])),
             ("weight error", f"{result['relative_weight_error']:.4f}"),
+            *_clipped(result["clipped"] or {}),
             ("size", megabytes(result["bytes"])),
             ("time", f"{result['seconds']:.1f} s"),
         ]
         _print(args, result, rows)
 
-    parser = _command(subparsers, "quantize", "make a 4-bit checkpoint of a model", run)
+    parser = _command(subparsers, "quantize", "make a quantized checkpoint of a model", run)
     parser.add_argument("model", metavar="MODEL", help="directory, GGUF file or hub id")
     parser.add_argument("-o", "--output", required=True, metavar="CKPT", help="directory to write")
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help=f"settings that have a name: {', '.join(VARIANTS)}; options given beside it take precedence",
+    )
     parser.add_argument(
         "--method",
         choices=("gptq", "rtn", "keep"),
@@ -125,37 +138,36 @@ def _quantize(subparsers) -> None:
         choices=(32, 64, 128, "column"),
         help="weights that share a scale; column: all of an output column",
     )
-    parser.add_argument("--symmetric", action="store_true", help="no group offsets: smaller, less exact")
+    parser.add_argument("--symmetric", action="store_true", default=None, help="no group offsets: smaller, less exact")
+    parser.add_argument("--weight-bits", type=int, choices=(4, 8), help="default: 4; 8 is rounded to nearest")
     parser.add_argument(
         "--activation",
         choices=("per-token-group", "per-token", "static", "none"),
-        default="per-token-group",
-        help="scales of activations (default: %(default)s); none keeps them float",
+        help="scales of activations (default: per-token-group); none keeps them float",
     )
     parser.add_argument(
         "--max-refine",
         type=int,
-        default=0,
         metavar="K",
-        help="TRIP: divide groups of channels by up to 2^K before rounding (per-token, static; default: %(default)s)",
+        help="TRIP: divide groups of channels by up to 2^K before rounding (per-token, static; default: 0)",
     )
     parser.add_argument(
         "--shifts",
         action="store_true",
+        default=None,
         help="TRIP for channels, in integers only (needs --group-size column, --activation static, --max-refine)",
     )
     parser.add_argument(
         "--four-bit",
-        default="",
+        type=_names,
         metavar="LINEARS",
         help="linears whose inputs get 4 bits instead of 8, e.g. o,gate_up,down (default: none)",
     )
     parser.add_argument(
         "--attention",
         choices=("float", "log2", "log2-paper"),
-        default="float",
         help="log2 rounds probabilities to 15 powers of two and zero, log2-paper to 16 and zero as Agile-Quant does; "
-        "both cache 8-bit values (default: %(default)s)",
+        "both cache 8-bit values (default: float)",
     )
     parser.add_argument(
         "--calibration", default="calibration", metavar="TEXT", help="a text file (default: a shipped one)"
@@ -183,6 +195,14 @@ def _pruning_text(pruning: dict | None) -> str:
     if pruning is None:
         return "none"
     return f"{pruning['beta']:.0%} of a prompt's tokens, in layers {', '.join(map(str, pruning['layers']))}"
+
+
+def _clipped(shares: dict) -> list[tuple[str, str]]:
+    """Say for the input of each linear how much of it static scales do not reach."""
+    return [
+        (f"clipped, {role}", f"{share['mean']:.4%} of all values, {share['largest']:.2%} of the worst channel's")
+        for role, share in shares.items()
+    ]
 
 
 def _activations(result: dict) -> str:

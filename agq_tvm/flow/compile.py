@@ -55,11 +55,6 @@ def compile_checkpoint(
     device = load_device(target)
     source = read_checkpoint(checkpoint)
     context = _context(source, context)
-    if source.scheme.activation == "none":
-        raise AgqError(
-            f"{checkpoint} has float activations, which have no kernels yet: quantize it with "
-            "--activation per-token-group"
-        )
     say(f"compiling {checkpoint} for {device.name} ({device.instruction_set})")
     with fresh_directory(output, "bundle") as directory:
         _build(source, target, device, context, directory, str(debug_dump) if debug_dump else None)
@@ -84,7 +79,7 @@ def _context(checkpoint: Checkpoint, context: int | None) -> int:
 def _build(
     checkpoint: Checkpoint, target: str, device: Device, context: int, directory: Path, dump: str | None
 ) -> None:
-    isa = instruction_set(device.instruction_set)
+    isa = instruction_set(device.instruction_set, checkpoint.scheme.activation)
     offsets = offsets_dtype(checkpoint)
     check_overflow(checkpoint)
     scratch = directory / "scratch"
@@ -102,7 +97,7 @@ def _build(
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
     manifest = _manifest(checkpoint, device, context)
-    manifest["layout"] = {"linears": isa.layout_4bit.name, "tables": isa.layout_8bit.name}
+    manifest["layout"] = {"linears": isa.layout(checkpoint.scheme.weight_bits).name, "tables": isa.layout_8bit.name}
     manifest["caches"] = caches
     manifest["parameters"] = [asdict(parameter) for parameter in parameters]
     manifest["files"] = {
@@ -134,7 +129,7 @@ def _manifest(checkpoint: Checkpoint, device: Device, context: int) -> dict:
         },
         "quantization": {
             "method": scheme.method,
-            "weight_bits": 4,
+            "weight_bits": scheme.weight_bits,
             "group_size": scheme.group_size,
             "activation": scheme.activation,
             "attention": scheme.attention,

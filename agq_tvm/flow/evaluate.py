@@ -10,9 +10,10 @@ import numpy as np
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json
+from agq_tvm.flow.quantize import Calibration
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.progress import say
-from agq_tvm.quantize.calibration import encode_text
+from agq_tvm.quantize.calibration import cut_windows, encode_text
 from agq_tvm.quantize.checkpoint import quantization_config, read_checkpoint
 from agq_tvm.quantize.source import Source, open_source
 from agq_tvm.quantize.texts import load_text
@@ -21,6 +22,9 @@ from agq_tvm.runtime.perplexity import PROTOCOLS, Score, score, score_suffix, sc
 
 if TYPE_CHECKING:
     from agq_tvm.quantize.reference import ReferenceModel
+
+RELEASE_CALIBRATION = Calibration(samples=10)
+"""The authors' number of windows."""
 
 
 def evaluate_reference(
@@ -68,6 +72,42 @@ def evaluate_reference(
         return score_suffix(partial(_suffix_logits, reference), tokens, window)
     say("paper-protocol scores only what follows tokens that were not pruned: it does not compare with other scores")
     return score_survivors(partial(_survivors, reference), tokens, window)
+
+
+def evaluate_release(
+    model: str | os.PathLike | Source,
+    checkpoint: str | os.PathLike,
+    data: str | os.PathLike,
+    window: int = 512,
+    max_tokens: int | None = None,
+    calibration: Calibration = RELEASE_CALIBRATION,
+) -> Score:
+    """Score a text with the simulation of the authors' published code, `agq_tvm.quantize.release`.
+
+    Parameters
+    ----------
+    model : str, path-like or Source
+        The float model.
+    checkpoint : path-like
+        Of that model: its weights, see `release_model`.
+    data, window, max_tokens
+        As for `evaluate_reference`.
+    calibration : Calibration
+        What the static scales are found on; windows no longer than the model takes.
+
+    Raises
+    ------
+    AgqError
+        If something cannot be read, or does not fit the rest.
+    """
+    from agq_tvm.quantize.release import release_model
+
+    source, opened = open_source(model), read_checkpoint(checkpoint)
+    tokenizer = opened.path / "tokenizer.json"
+    length = min(calibration.length, source.config.context_length)
+    windows = cut_windows(tokenizer, calibration.text, calibration.samples, length)
+    tokens = encode_text(tokenizer, load_text(data)[0])[:max_tokens]
+    return score(release_model(source, opened, windows).logits, tokens, window)
 
 
 def choose_protocol(protocol: str | None, prunes: bool) -> str:

@@ -118,7 +118,13 @@ def linear_format(scheme: Scheme, offsets: str | None):
 
     refined = scheme.max_refine > 0
     return LinearFormat(
-        4, scheme.group_size, scheme.activation, offsets, refined, scheme.four_bit, shifts=scheme.shifts
+        scheme.weight_bits,
+        scheme.group_size,
+        scheme.activation,
+        offsets,
+        refined,
+        scheme.four_bit,
+        shifts=scheme.shifts,
     )
 
 
@@ -130,7 +136,7 @@ def _build(request: LibraryRequest) -> None:
     from agq_tvm.tvm_seam import Target, relax
 
     device, checkpoint = load_device(request.target), read_checkpoint(request.checkpoint)
-    isa = instruction_set(device.instruction_set)
+    isa = instruction_set(device.instruction_set, checkpoint.scheme.activation)
     target = Target(device.tvm_target())
     _step("decoder")
     lanes, scheme = _VALUE_LANES.get(isa.name, 16), checkpoint.scheme

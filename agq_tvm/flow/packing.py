@@ -6,6 +6,7 @@ import numpy as np
 
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
+from agq_tvm.kernels.linear import ZERO
 from agq_tvm.quantize.checkpoint import TABLE_GROUP, Checkpoint, QuantizedLinear, QuantizedTable
 from agq_tvm.quantize.shifts import block_shifts, channel_order, check_totals
 
@@ -43,7 +44,9 @@ def check_overflow(checkpoint: Checkpoint) -> None:
 
 
 def unpack_codes(linear: QuantizedLinear) -> np.ndarray:
-    """Return the 4-bit codes of a matrix, one to a byte: uint8 [N, K]."""
+    """Return the codes of a matrix, one to a byte, as layouts take them: uint8 [N, K], of 8 bits plus 128."""
+    if linear.bits == 8:
+        return linear.qweight.view("uint8") + np.uint8(128)
     pairs = np.stack([linear.qweight & 15, linear.qweight >> 4], axis=2)
     return pairs.reshape(len(linear.qweight), -1)[:, : linear.in_features]
 
@@ -106,7 +109,10 @@ def _refined(linear: QuantizedLinear) -> QuantizedLinear:
 
 
 def _offsets(linear: QuantizedLinear) -> np.ndarray:
-    return linear.offsets if linear.offsets is not None else linear.scales * np.float16(-8)
+    """Return what codes of 0 stand for: float16 or float32 [N, G], exactly."""
+    if linear.offsets is not None:
+        return linear.offsets
+    return linear.scales.astype("float32") * -np.float32(ZERO[linear.bits])
 
 
 def _constant(linear: QuantizedLinear) -> np.ndarray:
@@ -178,4 +184,5 @@ class Packer:
             return pack_table(table, self.isa.layout_8bit)
         _, layer, role = owner.split(".")
         parts = next(linear.parts for linear in config.linears if linear.name == role)
-        return pack_linear(self.checkpoint.fused(int(layer), parts), self.isa.layout_4bit, self.offsets)
+        layout = self.isa.layout(self.checkpoint.scheme.weight_bits)
+        return pack_linear(self.checkpoint.fused(int(layer), parts), layout, self.offsets)

@@ -58,6 +58,7 @@ def quantize(
     pruning: PruningSchedule | None = None,
     attention: str = "float",
     shifts: bool = False,
+    weight_bits: int = 4,
 ) -> dict:
     """Quantize a model and write the checkpoint.
 
@@ -68,12 +69,12 @@ def quantize(
     output : path-like
         The directory to write; an earlier checkpoint there is replaced.
     method : {"gptq", "rtn", "keep"}, optional
-        Default: ``"keep"`` if every matrix of the model is 4 bit already, else ``"gptq"``.
+        Default: ``"keep"`` if every matrix of the model is 4 bit already, else ``"gptq"``; ``"rtn"`` for 8 bits.
     group_size : int or str, optional
         32, 64, 128, or ``"column"`` for one scale of each output column. Default: the model's own 32 for
         ``"keep"``; else 128 if it divides the inner dimension of every matrix, and 64 if not.
     symmetric : bool
-        Leave out the offsets; ``"keep"`` takes over what the model has.
+        Leave out the offsets; ``"keep"`` takes over what the model has, and 8-bit weights never have any.
     activation : {"per-token-group", "per-token", "static", "none"}
     max_refine : int
         TRIP's largest exponent, 0 for none; for ``"per-token"`` and ``"static"``.
@@ -88,14 +89,18 @@ def quantize(
         ``"float"``, values are cached as int8.
     shifts : bool
         TRIP in the paper's integer-only form, with `group_size` ``"column"``, static activations and `max_refine`.
+    weight_bits : {4, 8}
+        Of the linears' weight codes.
 
     Returns
     -------
     dict
         ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
-        or ``layers`` and ``beta``), ``attention``, ``shifts``, ``bytes`` of the weights file, ``bits_per_weight`` of
-        the matrices with their scales and offsets, ``relative_weight_error``
-        (root of the summed squared error over that of the weights), and ``seconds``.
+        or ``layers`` and ``beta``), ``attention``, ``shifts``, ``weight_bits``, ``bytes`` of the weights file,
+        ``bits_per_weight`` of the matrices with their scales and offsets, ``relative_weight_error`` (root of the summed
+        squared error over that of the weights), ``clipped`` (None, or for static activations what
+        `agq_tvm.quantize.calibration_report.CalibrationReport.summary` returns; the report itself lies beside the
+        weights), and ``seconds``.
 
     Raises
     ------
@@ -104,8 +109,17 @@ def quantize(
     """
     started = time.perf_counter()
     source = open_source(model)
-    weights = _choose_weights(source, method, group_size, symmetric)
-    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), pruning, attention, shifts=shifts)
+    weights = _choose_weights(source, method, group_size, symmetric, weight_bits)
+    scheme = Scheme(
+        *weights,
+        activation,
+        max_refine,
+        tuple(four_bit),
+        pruning,
+        attention,
+        shifts=shifts,
+        weight_bits=weight_bits,
+    )
     check_roles(source.config, scheme.four_bit)
     if pruning is not None:
         pruning.check_layers(source.config.num_layers)
@@ -114,7 +128,7 @@ def quantize(
         source.copy_tokenizer(directory)
         windows = _windows(directory, calibration, scheme, source)
         say(f"quantizing {source.label}: {scheme.method}, {scheme.weight_scales}")
-        linears = _linears(source, scheme, windows)
+        linears, clipped = _linears(source, scheme, windows, directory)
         tables = {name: _table(source, name) for name in table_shapes(source.config)}
         vectors = {name: source.tensor(name) for name in vector_shapes(source.config)}
         error = _relative_error(source, linears)
@@ -125,16 +139,19 @@ def quantize(
         "bytes": size,
         "bits_per_weight": _bits_per_weight(linears),
         "relative_weight_error": error,
+        "clipped": clipped,
         "seconds": time.perf_counter() - started,
     }
 
 
 def _choose_weights(
-    source: Source, method: str | None, group_size: int | str | None, symmetric: bool
+    source: Source, method: str | None, group_size: int | str | None, symmetric: bool, weight_bits: int
 ) -> tuple[str, int | str, bool]:
     """Return method, group size and whether it is symmetric."""
+    if weight_bits == 8:
+        method, symmetric = method or "rtn", True
     method = method or ("keep" if source.is_four_bit else "gptq")
-    if method == "keep":
+    if method == "keep" and weight_bits != 8:
         if not source.is_four_bit:
             raise AgqError(f"{source.label} is not 4 bit, there is no grid to keep: choose gptq or rtn")
         if group_size not in (None, KEPT_GROUP):
@@ -158,13 +175,22 @@ def _windows(directory: Path, calibration: Calibration, scheme: Scheme, source: 
     return cut_windows(directory / "tokenizer.json", calibration.text, calibration.samples, length)
 
 
-def _linears(source: Source, scheme: Scheme, windows: list[list[int]] | None) -> dict[str, QuantizedLinear]:
-    if windows is not None:
-        from agq_tvm.quantize.streaming import quantize_layers
+def _linears(
+    source: Source, scheme: Scheme, windows: list[list[int]] | None, directory: Path
+) -> tuple[dict[str, QuantizedLinear], dict | None]:
+    """Quantize the matrices; report on static activations, returning what is clipped."""
+    if windows is None:
+        names = progress(linear_shapes(source.config), "quantizing")
+        return {name: quantize_matrix(source, name, scheme) for name in names}, None
+    from agq_tvm.quantize.calibration_report import CalibrationReport
+    from agq_tvm.quantize.streaming import quantize_layers
 
-        return quantize_layers(source, scheme, windows)
-    names = progress(linear_shapes(source.config), "quantizing")
-    return {name: quantize_matrix(source, name, scheme) for name in names}
+    report = CalibrationReport()
+    linears = quantize_layers(source, scheme, windows, report.add)
+    if not report.linears:
+        return linears, None
+    report.write(directory)
+    return linears, report.summary()
 
 
 def _table(source: Source, name: str) -> QuantizedTable:

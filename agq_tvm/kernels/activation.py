@@ -4,6 +4,7 @@ Codes are written by k-block, then row, as `linear.py` reads them. For s = max|y
 q = round half to even of y · (1/s); a row (or group) of zeros has s = 1. Static: q = y / s + z, clipped to -L..L.
 L is 127, or 7 for codes of 4 bits. Two terms: y - s q is quantized again, into as many rows after the first ones.
 For the integer-only product of `linear_shifted.py` channels are gathered in the order of their exponents.
+For float products y is written as it is.
 """
 
 import math
@@ -40,7 +41,7 @@ class QuantizeKernel:
     group_size : int
         Of that linear's weights.
     mode : str
-        ``"per-token"``, ``"per-token-group"`` or ``"static"``.
+        ``"per-token"``, ``"per-token-group"``, ``"static"``, or ``"none"``: no codes, only y.
     epsilon : float
         Of the norm; unused otherwise.
     refined : bool
@@ -84,6 +85,8 @@ class QuantizeKernel:
     def name(self) -> str:
         """E.g. ``rms_norm_quantize_per_token_group_g32_m128_k576``."""
         prefix = "" if self.source == "plain" else f"{self.source}_"
+        if self.mode == "none":
+            return f"{prefix}float_g{self.group_size}_m{self.rows}_k{self.channels}"
         mode = self.mode.replace("-", "_")
         form = f"{mode}{'_refined' if self.refined else ''}{'_4bit' if self.bits == 4 else ''}"
         form += ("_two_terms" if self.terms == 2 else "") + ("_shifted" if self.shifted else "")
@@ -102,8 +105,13 @@ class QuantizeKernel:
         return [(self.channels,), (k_blocks(self.channels, self.group_size),)] if self.shifted else []
 
     def output_shapes(self, layout: Layout) -> list[tuple[tuple[int, ...], str]]:
-        """Shapes and types of codes [KB, R, S, 2, D], scales [R, G or 1] and sums [R, G]; R is M times the terms."""
+        """Shapes and types of codes [KB, R, S, 2, D], scales [R, G or 1] and sums [R, G]; R is M times the terms.
+
+        Without codes: of y [M, K in whole groups], float32.
+        """
         blocks, rows = k_blocks(self.channels, self.group_size), self.terms * self.rows
+        if self.mode == "none":
+            return [((rows, blocks * K_BLOCK), "float32")]
         return [
             ((blocks, rows, layout.steps, 2, layout.depth), "int8"),
             ((rows, self.scales), "float32"),
@@ -123,7 +131,7 @@ def build(kernel: QuantizeKernel, layout: Layout):
                 T.arg(name, T.buffer(shape, "int32"))
                 for name, shape in zip(("order", "shift"), kernel.index_shapes(), strict=False)
             ]
-            names = ("codes", "scales", "sums")
+            names = ("y",) if kernel.mode == "none" else ("codes", "scales", "sums")
             outputs = [
                 T.arg(name, T.buffer(shape, dtype))
                 for name, (shape, dtype) in zip(names, kernel.output_shapes(layout), strict=True)
@@ -144,7 +152,9 @@ def build(kernel: QuantizeKernel, layout: Layout):
                 if padded > K:
                     with T.serial(padded - K) as k:
                         T.buffer_store(y, float32(0), [K + k])
-                for term in range(kernel.terms):
+                if kernel.mode == "none":
+                    _store_row(outputs[0], m, padded, y)
+                for term in range(kernel.terms if kernel.mode != "none" else 0):
                     row = m + term * kernel.rows
                     more = term + 1 < kernel.terms
                     shift = indices[1] if kernel.shifted else None
@@ -219,6 +229,11 @@ SOURCES = {
     "gelu_tanh": _gelu_tanh,
 }
 """What can be fused with a quantization, by name."""
+
+
+def _store_row(out, m, extent: int, y) -> None:
+    with T.serial(extent // LANES) as c, T.vectorized(LANES) as j:
+        T.buffer_store(out, y[c * LANES + j], [m, c * LANES + j])
 
 
 def _quantize_row(kernel, static, shift, m, more, y, partial, scalar, counts, total, outputs, layout) -> None:

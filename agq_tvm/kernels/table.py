@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
+from agq_tvm.kernels.linear_float import float_form
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,7 @@ class KernelRow:
     Attributes
     ----------
     name : str
-        Of the tensor intrinsic, or of the plain loops.
+        Of the tensor intrinsic, or of the plain loops. Float activations (a16) have loops that LLVM vectorizes.
     operation : str
         ``"gemv"`` (decode) or ``"gemm"`` (prefill), and ``"shifted "`` before it for the integer-only form.
     bits : str
@@ -47,6 +48,7 @@ def kernel_table() -> list[KernelRow]:
                 rows.append(_row(isa, bits, activation_bits, operation, tile_rows))
                 if bits == 4:
                     rows.append(_row(isa, bits, activation_bits, operation, tile_rows, shifted=True))
+        rows += [_float_row(isa, bits, *each) for bits in (4, 8) for each in (("gemv", 1), ("gemm", isa.rows))]
     return rows
 
 
@@ -65,6 +67,19 @@ def _row(isa, bits: int, activation_bits: int, operation: str, rows: int, shifte
         layout=layout.name,
         instruction_set=isa.name,
         instruction=multiply.instruction if multiply else "-",
+    )
+
+
+def _float_row(isa, bits: int, operation: str, rows: int) -> KernelRow:
+    layout = float_form(isa).layout(bits)
+    return KernelRow(
+        name=f"floats.{isa.name}.{layout.name}.m{rows}",
+        operation=operation,
+        bits=f"w{bits}a16",
+        tile=f"{rows}x{layout.width}x{layout.depth}",
+        layout=layout.name,
+        instruction_set=isa.name,
+        instruction="-",
     )
 
 

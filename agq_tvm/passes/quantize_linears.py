@@ -4,19 +4,22 @@
     add(matmul(x, permute_dims(w)), bias)   ->  linear(quantize(x), w.w, w.ws, …, w.bias)
     take(embedding, tokens)                 ->  embedding(tokens, embedding.w, embedding.ws)
 
+With float activations ``quantize`` only fills up the last group, and ``linear`` is a float product.
+
 The parameter ``w`` of a function gives way to the packed ones: ``w.w`` codes, ``w.ws`` scales, ``w.wo`` offsets,
 ``w.bias`` (a linear's own, and what static activations add), ``w.refine`` (TRIP's inverse powers of two), and
 ``w.act`` (scale and zero point of static activations). Exponents of channels add ``w.order`` and ``w.shift``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from agq_tvm.kernels import activation, embedding, linear, linear_shifted
+from agq_tvm.kernels import activation, embedding, linear, linear_float, linear_shifted
 from agq_tvm.kernels.activation import QuantizeKernel
 from agq_tvm.kernels.attrs import annotate
 from agq_tvm.kernels.intrin.base import InstructionSet, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear_float import FloatLinearKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.tvm_seam import relax, tvm
 
@@ -38,7 +41,7 @@ class LinearFormat:
     group_size : int or str
         Of the weights; ``"column"`` is the whole inner dimension.
     activation : str
-        ``"per-token"``, ``"per-token-group"`` or ``"static"``.
+        ``"per-token"``, ``"per-token-group"``, ``"static"`` or ``"none"``.
     offsets : str or None
         Type of the group offsets; None for symmetric weights.
     refined : bool
@@ -67,6 +70,7 @@ class LinearFormat:
 
 TABLE_FORMAT = LinearFormat(8, TABLE_GROUP, "per-token-group", None, terms=2)
 """Outside the layers activations have two 8-bit terms: an error there is not softened by anything after it."""
+FLOAT_TABLE_FORMAT = replace(TABLE_FORMAT, activation="none", terms=1)
 
 
 def packed_parameters(name: str, columns: int, channels: int, format: LinearFormat, isa: InstructionSet, bias: bool):
@@ -137,7 +141,9 @@ class _Quantizer(relax.PyExprMutator):
         return call
 
     def _format(self, weight) -> LinearFormat:
-        return TABLE_FORMAT if weight.name in TABLES else self.format
+        if weight.name not in TABLES:
+            return self.format
+        return FLOAT_TABLE_FORMAT if self.format.activation == "none" else TABLE_FORMAT
 
     def _packed(self, weight):
         if weight not in self.packed:
@@ -151,6 +157,8 @@ class _Quantizer(relax.PyExprMutator):
     def _linear(self, x, weight):
         rows, channels = (int(extent) for extent in x.ty.shape)
         columns, format = int(weight.ty.shape[0]), self._format(weight)
+        if format.activation == "none":
+            return self._float_linear(x, weight, format)
         operands = {str(var.name).rpartition(".")[2]: var for var in self._packed(weight)}
         layout = self.isa.layout(format.bits)
         quantize, kernel = self._kernels(rows, columns, channels, weight)
@@ -169,7 +177,7 @@ class _Quantizer(relax.PyExprMutator):
             ],
             [((rows, width), "float32")],
         )
-        return y if width == columns else relax.op.strided_slice(y, [1], [0], [columns])
+        return _first_columns(y, columns)
 
     def _kernels(self, rows: int, columns: int, channels: int, weight) -> tuple[QuantizeKernel, LinearKernel]:
         """Return what quantizes the input of a linear, and what multiplies."""
@@ -203,6 +211,19 @@ class _Quantizer(relax.PyExprMutator):
         )
         return quantize, kernel
 
+    def _float_linear(self, x, weight, format: LinearFormat):
+        rows, channels = (int(extent) for extent in x.ty.shape)
+        columns, layout = int(weight.ty.shape[0]), self.isa.layout(format.bits)
+        group_size = format.group_of(channels)
+        fill = QuantizeKernel("plain", rows, channels, group_size, "none")
+        kernel = FloatLinearKernel(
+            rows, columns, channels, format.bits, group_size, format.offsets, weight in self.biases
+        )
+        x = self._call(annotate(activation.build(fill, layout), fill), [x], fill.output_shapes(layout))
+        outputs = [((rows, layout.tiles(columns) * layout.width), "float32")]
+        y = self._call(linear_float.build(kernel, self.isa), [x, *self._packed(weight)], outputs)
+        return _first_columns(y, columns)
+
     def _embedding(self, table, tokens):
         columns, channels = (int(extent) for extent in table.ty.shape)
         rows = int(tokens.ty.shape[0])
@@ -213,6 +234,11 @@ class _Quantizer(relax.PyExprMutator):
         gvar = self.builder_.add_func(func, str(func.attrs["global_symbol"]))
         types = [relax.TensorType(shape, dtype) for shape, dtype in outputs]
         return self.builder_.emit(relax.call_tir(gvar, arguments, types if len(types) > 1 else types[0]))
+
+
+def _first_columns(y, columns: int):
+    """Leave out the columns that fill up the last tile."""
+    return y if int(y.ty.shape[1]) == columns else relax.op.strided_slice(y, [1], [0], [columns])
 
 
 def _biases(func) -> dict:

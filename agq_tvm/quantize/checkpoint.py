@@ -24,16 +24,16 @@ TABLE_GROUP = 32
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A matrix of 4-bit codes: ``w[n, k] = scales[n, k // g] * q[n, k] + offsets[n, k // g]``.
+    """A matrix of 4-bit or 8-bit codes: ``w[n, k] = scales[n, k // g] * q[n, k] + offsets[n, k // g]``.
 
     Attributes
     ----------
-    qweight : uint8 array [N, ceil(K / 2)]
-        Two codes a byte, the even k in the low nibble.
+    qweight : uint8 array [N, ceil(K / 2)], or int8 array [N, K]
+        4 bit: codes 0..15, two to a byte, the even k in the low nibble. 8 bit: codes -127..127.
     scales : float16 array [N, G]
         G is ``ceil(K / group_size)``. A scale may be negative (GGUF's Q4_0 has such).
     offsets : float16 or float32 array [N, G], or None
-        None if symmetric: -8 times the scale.
+        None if symmetric: -8 times the scale for 4 bit, 0 for 8 bit.
     in_features : int
         K.
     group_size : int
@@ -64,6 +64,11 @@ class QuantizedLinear:
     def is_shifted(self) -> bool:
         """Whether exponents are those of channels, and shift the accumulator."""
         return self.alpha is not None and len(self.alpha) > self.scales.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """Of a code: 4 or 8."""
+        return 8 if self.qweight.dtype == np.int8 else 4
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ def write_checkpoint(
         tensors[f"{name}.qweight"] = np.ascontiguousarray(table.qweight)
         tensors[f"{name}.scales"] = np.ascontiguousarray(table.scales)
     described = {"quant_method": "agq", "format_version": FORMAT_VERSION, **asdict(scheme)}
-    described |= {"weight_bits": 4, "table_bits": 8, "table_group_size": TABLE_GROUP}
+    described |= {"table_bits": 8, "table_group_size": TABLE_GROUP}
     directory = Path(directory)
     try:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "agq"})
@@ -303,7 +308,7 @@ def _read_scheme(ours: Mapping) -> Scheme:
             f"checkpoint format {version!r} is not format {FORMAT_VERSION}: quantize the model again "
             "with this version of agq"
         )
-    for name, value in (("weight_bits", 4), ("table_bits", 8), ("table_group_size", TABLE_GROUP)):
+    for name, value in (("table_bits", 8), ("table_group_size", TABLE_GROUP)):
         if ours.get(name) != value:
             raise AgqError(f"{name} {ours.get(name)!r} is not supported, only {value} is")
     four_bit = ours.get("four_bit", [])
@@ -312,7 +317,13 @@ def _read_scheme(ours: Mapping) -> Scheme:
     values = (ours.get(name) for name in ("method", "group_size", "symmetric", "activation"))
     pruning, attention = read_schedule(ours.get("pruning")), ours.get("attention", "float")
     return Scheme(
-        *values, ours.get("max_refine", 0), tuple(four_bit), pruning, attention, shifts=ours.get("shifts", False)
+        *values,
+        ours.get("max_refine", 0),
+        tuple(four_bit),
+        pruning,
+        attention,
+        shifts=ours.get("shifts", False),
+        weight_bits=ours.get("weight_bits", 4),
     )
 
 
@@ -327,7 +338,8 @@ def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
         expected[f"{name}.scales"] = (("F16",), (rows, group_count(columns, TABLE_GROUP)))
     for name, (rows, columns) in linear_shapes(config).items():
         groups = (rows, group_count(columns, scheme.group_of(columns)))
-        expected[f"{name}.qweight"] = (("U8",), (rows, -(-columns // 2)))
+        codes = ("U8", -(-columns // 2)) if scheme.weight_bits == 4 else ("I8", columns)
+        expected[f"{name}.qweight"] = (codes[:1], (rows, codes[1]))
         expected[f"{name}.scales"] = (("F16",), groups)
         if not scheme.symmetric:
             expected[f"{name}.offsets"] = (("F16", "F32"), groups)

@@ -10,7 +10,7 @@ from agq_tvm.quantize.activations import ActivationQuantizer, to_groups
 from agq_tvm.quantize.checkpoint import TABLE_GROUP, QuantizedLinear
 from agq_tvm.quantize.shifts import BLOCK, block_shifts, channel_order
 from agq_tvm.quantize.source import Source
-from agq_tvm.quantize.weights import dequantize, grid_of, unpack
+from agq_tvm.quantize.weights import codes_of, dequantize, grid_of
 
 _LARGEST_PRODUCT = 127 * 15
 
@@ -184,7 +184,7 @@ def stacked_weights(parts: tuple[QuantizedLinear, ...]) -> FloatLinear:
 
 def _stacked_grid(parts: tuple[QuantizedLinear, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes [N, K], scales [N, G] and offsets [N, G] of stacked linears in float32."""
-    codes = [unpack(part.qweight, part.in_features).astype("float32") for part in parts]
+    codes = [codes_of(part).astype("float32") for part in parts]
     grids = [grid_of(part) for part in parts]
     stacks = (codes, [s for s, _ in grids], [o for _, o in grids])
     return tuple(torch.from_numpy(np.concatenate(stack)) for stack in stacks)

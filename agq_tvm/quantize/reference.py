@@ -155,11 +155,18 @@ class ReferenceModel:
         return cls(config, load_layer, entry, exit, half_cache=True, pruning=checkpoint.scheme.pruning)
 
     @classmethod
-    def from_source(cls, source: Source) -> "ReferenceModel":
-        """Take a model as it is, in float32 throughout."""
+    def from_source(cls, source: Source, load_layer: Callable[[int], Layer] | None = None) -> "ReferenceModel":
+        """Take a model as it is, in float32 throughout.
+
+        Parameters
+        ----------
+        source : Source
+        load_layer : callable, optional
+            Makes layers to use instead of the model's own.
+        """
         config = source.config
 
-        def load_layer(layer: int) -> Layer:
+        def own_layer(layer: int) -> Layer:
             prefix = config.layer_prefix.format(layer=layer)
             linears = {
                 linear.name: float_linear(source, [prefix + part for part in linear.parts]) for linear in config.linears
@@ -167,7 +174,7 @@ class ReferenceModel:
             return Layer(read_norms(config, layer, source.tensor), linears)
 
         entry, exit = _ends(config, partial(_weight, source), FloatLinear, source.tensor)
-        return cls(config, load_layer, entry, exit, half_cache=False)
+        return cls(config, load_layer or own_layer, entry, exit, half_cache=False)
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], trace: Trace | None = None, observer: Observer | None = None) -> np.ndarray:

@@ -13,6 +13,7 @@ COLUMN = "column"
 """The group size of one weight scale for each output column."""
 ACTIVATIONS = ("per-token", "per-token-group", "static", "none")
 ATTENTIONS = ("float", *CODE_BOOKS)
+WEIGHT_BITS = (4, 8)
 LARGEST_REFINE = 8
 """TRIP's exponents are at most this: group scales times two to their power stay far below float16's limit."""
 
@@ -44,6 +45,8 @@ class Scheme:
     shifts : bool
         TRIP in the paper's integer-only form: exponents of channels, not of groups, by which the accumulator is
         shifted (see `agq_tvm.quantize.shifts`). With scales of columns, static activations and `max_refine`.
+    weight_bits : int
+        Of the linears' weight codes, 4 or 8; codes of 8 bits are symmetric and rounded to nearest.
     """
 
     method: str
@@ -55,6 +58,7 @@ class Scheme:
     pruning: PruningSchedule | None = None
     attention: str = "float"
     shifts: bool = False
+    weight_bits: int = 4
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -76,6 +80,10 @@ class Scheme:
             raise AgqError(f"four_bit must be names of linears, not {self.four_bit!r}")
         if self.four_bit and self.activation == "none":
             raise AgqError("float activations have no 4-bit codes: choose another activation, or leave out four_bit")
+        if type(self.weight_bits) is not int or self.weight_bits not in WEIGHT_BITS:
+            raise AgqError(f"weight_bits {self.weight_bits!r} is not supported: choose 4 or 8")
+        if self.weight_bits == 8 and not (self.method == "rtn" and self.symmetric):
+            raise AgqError("8-bit weights are symmetric and rounded to nearest: choose the method rtn")
 
     def _check_shifts(self) -> None:
         if type(self.shifts) is not bool:

@@ -4,8 +4,9 @@ Memory is that of the windows' hidden states (for GPTQ, in the float model too),
 two matrices of a linear's inner dimension squared.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,10 +26,12 @@ from agq_tvm.quantize.reference import float_entry
 from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.shifts import check_totals
 from agq_tvm.quantize.source import Source, quantize_matrix
-from agq_tvm.quantize.trip import refine_blocks, refine_per_token, refine_static
+from agq_tvm.quantize.trip import StaticRefinement, refine_blocks, refine_per_token, refine_static
 from agq_tvm.quantize.weights import grid_of, unpack
 
 _SMALLEST_SQUARE = 1e-30
+# Called with a layer, a linear's role, and the static quantizer of its input.
+Watch = Callable[[int, str, StaticRefinement], None]
 
 
 class _Windows:
@@ -59,7 +62,9 @@ class _Windows:
 
 
 @torch.inference_mode()
-def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) -> dict[str, QuantizedLinear]:
+def quantize_layers(
+    source: Source, scheme: Scheme, windows: list[list[int]], watch: Watch | None = None
+) -> dict[str, QuantizedLinear]:
     """Quantize every linear, on inputs that come out of the already quantized ones before it.
 
     Inputs are rounded as the scheme rounds activations, and attention is the scheme's. GPTQ fits each linear to what
@@ -71,6 +76,8 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
     scheme : Scheme
     windows : list of lists of int
         Calibration tokens.
+    watch : callable, optional
+        Shown every static quantizer.
 
     Returns
     -------
@@ -91,7 +98,8 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
         for linear in config.linears:
             names = [prefix + part for part in linear.parts]
             float_operator = float_linear(source, names)
-            quantizer = _quantizer(inputs, float_operator.weight, linear.name, scheme)
+            show = partial(watch, layer, linear.name) if watch else None
+            quantizer = _quantizer(inputs, float_operator.weight, linear.name, scheme, show)
             inputs = [quantizer.rounded(x) for x in inputs]
             if exact:
                 parts = _by_gptq(source, names, linear, inputs, wanted, scheme)
@@ -108,13 +116,23 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
     return quantized
 
 
-def _quantizer(inputs: list[Tensor], weight: Tensor, role: str, scheme: Scheme) -> ActivationQuantizer:
+def _quantizer(
+    inputs: list[Tensor],
+    weight: Tensor,
+    role: str,
+    scheme: Scheme,
+    show: Callable[[StaticRefinement], None] | None,
+) -> ActivationQuantizer:
     bits = scheme.activation_bits(role)
-    if scheme.shifts:
-        return refine_blocks(inputs, scheme.max_refine, bits).quantizer
     group_size = scheme.group_of(weight.shape[1])
     if scheme.activation == "static":
-        return refine_static(inputs, group_size, scheme.max_refine, bits).quantizer
+        if scheme.shifts:
+            refined = refine_blocks(inputs, scheme.max_refine, bits)
+        else:
+            refined = refine_static(inputs, group_size, scheme.max_refine, bits)
+        if show:
+            show(refined)
+        return refined.quantizer
     alpha = refine_per_token(inputs, weight, group_size, scheme.max_refine) if scheme.max_refine else None
     return ActivationQuantizer(scheme.activation, group_size, alpha=alpha, bits=bits)
 

@@ -83,14 +83,14 @@ class _Probe:
             len(codes),
             sum(linear.rows),
             linear.in_features,
-            4,
+            scheme.weight_bits,
             group_size,
             scheme.activation == "per-token-group",
             self.offsets,
             scheme.activation == "static" or linear.bias,
             scheme.activation_bits(linear.name),
         )
-        layout = self.isa.layout_4bit
+        layout = self.isa.layout(kernel.bits)
         M, G, tiles = len(codes), kernel.groups, layout.tiles(kernel.columns)
         padded = np.zeros((M, G * group_size), "int8")
         padded[:, : codes.shape[1]] = codes
@@ -113,8 +113,8 @@ class _Probe:
             one[:, group] = 1
             function(*operands, self.on_board(one), *rest, out)
             sums[:, group] = out.numpy()[:, : kernel.columns]
-        # Without offsets the kernel counts weights from the code that stands for 0.
-        return sums if self.offsets else sums + ZERO[4] * code_sums[..., None]
+        # Without offsets the kernel counts weights from the code that stands for 0; so do 8-bit ones of checkpoints.
+        return sums if self.offsets or kernel.bits == 8 else sums + ZERO[4] * code_sums[..., None]
 
     def _parameter(self, name: str):
         """Return a packed parameter of the bundle as it is on the board."""

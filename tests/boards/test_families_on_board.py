@@ -7,32 +7,15 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from agq_tvm.flow import compile as compile_flow
-from agq_tvm.flow import library
 from agq_tvm.flow.compile import compile_checkpoint
 from agq_tvm.flow.quantize import Calibration, quantize
-from agq_tvm.models import relax_decoder
 from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.runtime.bundle import Bundle
 from tests.boards.on_board import check_bundle
-from tests.compiled import FUNCTIONS, ROWS
 from tests.flow.test_compiled_shifts import shifted_checkpoint
 from tests.tiny import write_tiny_model
 
 pytestmark = pytest.mark.emulator
-
-
-@pytest.fixture
-def few_functions(monkeypatch):
-    """Compile in this process, and only what the test calls."""
-
-    def build(request: library.LibraryRequest):
-        library._build(request)
-        return library.read_tensors(request)
-
-    monkeypatch.setattr(relax_decoder, "function_names", lambda: FUNCTIONS)
-    monkeypatch.setattr(compile_flow, "PREFILL_BUCKETS", (ROWS,))
-    monkeypatch.setattr(compile_flow, "build_library", build)
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,17 @@ def test_truncated_checkpoint(agq, tiny_checkpoint, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_float_activations_are_not_compiled(agq, tmp_path):
+def test_options_beside_a_variant_take_precedence(agq, tmp_path):
     model = write_tiny_llama(tmp_path / "model")
-    ckpt = tmp_path / "ckpt"
-    assert agq("quantize", model, "-o", ckpt, "--method", "rtn", "--activation", "none").returncode == 0
-    refused(agq("compile", ckpt, "--target", "host", "-o", tmp_path / "b"), "--activation per-token-group")
+    given = ("--variant", "w8a8", "--group-size", "32", "--activation", "per-token-group", "--json")
+    made = result_of(agq("quantize", model, "-o", tmp_path / "c", *given))
+    assert (made["weight_bits"], made["group_size"], made["activation"]) == (8, 32, "per-token-group")
+
+
+@pytest.mark.parametrize("name,word", [("release", "benchmarks.accuracy"), ("agileq-2", "agileq-4")])
+def test_variants_that_cannot_be_made(agq, tmp_path, name, word):
+    refused(agq("quantize", tmp_path / "model", "-o", tmp_path / "c", "--variant", name), name, word)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("context", ["8", "100000"])

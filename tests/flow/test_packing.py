@@ -48,6 +48,18 @@ def test_parts_are_stacked(isa):
     np.testing.assert_array_equal(offsets[40:], -8 * parts[1].scales.astype("float32"))
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS.values(), ids=lambda isa: isa.name)
+def test_8bit_codes_are_packed_as_those_of_tables(isa):
+    rng = np.random.default_rng(4)
+    codes = rng.integers(-127, 128, (40, 70)).astype("int8")
+    scales = rng.standard_normal((40, 2)).astype("float16")
+    static = (np.array([0.03], "float32"), np.array([-7], "int32"))
+    packed = pack_linear((QuantizedLinear(codes, scales, None, 70, 64, None, *static),), isa.layout_8bit, None)
+    np.testing.assert_array_equal(isa.layout_8bit.unpack(packed["w"].view("uint8"), 40, 70), codes.astype(int) + 128)
+    weights = codes * scales.astype("float64")[:, np.arange(70) // 64]
+    np.testing.assert_allclose(packed["bias"].reshape(-1)[:40], 0.03 * 7 * weights.sum(1), rtol=1e-5, atol=1e-5)
+
+
 def test_static_zero_point_becomes_bias():
     linear = random_linear(20, 70, 32, "float16", static=True)
     packed = pack_linear((linear,), INSTRUCTION_SETS["generic"].layout_4bit, "float16")

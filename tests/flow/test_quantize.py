@@ -28,6 +28,13 @@ def test_the_summary_is_what_was_written(tmp_path, method):
     assert result["bits_per_weight"] == pytest.approx(4 + 32 * groups / total)
 
 
+def test_8bit_weights_are_rounded_to_nearest(tmp_path):
+    write_tiny_llama(tmp_path / "m")
+    result = quantize(tmp_path / "m", tmp_path / "out", weight_bits=8)
+    assert (result["method"], result["weight_bits"], result["symmetric"]) == ("rtn", 8, True)
+    assert 8.2 < result["bits_per_weight"] < 8.5 and result["relative_weight_error"] < 0.01
+
+
 def test_gptq_is_the_default_for_float_models(tmp_path):
     write_tiny_llama(tmp_path / "m")
     assert quantize(tmp_path / "m", tmp_path / "out", calibration=FEW)["method"] == "gptq"
@@ -64,6 +71,9 @@ def test_an_earlier_checkpoint_is_replaced_and_nothing_else(tmp_path):
         ({"method": "rtn", "activation": "none", "four_bit": ("o",)}, "float activations have no 4-bit codes"),
         ({"method": "rtn", "attention": "log3"}, "attention 'log3'"),
         ({"method": "keep"}, "not 4 bit"),
+        ({"method": "rtn", "weight_bits": 6}, "weight_bits 6 .* choose 4 or 8"),
+        ({"method": "gptq", "weight_bits": 8}, "8-bit weights .* choose the method rtn"),
+        ({"method": "keep", "weight_bits": 8}, "8-bit weights .* choose the method rtn"),
         ({"method": "gptq", "calibration": Calibration(text="absent.txt")}, "no text absent.txt"),
         ({"method": "gptq", "calibration": Calibration(samples=0)}, "1 or more"),
     ],

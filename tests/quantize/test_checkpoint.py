@@ -10,7 +10,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.quantize.checkpoint import linear_shapes, read_checkpoint, table_shapes, vector_shapes
 from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.source import open_source
-from agq_tvm.quantize.weights import dequantize, dequantize_table, rtn
+from agq_tvm.quantize.weights import dequantize, dequantize_table, rtn, rtn_8bit
 
 Q = "model.layers.0.self_attn.q_proj"
 K = "model.layers.0.self_attn.k_proj"
@@ -124,6 +124,27 @@ def test_exponents_of_channels_are_those_of_blocks(quantized, tmp_path, change):
         read_checkpoint(path).linear(name)
 
 
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_reads_back_8bit_weights(quantized, tmp_path, group_size):
+    path = quantized(group_size=group_size, weight_bits=8)
+    checkpoint = read_checkpoint(path)
+    source = open_source(path.parent / "source")
+    assert checkpoint.scheme == Scheme("rtn", group_size, True, "per-token-group", weight_bits=8)
+    for name in linear_shapes(source.config):
+        linear, expected = checkpoint.linear(name), rtn_8bit(source.tensor(f"{name}.weight"), group_size)
+        np.testing.assert_array_equal(linear.qweight, expected.qweight)
+        np.testing.assert_array_equal(linear.scales, expected.scales)
+    damaged = Path(shutil.copytree(path, tmp_path / "damaged"))
+    change_config(damaged, lambda config: config["quantization_config"].update(weight_bits=4))
+    with pytest.raises(AgqError, match=r"qweight is I8 .* not U8"):
+        read_checkpoint(damaged)
+
+
+def test_checkpoints_that_do_not_say_have_4_bits(static):
+    change_config(static, lambda config: config["quantization_config"].pop("weight_bits"))
+    assert read_checkpoint(static).scheme.weight_bits == 4
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, np.inf])
 def test_scales_of_values_are_positive_numbers(quantized, tmp_path, scale):
     path = Path(shutil.copytree(quantized(attention="log2"), tmp_path / "log2"))
@@ -165,6 +186,8 @@ def test_checkpoints_from_before_there_was_a_choice_have_float_attention(static)
         ("format_version", 2, "format 2"),
         ("format_version", None, "format None"),
         ("weight_bits", 3, "weight_bits 3"),
+        ("weight_bits", 8, "symmetric and rounded to nearest"),
+        ("weight_bits", 8.0, r"weight_bits 8\.0"),
         ("table_group_size", 64, "table_group_size 64"),
         ("quant_method", "gptq", "not a quantized checkpoint"),
     ],
