@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -101,8 +102,8 @@ def quantize(
     """
     started = time.perf_counter()
     source = open_source(model)
-    weights = _choose_weights(source, method, group_size, symmetric)
-    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), pruning, attention)
+    chosen = _choose_weights(source, method, group_size, symmetric)
+    scheme = Scheme(*chosen, activation, max_refine, tuple(four_bit), pruning, attention)
     check_roles(source.config, scheme.four_bit)
     if pruning is not None:
         pruning.check_layers(source.config.num_layers)
@@ -111,17 +112,16 @@ def quantize(
         source.copy_tokenizer(directory)
         windows = _windows(directory, calibration, scheme, source)
         say(f"quantizing {source.label}: {scheme.method}, groups of {scheme.group_size}")
-        linears = _linears(source, scheme, windows)
-        tables = {name: _table(source, name) for name in table_shapes(source.config)}
-        vectors = {name: source.tensor(name) for name in vector_shapes(source.config)}
-        error = _relative_error(source, linears)
-        write_checkpoint(directory, source.raw_config, scheme, linears, tables, vectors)
+        weights = _Weights(source, _linears(source, scheme, windows))
+        tables = ((name, _table(source, name)) for name in table_shapes(source.config))
+        vectors = ((name, source.tensor(name)) for name in vector_shapes(source.config))
+        write_checkpoint(directory, source.raw_config, scheme, weights, tables, vectors)
         size = (directory / "model.safetensors").stat().st_size
     return {
         **asdict(scheme),
         "bytes": size,
-        "bits_per_weight": _bits_per_weight(linears),
-        "relative_weight_error": error,
+        "bits_per_weight": weights.bits,
+        "relative_weight_error": weights.relative_error,
         "seconds": time.perf_counter() - started,
     }
 
@@ -155,32 +155,53 @@ def _windows(directory: Path, calibration: Calibration, scheme: Scheme, source: 
     return cut_windows(directory / "tokenizer.json", calibration.text, calibration.samples, length)
 
 
-def _linears(source: Source, scheme: Scheme, windows: list[list[int]] | None) -> dict[str, QuantizedLinear]:
+def _linears(source: Source, scheme: Scheme, windows: list[list[int]] | None) -> Iterable[tuple[str, QuantizedLinear]]:
     if windows is not None:
         from agq_tvm.quantize.streaming import quantize_layers
 
         return quantize_layers(source, scheme, windows)
     names = progress(linear_shapes(source.config), "quantizing")
-    return {name: quantize_matrix(source, name, scheme) for name in names}
+    return ((name, quantize_matrix(source, name, scheme)) for name in names)
 
 
 def _table(source: Source, name: str) -> QuantizedTable:
     return source.kept_table(name) or quantize_table(source.tensor(f"{name}.weight"))
 
 
-def _relative_error(source: Source, linears: dict[str, QuantizedLinear]) -> float:
-    error = total = 0.0
-    for name, linear in progress(linears.items(), "comparing", total=len(linears)):
-        weight = source.tensor(f"{name}.weight")
-        error += float(np.square(dequantize(linear) - weight, dtype="float64").sum())
-        total += float(np.square(weight, dtype="float64").sum())
-    return float(np.sqrt(error / total)) if total else 0.0
+class _Weights:
+    """Quantized matrices as they are made; what passes is measured, and not kept."""
+
+    def __init__(self, source: Source, linears: Iterable[tuple[str, QuantizedLinear]]) -> None:
+        self._source = source
+        self._linears = linears
+        self._stored_bytes = self._count = 0
+        self._error = self._total = 0.0
+
+    def __iter__(self) -> Iterator[tuple[str, QuantizedLinear]]:
+        for name, linear in self._linears:
+            self._measure(self._source.tensor(f"{name}.weight"), linear)
+            yield name, linear
+
+    def _measure(self, weight: np.ndarray, linear: QuantizedLinear) -> None:
+        arrays = (linear.qweight, linear.scales, linear.offsets)
+        self._stored_bytes += sum(array.nbytes for array in arrays if array is not None)
+        self._count += weight.size
+        difference = dequantize(linear)
+        difference -= weight
+        self._error += _squares(difference)
+        self._total += _squares(weight)
+
+    @property
+    def bits(self) -> float:
+        """Bits of a weight, with its scales and offsets."""
+        return 8 * self._stored_bytes / self._count
+
+    @property
+    def relative_error(self) -> float:
+        """Root of the summed squared error over that of the weights."""
+        return float(np.sqrt(self._error / self._total)) if self._total else 0.0
 
 
-def _bits_per_weight(linears: dict[str, QuantizedLinear]) -> float:
-    stored = weights = 0
-    for linear in linears.values():
-        stored += linear.qweight.nbytes + linear.scales.nbytes
-        stored += 0 if linear.offsets is None else linear.offsets.nbytes
-        weights += len(linear.qweight) * linear.in_features
-    return 8 * stored / weights
+def _squares(values: np.ndarray) -> float:
+    """Sum the squares of a float32 array [N, K], without a copy of it."""
+    return float(np.einsum("nk,nk->n", values, values).sum(dtype="float64"))

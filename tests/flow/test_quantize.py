@@ -1,9 +1,11 @@
 import json
+import weakref
 
 import pytest
 
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.quantize import Calibration, quantize
+from agq_tvm.quantize import checkpoint
 from agq_tvm.quantize.checkpoint import read_checkpoint
 from tests.tiny import write_tiny_llama
 
@@ -81,3 +83,26 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
         quantize(tmp_path / "m", tmp_path / name, method="rtn", activation="static", calibration=FEW)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
     assert first == second
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_matrices_are_written_and_forgotten(tmp_path, monkeypatch, method):
+    """Of 28 matrices only those that share an input, and the ones before them, are there at a time."""
+    seen, alive = [], []
+    write = checkpoint.write_tensors
+
+    def watched(path, names, tensors, metadata):
+        def passing():
+            for name, value in tensors:
+                if name.endswith(".qweight") and "layers" in name:
+                    seen.append(weakref.ref(value))
+                    alive.append(sum(ref() is not None for ref in seen))
+                yield name, value
+                del value
+
+        write(path, names, passing(), metadata)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", watched)
+    write_tiny_llama(tmp_path / "m", num_hidden_layers=4)
+    quantize(tmp_path / "m", tmp_path / "out", method=method, calibration=FEW)
+    assert len(alive) == 28 and max(alive) <= 5
