@@ -90,7 +90,7 @@ def _quantize(subparsers) -> None:
             activation=args.activation,
             max_refine=args.max_refine,
             four_bit=tuple(filter(None, args.four_bit.split(","))),
-            calibration=Calibration(args.calibration),
+            calibration=Calibration(args.calibration, args.calibration_samples, args.calibration_length, args.seed),
             pruning=_pruning(args),
             attention=args.attention,
         )
@@ -104,6 +104,7 @@ def _quantize(subparsers) -> None:
             ("activations", _activations(result)),
             ("attention", result["attention"]),
             ("pruning", _pruning_text(result["pruning"])),
+            ("calibration", _calibration_text(result["calibration"])),
             ("weight error", f"{result['relative_weight_error']:.4f}"),
             ("size", megabytes(result["bytes"])),
             ("time", f"{result['seconds']:.1f} s"),
@@ -147,7 +148,19 @@ def _quantize(subparsers) -> None:
         "both cache 8-bit values (default: %(default)s)",
     )
     parser.add_argument(
-        "--calibration", default="calibration", metavar="TEXT", help="a text file (default: a shipped one)"
+        "--calibration",
+        default="calibration",
+        metavar="TEXT",
+        help="a text file, or wikitext2, c4 or ptb, see `agq eval --help` (default: a shipped one)",
+    )
+    parser.add_argument(
+        "--calibration-samples", type=_positive, default=64, metavar="N", help="windows of it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--calibration-length", type=_positive, default=512, metavar="N", help="their tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="draw the windows at random (default: they are evenly spread)"
     )
     parser.add_argument(
         "--prune-layers",
@@ -172,6 +185,14 @@ def _pruning_text(pruning: dict | None) -> str:
     if pruning is None:
         return "none"
     return f"{pruning['beta']:.0%} of a prompt's tokens, in layers {', '.join(map(str, pruning['layers']))}"
+
+
+def _calibration_text(calibration: dict | None) -> str:
+    if calibration is None:
+        return "none"
+    drawn = "evenly spread" if calibration["seed"] is None else f"seed {calibration['seed']}"
+    size = f"{calibration['samples']} windows of {calibration['length']}, {drawn}"
+    return f"{size}, of {calibration['text']} (sha256 {calibration['sha256'][:12]})"
 
 
 def _activations(result: dict) -> str:
@@ -229,22 +250,33 @@ def _generate(subparsers) -> None:
     _json_option(parser)
 
 
+_DATA_HELP = (
+    "a text file; a shipped text: calibration, persuasion, jargon; or a data set: wikitext2, c4, ptb, from the "
+    "directory that AGQ_DATA names (wiki.test.raw, ptb.test.txt, the hub's files, or wikitext2/test*.jsonl and so on) "
+    "or else from the Hugging Face hub"
+)
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + (" (one window: no error)" if error is None else f" ± {error:.{digits}f}")
+
+
 def _eval(subparsers) -> None:
     def run(args) -> None:
         from agq_tvm.flow.evaluate_bundle import evaluate
 
         result = evaluate(args.model, args.data, args.window, args.max_tokens, args.protocol)
         rows = [
-            ("perplexity", f"{result['perplexity']:.4f}"),
-            ("nll", f"{result['nll']:.5f} ± {result['nll_stderr']:.5f} per token"),
+            ("perplexity", _with_error(result["perplexity"], result["perplexity_stderr"], 4)),
+            ("nll", _with_error(result["nll"], result["nll_stderr"], 5) + " per token"),
             ("tokens", f"{result['tokens']} scored, windows of {result['window']}, protocol {result['protocol']}"),
-            ("text", f"{args.data} (sha256 {result['text_sha256'][:12]})"),
+            ("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"),
         ]
         _print(args, result, rows)
 
     parser = _command(subparsers, "eval", "measure perplexity on a text", run)
     parser.add_argument("model", metavar="BUNDLE|CKPT|MODEL")
-    parser.add_argument("--data", required=True, metavar="FILE", help="a text, or: calibration, persuasion, jargon")
+    parser.add_argument("--data", required=True, metavar="FILE", help=_DATA_HELP)
     parser.add_argument("--window", type=_positive, default=512, metavar="N", help="default: %(default)s tokens")
     parser.add_argument("--max-tokens", type=_positive, metavar="N", help="only the beginning of the text")
     parser.add_argument(

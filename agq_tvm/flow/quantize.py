@@ -22,6 +22,7 @@ from agq_tvm.quantize.checkpoint import (
 from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.scheme import GROUP_SIZES, Scheme, check_roles
 from agq_tvm.quantize.source import Source, open_source, quantize_matrix
+from agq_tvm.quantize.texts import load_text, title
 from agq_tvm.quantize.weights import dequantize, quantize_table
 
 KEPT_GROUP = 32
@@ -34,16 +35,19 @@ class Calibration:
     Attributes
     ----------
     text : str
-        A name of `agq_tvm.quantize.texts.TEXTS` or a file.
+        See `agq_tvm.quantize.texts.load_text`.
     samples : int
-        Windows taken from it, evenly spread.
+        Windows taken from it.
     length : int
         Tokens of a window.
+    seed : int or None
+        Draws the windows at random; None spreads them evenly.
     """
 
     text: str = "calibration"
     samples: int = 64
     length: int = 512
+    seed: int | None = None
 
 
 def quantize(
@@ -91,8 +95,9 @@ def quantize(
     -------
     dict
         ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
-        or ``layers`` and ``beta``), ``attention``, ``bytes`` of the weights file, ``bits_per_weight`` of the
-        matrices with their scales and offsets, ``relative_weight_error``
+        or ``layers`` and ``beta``), ``attention``, ``calibration`` (None, or the ``text`` with its ``sha256``, and the
+        ``samples``, ``length`` and ``seed`` of the windows taken from it), ``bytes`` of the weights file,
+        ``bits_per_weight`` of the matrices with their scales and offsets, ``relative_weight_error``
         (root of the summed squared error over that of the weights), and ``seconds``.
 
     Raises
@@ -111,14 +116,16 @@ def quantize(
     with fresh_directory(output, "checkpoint") as directory:
         source.copy_tokenizer(directory)
         windows = _windows(directory, calibration, scheme, source)
+        looked_at = None if windows is None else _described(calibration, windows)
         say(f"quantizing {source.label}: {scheme.method}, groups of {scheme.group_size}")
         weights = _Weights(source, _linears(source, scheme, windows))
         tables = ((name, _table(source, name)) for name in table_shapes(source.config))
         vectors = ((name, source.tensor(name)) for name in vector_shapes(source.config))
-        write_checkpoint(directory, source.raw_config, scheme, weights, tables, vectors)
+        write_checkpoint(directory, source.raw_config, scheme, weights, tables, vectors, looked_at)
         size = (directory / "model.safetensors").stat().st_size
     return {
         **asdict(scheme),
+        "calibration": looked_at,
         "bytes": size,
         "bits_per_weight": weights.bits,
         "relative_weight_error": weights.relative_error,
@@ -152,7 +159,18 @@ def _windows(directory: Path, calibration: Calibration, scheme: Scheme, source: 
     from agq_tvm.quantize.calibration import cut_windows
 
     length = min(calibration.length, source.config.context_length)
-    return cut_windows(directory / "tokenizer.json", calibration.text, calibration.samples, length)
+    return cut_windows(directory / "tokenizer.json", calibration.text, calibration.samples, length, calibration.seed)
+
+
+def _described(calibration: Calibration, windows: list[list[int]]) -> dict:
+    """Say what was looked at, for the record."""
+    return {
+        "text": title(calibration.text, "train"),
+        "sha256": load_text(calibration.text, "train")[1],
+        "samples": len(windows),
+        "length": len(windows[0]),
+        "seed": calibration.seed,
+    }
 
 
 def _linears(source: Source, scheme: Scheme, windows: list[list[int]] | None) -> Iterable[tuple[str, QuantizedLinear]]:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import weakref
 
@@ -68,6 +69,7 @@ def test_an_earlier_checkpoint_is_replaced_and_nothing_else(tmp_path):
         ({"method": "keep"}, "not 4 bit"),
         ({"method": "gptq", "calibration": Calibration(text="absent.txt")}, "no text absent.txt"),
         ({"method": "gptq", "calibration": Calibration(samples=0)}, "1 or more"),
+        ({"method": "gptq", "calibration": Calibration(text=__file__, length=0)}, "less than one window of 0"),
     ],
 )
 def test_mistakes_leave_nothing_behind(tmp_path, arguments, words):
@@ -75,6 +77,30 @@ def test_mistakes_leave_nothing_behind(tmp_path, arguments, words):
     with pytest.raises(AgqError, match=words):
         quantize(tmp_path / "m", tmp_path / "out", **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_what_was_looked_at_is_on_record(tmp_path):
+    write_tiny_llama(tmp_path / "m")
+    (tmp_path / "t").write_text("It was a dark and stormy night. " * 20)
+
+    def made(**calibration):
+        result = quantize(
+            tmp_path / "m", tmp_path / "out", method="gptq", calibration=Calibration(str(tmp_path / "t"), **calibration)
+        )
+        recorded = read_checkpoint(tmp_path / "out").raw_config["quantization_config"]["calibration"]
+        assert recorded == result["calibration"]
+        return recorded, (tmp_path / "out" / "model.safetensors").read_bytes()
+
+    spread, weights = made(samples=3, length=40)
+    sha256 = hashlib.sha256((tmp_path / "t").read_bytes()).hexdigest()
+    assert spread == {"text": str(tmp_path / "t"), "sha256": sha256, "samples": 3, "length": 40, "seed": None}
+    drawn, other = made(samples=3, length=40, seed=5)
+    assert drawn == spread | {"seed": 5} and other != weights
+    assert made(samples=3, length=40, seed=5)[1] == other
+    assert made(samples=1000, length=1000)[0]["samples"] == 2  # 640 tokens, windows of the model's 256
+    result = quantize(tmp_path / "m", tmp_path / "out", method="rtn")
+    assert result["calibration"] is None
+    assert "calibration" not in read_checkpoint(tmp_path / "out").raw_config["quantization_config"]
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path):
