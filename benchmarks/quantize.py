@@ -2,8 +2,10 @@
 
     python -m benchmarks.quantize --work DIR
 
-Each run has a process of its own. Two peaks are reported: of the memory that the process itself holds, and of what is
-resident, which includes the pages of the model's file that the kernel has mapped and can take back at any time.
+Each run has a process of its own, with as many threads as OMP_NUM_THREADS says. Beside the time on the clock stands
+that of the processor, all threads together, which other work on the machine changes less. Two peaks are reported: of
+the memory that the process itself holds, and of what is resident, which includes the pages of the model's file that
+the kernel has mapped and can take back at any time.
 """
 
 import argparse
@@ -51,15 +53,17 @@ def main() -> int:
     parser.add_argument("--work", required=True, type=Path, metavar="DIR", help="random models are written here")
     parser.add_argument("--samples", type=int, default=8, help="windows for GPTQ (default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window (default: %(default)s)")
-    parser.add_argument("--only", default="", metavar="WORD", help="only runs whose label has this in it")
+    parser.add_argument("--only", default="", metavar="WORD", help="only runs whose name has this in it")
     parser.add_argument("-o", "--output", default=RESULTS / "quantize.json", type=Path)
     arguments = parser.parse_args()
-    runs = [run for run in _runs(arguments.work, arguments.samples, arguments.length) if arguments.only in run.label]
-    rows = [_measured(run, arguments.work) for run in runs]
-    whole = _whole_7b(rows)
-    packages = ("torch", "numpy", "safetensors")
-    write_report(arguments.output, report("benchmarks.quantize", packages, rows=rows, whole_7b=whole))
-    print(aligned(_table(rows, whole)))
+    rows: list[dict] = []
+    for run in _runs(arguments.work, arguments.samples, arguments.length):
+        if arguments.only in f"{run.label}, {run.method}":
+            rows.append(_measured(run, arguments.work))
+            packages = ("torch", "numpy", "safetensors")
+            contents = {"rows": rows, "whole_7b": _whole_7b(rows)}
+            write_report(arguments.output, report("benchmarks.quantize", packages, **contents))
+    print(aligned(_table(rows, _whole_7b(rows))))
     return 0
 
 
@@ -105,12 +109,13 @@ def _make_model(run: Run) -> None:
 def _quantize(run: Run, output: str, connection: Connection) -> None:
     import torch  # noqa: F401  (its time and memory are not the model's)
 
-    before, started = _status("self")["RssAnon"], time.perf_counter()
+    before, started, busy = _status("self")["RssAnon"], time.perf_counter(), time.process_time()
     calibration = Calibration(samples=run.samples, length=run.length) if run.samples else None
     result = quantize(run.model, output, method=run.method, group_size=64, calibration=calibration)
     connection.send(
         {
             "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - busy,
             "idle_own_bytes": before,
             "peak_resident_bytes": _status("self")["VmHWM"],
             "bytes": result["bytes"],
@@ -139,23 +144,29 @@ def _whole_7b(rows: list[dict]) -> dict[str, dict]:
         if len(measured) == len(_LAYERS_7B):
             one, two = measured
             more = layers - _LAYERS_7B[-1]
-            found[method] = {name: two[name] + more * (two[name] - one[name]) for name in ("seconds", "bytes")}
+            found[method] = {
+                name: two[name] + more * (two[name] - one[name]) for name in ("seconds", "cpu_seconds", "bytes")
+            }
             found[method] |= {"peak_own_bytes": max(one["peak_own_bytes"], two["peak_own_bytes"])}
     return found
 
 
 def _table(rows: list[dict], whole: dict[str, dict]) -> list[tuple[str, ...]]:
-    lines = [("model", "method", "windows", "s", "own peak MB", "resident peak MB", "checkpoint MB")]
+    lines = [("model", "method", "windows", "s", "CPU s", "own peak MB", "resident peak MB", "checkpoint MB")]
     for row in rows:
         windows = f"{row['samples']} x {row['length']}" if row["samples"] else "none"
         sizes = (f"{row[name] / 1e6:.0f}" for name in ("peak_own_bytes", "peak_resident_bytes", "bytes"))
-        lines.append((row["label"], row["method"], windows, f"{row['seconds']:.1f}", *sizes))
+        lines.append((row["label"], row["method"], windows, *_times(row), *sizes))
     for method, row in whole.items():
         sizes = (f"{row['peak_own_bytes'] / 1e6:.0f}", "", f"{row['bytes'] / 1e6:.0f}")
         lines.append(
             (f"7B, {SHAPES['7b']['num_hidden_layers']} layers, from these", method, "", f"{row['seconds']:.0f}", *sizes)
         )
     return lines
+
+
+def _times(row: dict) -> tuple[str, str]:
+    return f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}"
 
 
 if __name__ == "__main__":

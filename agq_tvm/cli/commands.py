@@ -15,6 +15,7 @@ def register(subparsers) -> None:
     _compile(subparsers)
     _generate(subparsers)
     _eval(subparsers)
+    _lm_eval(subparsers)
     _analyze(subparsers)
     _bench(subparsers)
     _targets(subparsers)
@@ -285,6 +286,27 @@ def _eval(subparsers) -> None:
         help="what is scored: the last quarter of each window, before which tokens may be pruned (the default for "
         "models that prune; others score every token), or only what follows survivors of pruning",
     )
+    _json_option(parser)
+
+
+def _lm_eval(subparsers) -> None:
+    def run(args) -> None:
+        from agq_tvm.flow.harness import run_tasks
+
+        result = run_tasks(args.model, args.tasks.split(","), args.limit, args.examples, args.threads)
+        rows = [("TASK", "DOCUMENTS", "METRIC", "VALUE")]
+        for task, found in result["tasks"].items():
+            for metric, (value, error) in found["metrics"].items():
+                shown = f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+                rows.append((task, str(found["documents"] or "-"), metric, shown))
+        _print(args, result, rows)
+
+    parser = _command(subparsers, "lm-eval", "run tasks of the lm-eval harness", run)
+    parser.add_argument("model", metavar="BUNDLE|CKPT|MODEL")
+    parser.add_argument("--tasks", required=True, metavar="T,T,…", help="names that lm-eval knows, or YAML files")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only so many documents of each task")
+    parser.add_argument("--examples", type=int, metavar="N", help="solved ones before each (default: the task's own)")
+    _threads_option(parser)
     _json_option(parser)
 
 

@@ -62,7 +62,7 @@ def evaluate_bundle(
     tokens = load_tokenizer(loaded.path).encode(text, add_special_tokens=False).ids[:max_tokens]
     if protocol == "all":
         return score(partial(_logits, engine), tokens, window)
-    return score_suffix(partial(_suffix_logits, engine), tokens, window)
+    return score_suffix(partial(suffix_logits, engine), tokens, window)
 
 
 def _logits(engine: Engine, tokens: list[int]) -> np.ndarray:
@@ -70,10 +70,11 @@ def _logits(engine: Engine, tokens: list[int]) -> np.ndarray:
     return engine.prefill(tokens, all_logits=True)
 
 
-def _suffix_logits(engine: Engine, prefix: list[int], suffix: list[int]) -> np.ndarray:
+def suffix_logits(engine: Engine, prefix: list[int], suffix: list[int]) -> np.ndarray:
+    """Return the predictions of each token of `suffix` after `prefix`, which may be pruned: float32 [n, V]."""
     engine.reset()
-    first = engine.prefill(prefix)
-    return np.concatenate([first[None], engine.prefill(suffix, all_logits=True)[:-1]])
+    first = engine.prefill(prefix)[None]
+    return first if len(suffix) == 1 else np.concatenate([first, engine.prefill(suffix, all_logits=True)[:-1]])
 
 
 def evaluate(

@@ -47,18 +47,19 @@ def gptq(
     scales = np.empty((rows, group_count(columns, group_size)), "float32")
     offsets = np.empty_like(scales)
     for start in range(0, columns, _BLOCK):
-        block = weight[:, start : start + _BLOCK]  # a view
-        errors = np.empty_like(block)
-        for i in range(block.shape[1]):
-            k = start + i
+        end = min(start + _BLOCK, columns)
+        block = np.ascontiguousarray(weight[:, start:end].T)  # what is updated column by column lies in a row
+        block_codes, errors = np.empty(block.shape, "uint8"), np.empty_like(block)
+        for i, k in enumerate(range(start, end)):
             g = k // group_size
             if k % group_size == 0:
-                scales[:, g], offsets[:, g] = choose_grid(block[:, i : i + group_size], symmetric)
-            codes[:, k] = encode(block[:, i], scales[:, g], offsets[:, g])
-            rounded = codes[:, k] * scales[:, g] + offsets[:, g]
-            errors[:, i] = (block[:, i] - rounded) / factor[k, k]
-            block[:, i + 1 :] -= np.outer(errors[:, i], factor[k, k + 1 : start + block.shape[1]])
-        weight[:, start + _BLOCK :] -= errors @ factor[start : start + _BLOCK, start + _BLOCK :]
+                scales[:, g], offsets[:, g] = choose_grid(block[i : i + group_size].T, symmetric)
+                scale, offset = scales[:, g].copy(), offsets[:, g].copy()
+            block_codes[i] = encode(block[i], scale, offset)
+            errors[i] = (block[i] - (block_codes[i] * scale + offset)) / factor[k, k]
+            block[i + 1 :] -= np.outer(factor[k, k + 1 : end], errors[i])
+        codes[:, start:end] = block_codes.T
+        weight[:, end:] -= errors.T @ factor[start:end, end:]
     return assemble(codes, scales, offsets, group_size, symmetric)
 
 
