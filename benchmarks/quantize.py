@@ -86,15 +86,13 @@ def _measured(run: Run, work: Path) -> dict:
     theirs.close()
     peak = 0
     while not ours.poll(_LOOK):
-        if not process.is_alive() and not ours.poll():
-            break
         peak = max(peak, _status(process.pid).get("RssAnon", 0))
     try:
         result = ours.recv()
     except EOFError:
-        raise AgqError(f"{run.label}, {run.method}: the process ended with code {process.exitcode}") from None
-    finally:
         process.join()
+        raise AgqError(f"{run.label}, {run.method}: the process ended with code {process.exitcode}") from None
+    process.join()
     return {**asdict(run), **result, "peak_own_bytes": peak}
 
 

@@ -1,7 +1,7 @@
 """Calibration that walks through a model layer by layer, every window in step with the others.
 
-Memory is that of the windows' hidden states (for GPTQ, in the float model too), one layer's weights in float and
-two matrices of a linear's inner dimension squared.
+Memory is that of the windows' hidden states and the inputs of one linear (for GPTQ, in the float model too), one
+linear's weights in float and four matrices of its inner dimension squared.
 """
 
 from collections.abc import Iterator

@@ -138,6 +138,7 @@ def test_every_command_has_help(agq):
         "compile",
         "generate",
         "eval",
+        "lm-eval",
         "analyze",
         "bench",
         "targets",
