@@ -111,7 +111,7 @@ def row(name: str, score: Score, baseline: Score) -> dict:
     return {
         "variant": name,
         "perplexity": score.perplexity,
-        "perplexity_stderr": score.perplexity * score.nll_stderr,
+        "perplexity_stderr": score.perplexity_stderr,
         "change": change.perplexity_change,
         "change_stderr": change.perplexity_change_stderr,
     }

@@ -16,6 +16,7 @@ def register(subparsers) -> None:
     _compile(subparsers)
     _generate(subparsers)
     _eval(subparsers)
+    _lm_eval(subparsers)
     _analyze(subparsers)
     _bench(subparsers)
     _targets(subparsers)
@@ -99,7 +100,8 @@ def _quantize(subparsers) -> None:
         )
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         settings = variant_settings(args.variant) | given
-        calibration, pruning = Calibration(args.calibration), _pruning(args)
+        calibration = Calibration(args.calibration, args.calibration_samples, args.calibration_length, args.seed)
+        pruning = _pruning(args)
         result = quantize(args.model, args.output, calibration=calibration, pruning=pruning, **settings)
         rows = [
             ("checkpoint", args.output),
@@ -112,6 +114,7 @@ def _quantize(subparsers) -> None:
             ("activations", _activations(result)),
             ("attention", result["attention"]),
             ("pruning", _pruning_text(result["pruning"])),
+            ("calibration", _calibration_text(result["calibration"])),
             ("weight error", f"{result['relative_weight_error']:.4f}"),
             *_clipped(result["clipped"] or {}),
             ("size", megabytes(result["bytes"])),
@@ -170,7 +173,19 @@ def _quantize(subparsers) -> None:
         "both cache 8-bit values (default: float)",
     )
     parser.add_argument(
-        "--calibration", default="calibration", metavar="TEXT", help="a text file (default: a shipped one)"
+        "--calibration",
+        default="calibration",
+        metavar="TEXT",
+        help="a text file, or wikitext2, c4 or ptb, see `agq eval --help` (default: a shipped one)",
+    )
+    parser.add_argument(
+        "--calibration-samples", type=_positive, default=64, metavar="N", help="windows of it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--calibration-length", type=_positive, default=512, metavar="N", help="their tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="draw the windows at random (default: they are evenly spread)"
     )
     parser.add_argument(
         "--prune-layers",
@@ -203,6 +218,14 @@ def _clipped(shares: dict) -> list[tuple[str, str]]:
         (f"clipped, {role}", f"{share['mean']:.4%} of all values, {share['largest']:.2%} of the worst channel's")
         for role, share in shares.items()
     ]
+
+
+def _calibration_text(calibration: dict | None) -> str:
+    if calibration is None:
+        return "none"
+    drawn = "evenly spread" if calibration["seed"] is None else f"seed {calibration['seed']}"
+    size = f"{calibration['samples']} windows of {calibration['length']}, {drawn}"
+    return f"{size}, of {calibration['text']} (sha256 {calibration['sha256'][:12]})"
 
 
 def _activations(result: dict) -> str:
@@ -261,22 +284,33 @@ def _generate(subparsers) -> None:
     _json_option(parser)
 
 
+_DATA_HELP = (
+    "a text file; a shipped text: calibration, persuasion, jargon; or a data set: wikitext2, c4, ptb, from the "
+    "directory that AGQ_DATA names (wiki.test.raw, ptb.test.txt, the hub's files, or wikitext2/test*.jsonl and so on) "
+    "or else from the Hugging Face hub"
+)
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + (" (one window: no error)" if error is None else f" ± {error:.{digits}f}")
+
+
 def _eval(subparsers) -> None:
     def run(args) -> None:
         from agq_tvm.flow.evaluate_bundle import evaluate
 
         result = evaluate(args.model, args.data, args.window, args.max_tokens, args.protocol)
         rows = [
-            ("perplexity", f"{result['perplexity']:.4f}"),
-            ("nll", f"{result['nll']:.5f} ± {result['nll_stderr']:.5f} per token"),
+            ("perplexity", _with_error(result["perplexity"], result["perplexity_stderr"], 4)),
+            ("nll", _with_error(result["nll"], result["nll_stderr"], 5) + " per token"),
             ("tokens", f"{result['tokens']} scored, windows of {result['window']}, protocol {result['protocol']}"),
-            ("text", f"{args.data} (sha256 {result['text_sha256'][:12]})"),
+            ("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"),
         ]
         _print(args, result, rows)
 
     parser = _command(subparsers, "eval", "measure perplexity on a text", run)
     parser.add_argument("model", metavar="BUNDLE|CKPT|MODEL")
-    parser.add_argument("--data", required=True, metavar="FILE", help="a text, or: calibration, persuasion, jargon")
+    parser.add_argument("--data", required=True, metavar="FILE", help=_DATA_HELP)
     parser.add_argument("--window", type=_positive, default=512, metavar="N", help="default: %(default)s tokens")
     parser.add_argument("--max-tokens", type=_positive, metavar="N", help="only the beginning of the text")
     parser.add_argument(
@@ -285,6 +319,27 @@ def _eval(subparsers) -> None:
         help="what is scored: the last quarter of each window, before which tokens may be pruned (the default for "
         "models that prune; others score every token), or only what follows survivors of pruning",
     )
+    _json_option(parser)
+
+
+def _lm_eval(subparsers) -> None:
+    def run(args) -> None:
+        from agq_tvm.flow.harness import run_tasks
+
+        result = run_tasks(args.model, args.tasks.split(","), args.limit, args.examples, args.threads)
+        rows = [("TASK", "DOCUMENTS", "METRIC", "VALUE")]
+        for task, found in result["tasks"].items():
+            for metric, (value, error) in found["metrics"].items():
+                shown = f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+                rows.append((task, str(found["documents"] or "-"), metric, shown))
+        _print(args, result, rows)
+
+    parser = _command(subparsers, "lm-eval", "run tasks of the lm-eval harness", run)
+    parser.add_argument("model", metavar="BUNDLE|CKPT|MODEL")
+    parser.add_argument("--tasks", required=True, metavar="T,T,…", help="names that lm-eval knows, or YAML files")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only so many documents of each task")
+    parser.add_argument("--examples", type=int, metavar="N", help="solved ones before each (default: the task's own)")
+    _threads_option(parser)
     _json_option(parser)
 
 

@@ -13,7 +13,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory, write_json
 from agq_tvm.flow.evaluate import open_reference
 from agq_tvm.quantize.calibration import cut_windows
-from agq_tvm.quantize.texts import load_text
+from agq_tvm.quantize.texts import load_text, title
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -66,12 +66,12 @@ def analyze(
     """
     started = time.perf_counter()
     draw = _pictures()
-    _, text_sha256 = load_text(data)
+    _, text_sha256 = load_text(data, "train")
     with fresh_directory(output, "analysis") as directory:
         observation, tokenizer = _observe(model, data)
         about = {
             "model": str(model),
-            "text": str(data),
+            "text": title(data, "train"),
             "text_sha256": text_sha256,
             "windows": len(observation.windows),
             "window_tokens": len(observation.windows[0]),

@@ -69,7 +69,7 @@ def evaluate_reference(
     if protocol == "all":
         return score(reference.logits, tokens, window)
     if protocol == "suffix":
-        return score_suffix(partial(_suffix_logits, reference), tokens, window)
+        return score_suffix(partial(suffix_logits, reference), tokens, window)
     say("paper-protocol scores only what follows tokens that were not pruned: it does not compare with other scores")
     return score_survivors(partial(_survivors, reference), tokens, window)
 
@@ -128,7 +128,8 @@ def choose_protocol(protocol: str | None, prunes: bool) -> str:
     return protocol
 
 
-def _suffix_logits(reference: "ReferenceModel", prefix: list[int], suffix: list[int]) -> np.ndarray:
+def suffix_logits(reference: "ReferenceModel", prefix: list[int], suffix: list[int]) -> np.ndarray:
+    """Return the predictions of each token of `suffix` after `prefix`, which may be pruned: float32 [n, V]."""
     tokens = prefix + suffix
     if reference.pruning is None:
         logits = reference.logits(tokens)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory
 from agq_tvm.progress import progress, say
+from agq_tvm.quantize.calibration_report import CalibrationReport
 from agq_tvm.quantize.checkpoint import (
     QuantizedLinear,
     QuantizedTable,
@@ -21,6 +23,7 @@ from agq_tvm.quantize.checkpoint import (
 from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.scheme import GROUP_SIZES, Scheme, check_roles
 from agq_tvm.quantize.source import Source, open_source, quantize_matrix
+from agq_tvm.quantize.texts import load_text, title
 from agq_tvm.quantize.weights import dequantize, quantize_table
 
 KEPT_GROUP = 32
@@ -33,16 +36,19 @@ class Calibration:
     Attributes
     ----------
     text : str
-        A name of `agq_tvm.quantize.texts.TEXTS` or a file.
+        See `agq_tvm.quantize.texts.load_text`.
     samples : int
-        Windows taken from it, evenly spread.
+        Windows taken from it.
     length : int
         Tokens of a window.
+    seed : int or None
+        Draws the windows at random; None spreads them evenly.
     """
 
     text: str = "calibration"
     samples: int = 64
     length: int = 512
+    seed: int | None = None
 
 
 def quantize(
@@ -96,9 +102,10 @@ def quantize(
     -------
     dict
         ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
-        or ``layers`` and ``beta``), ``attention``, ``shifts``, ``weight_bits``, ``bytes`` of the weights file,
-        ``bits_per_weight`` of the matrices with their scales and offsets, ``relative_weight_error`` (root of the summed
-        squared error over that of the weights), ``clipped`` (None, or for static activations what
+        or ``layers`` and ``beta``), ``attention``, ``shifts``, ``weight_bits``, ``calibration`` (None, or the ``text``
+        with its ``sha256``, and the ``samples``, ``length`` and ``seed`` of the windows taken from it), ``bytes`` of
+        the weights file, ``bits_per_weight`` of the matrices with scales and offsets, ``relative_weight_error`` (root
+        of the summed squared error over that of the weights), ``clipped`` (None, or for static activations what
         `agq_tvm.quantize.calibration_report.CalibrationReport.summary` returns; the report itself lies beside the
         weights), and ``seconds``.
 
@@ -109,9 +116,9 @@ def quantize(
     """
     started = time.perf_counter()
     source = open_source(model)
-    weights = _choose_weights(source, method, group_size, symmetric, weight_bits)
+    chosen = _choose_weights(source, method, group_size, symmetric, weight_bits)
     scheme = Scheme(
-        *weights,
+        *chosen,
         activation,
         max_refine,
         tuple(four_bit),
@@ -127,19 +134,23 @@ def quantize(
     with fresh_directory(output, "checkpoint") as directory:
         source.copy_tokenizer(directory)
         windows = _windows(directory, calibration, scheme, source)
+        looked_at = None if windows is None else _described(calibration, windows)
         say(f"quantizing {source.label}: {scheme.method}, {scheme.weight_scales}")
-        linears, clipped = _linears(source, scheme, windows, directory)
-        tables = {name: _table(source, name) for name in table_shapes(source.config)}
-        vectors = {name: source.tensor(name) for name in vector_shapes(source.config)}
-        error = _relative_error(source, linears)
-        write_checkpoint(directory, source.raw_config, scheme, linears, tables, vectors)
+        report = CalibrationReport()
+        weights = _Weights(source, _linears(source, scheme, windows, report))
+        tables = ((name, _table(source, name)) for name in table_shapes(source.config))
+        vectors = ((name, source.tensor(name)) for name in vector_shapes(source.config))
+        write_checkpoint(directory, source.raw_config, scheme, weights, tables, vectors, looked_at)
+        if report.linears:
+            report.write(directory)
         size = (directory / "model.safetensors").stat().st_size
     return {
         **asdict(scheme),
+        "calibration": looked_at,
         "bytes": size,
-        "bits_per_weight": _bits_per_weight(linears),
-        "relative_weight_error": error,
-        "clipped": clipped,
+        "bits_per_weight": weights.bits,
+        "relative_weight_error": weights.relative_error,
+        "clipped": report.summary() or None,
         "seconds": time.perf_counter() - started,
     }
 
@@ -172,44 +183,70 @@ def _windows(directory: Path, calibration: Calibration, scheme: Scheme, source: 
     from agq_tvm.quantize.calibration import cut_windows
 
     length = min(calibration.length, source.config.context_length)
-    return cut_windows(directory / "tokenizer.json", calibration.text, calibration.samples, length)
+    return cut_windows(directory / "tokenizer.json", calibration.text, calibration.samples, length, calibration.seed)
+
+
+def _described(calibration: Calibration, windows: list[list[int]]) -> dict:
+    """Say what was looked at, for the record."""
+    return {
+        "text": title(calibration.text, "train"),
+        "sha256": load_text(calibration.text, "train")[1],
+        "samples": len(windows),
+        "length": len(windows[0]),
+        "seed": calibration.seed,
+    }
 
 
 def _linears(
-    source: Source, scheme: Scheme, windows: list[list[int]] | None, directory: Path
-) -> tuple[dict[str, QuantizedLinear], dict | None]:
-    """Quantize the matrices; report on static activations, returning what is clipped."""
-    if windows is None:
-        names = progress(linear_shapes(source.config), "quantizing")
-        return {name: quantize_matrix(source, name, scheme) for name in names}, None
-    from agq_tvm.quantize.calibration_report import CalibrationReport
-    from agq_tvm.quantize.streaming import quantize_layers
+    source: Source, scheme: Scheme, windows: list[list[int]] | None, report: CalibrationReport
+) -> Iterable[tuple[str, QuantizedLinear]]:
+    """Quantize the matrices; `report` is told of static activations."""
+    if windows is not None:
+        from agq_tvm.quantize.streaming import quantize_layers
 
-    report = CalibrationReport()
-    linears = quantize_layers(source, scheme, windows, report.add)
-    if not report.linears:
-        return linears, None
-    report.write(directory)
-    return linears, report.summary()
+        return quantize_layers(source, scheme, windows, report.add)
+    names = progress(linear_shapes(source.config), "quantizing")
+    return ((name, quantize_matrix(source, name, scheme)) for name in names)
 
 
 def _table(source: Source, name: str) -> QuantizedTable:
     return source.kept_table(name) or quantize_table(source.tensor(f"{name}.weight"))
 
 
-def _relative_error(source: Source, linears: dict[str, QuantizedLinear]) -> float:
-    error = total = 0.0
-    for name, linear in progress(linears.items(), "comparing", total=len(linears)):
-        weight = source.tensor(f"{name}.weight")
-        error += float(np.square(dequantize(linear) - weight, dtype="float64").sum())
-        total += float(np.square(weight, dtype="float64").sum())
-    return float(np.sqrt(error / total)) if total else 0.0
+class _Weights:
+    """Quantized matrices as they are made; what passes is measured, and not kept."""
+
+    def __init__(self, source: Source, linears: Iterable[tuple[str, QuantizedLinear]]) -> None:
+        self._source = source
+        self._linears = linears
+        self._stored_bytes = self._count = 0
+        self._error = self._total = 0.0
+
+    def __iter__(self) -> Iterator[tuple[str, QuantizedLinear]]:
+        for name, linear in self._linears:
+            self._measure(self._source.tensor(f"{name}.weight"), linear)
+            yield name, linear
+
+    def _measure(self, weight: np.ndarray, linear: QuantizedLinear) -> None:
+        arrays = (linear.qweight, linear.scales, linear.offsets)
+        self._stored_bytes += sum(array.nbytes for array in arrays if array is not None)
+        self._count += weight.size
+        difference = dequantize(linear)
+        difference -= weight
+        self._error += _squares(difference)
+        self._total += _squares(weight)
+
+    @property
+    def bits(self) -> float:
+        """Bits of a weight, with its scales and offsets."""
+        return 8 * self._stored_bytes / self._count
+
+    @property
+    def relative_error(self) -> float:
+        """Root of the summed squared error over that of the weights."""
+        return float(np.sqrt(self._error / self._total)) if self._total else 0.0
 
 
-def _bits_per_weight(linears: dict[str, QuantizedLinear]) -> float:
-    stored = weights = 0
-    for linear in linears.values():
-        stored += linear.qweight.nbytes + linear.scales.nbytes
-        stored += 0 if linear.offsets is None else linear.offsets.nbytes
-        weights += len(linear.qweight) * linear.in_features
-    return 8 * stored / weights
+def _squares(values: np.ndarray) -> float:
+    """Sum the squares of a float32 array [N, K], without a copy of it."""
+    return float(np.einsum("nk,nk->n", values, values).sum(dtype="float64"))

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agq_tvm.files import write_json
-from agq_tvm.quantize.trip import StaticRefinement
+
+if TYPE_CHECKING:
+    from agq_tvm.quantize.trip import StaticRefinement
 
 REPORT = "calibration.json"
 _DIGITS = 6
@@ -23,7 +26,7 @@ class CalibrationReport:
 
     linears: dict[str, dict] = field(default_factory=dict)
 
-    def add(self, layer: int, role: str, refined: StaticRefinement) -> None:
+    def add(self, layer: int, role: str, refined: "StaticRefinement") -> None:
         """Take the quantizer of a linear's input, of layer 0, 1, …"""
         scale, zero = refined.quantizer.static
         alpha = refined.quantizer.alpha

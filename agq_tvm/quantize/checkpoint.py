@@ -1,14 +1,13 @@
 """The quantized checkpoint: what it holds, writing it, and reading it without trusting it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json, write_json
@@ -17,6 +16,7 @@ from agq_tvm.models.registry import describe
 from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.quantize.scheme import Scheme, check_roles
 from agq_tvm.quantize.shifts import BLOCK, is_blocked
+from agq_tvm.quantize.tensor_file import write_tensors
 
 FORMAT_VERSION = 1
 TABLE_GROUP = 32
@@ -143,9 +143,10 @@ def write_checkpoint(
     directory: str | os.PathLike,
     raw_config: Mapping,
     scheme: Scheme,
-    linears: Mapping[str, QuantizedLinear],
-    tables: Mapping[str, QuantizedTable],
-    vectors: Mapping[str, np.ndarray],
+    linears: Iterable[tuple[str, QuantizedLinear]],
+    tables: Iterable[tuple[str, QuantizedTable]],
+    vectors: Iterable[tuple[str, np.ndarray]],
+    calibration: Mapping | None = None,
 ) -> None:
     """Write ``model.safetensors`` and ``config.json`` into an existing directory.
 
@@ -155,27 +156,43 @@ def write_checkpoint(
     raw_config : mapping
         The source model's Hugging Face config.
     scheme : Scheme
-    linears, tables, vectors : mapping
-        By the names of `linear_shapes`, `table_shapes` and `vector_shapes`.
+    linears, tables, vectors : iterable
+        With the names of `linear_shapes`, `table_shapes` and `vector_shapes`; each is written when it comes, and not
+        kept.
+    calibration : mapping, optional
+        What was looked at, for the record.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be written.
     """
-    tensors = {name: np.ascontiguousarray(value, "float32") for name, value in vectors.items()}
-    for name, linear in linears.items():
+    directory = Path(directory)
+    names = _expected_tensors(describe(dict(raw_config)), scheme)
+    tensors = _tensors(linears, tables, vectors)
+    write_tensors(directory / "model.safetensors", names, tensors, {"format": "agq"})
+    described = {"quant_method": "agq", "format_version": FORMAT_VERSION, **asdict(scheme)}
+    described |= {"table_bits": 8, "table_group_size": TABLE_GROUP}
+    if calibration is not None:
+        described["calibration"] = dict(calibration)
+    write_json(directory / "config.json", {**raw_config, "quantization_config": described})
+
+
+def _tensors(
+    linears: Iterable[tuple[str, QuantizedLinear]],
+    tables: Iterable[tuple[str, QuantizedTable]],
+    vectors: Iterable[tuple[str, np.ndarray]],
+) -> Iterator[tuple[str, np.ndarray]]:
+    for name, linear in linears:
         for field in ("qweight", "scales", "offsets", "bias", "act_scale", "act_zero", "alpha", "value_scale"):
             value = getattr(linear, field)
             if value is not None:
-                tensors[f"{name}.{field}"] = np.ascontiguousarray(value)
-    for name, table in tables.items():
-        tensors[f"{name}.qweight"] = np.ascontiguousarray(table.qweight)
-        tensors[f"{name}.scales"] = np.ascontiguousarray(table.scales)
-    described = {"quant_method": "agq", "format_version": FORMAT_VERSION, **asdict(scheme)}
-    described |= {"table_bits": 8, "table_group_size": TABLE_GROUP}
-    directory = Path(directory)
-    try:
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "agq"})
-        os.chmod(directory / "model.safetensors", 0o644)
-    except (SafetensorError, OSError) as error:
-        raise AgqError(f"cannot write {directory / 'model.safetensors'}: {error}") from error
-    write_json(directory / "config.json", {**raw_config, "quantization_config": described})
+                yield f"{name}.{field}", value
+    for name, table in tables:
+        yield f"{name}.qweight", table.qweight
+        yield f"{name}.scales", table.scales
+    for name, value in vectors:
+        yield name, value.astype("float32", copy=False)
 
 
 def read_checkpoint(path: str | os.PathLike) -> "Checkpoint":

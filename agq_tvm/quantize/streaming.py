@@ -1,7 +1,7 @@
 """Calibration that walks through a model layer by layer, every window in step with the others.
 
-Memory is that of the windows' hidden states (for GPTQ, in the float model too), one layer's weights in float and
-two matrices of a linear's inner dimension squared.
+Memory is that of the windows' hidden states and the inputs of one linear (for GPTQ, in the float model too), one
+linear's weights in float and four matrices of its inner dimension squared.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,14 +40,14 @@ class _Windows:
     def __init__(self, source: Source, windows: list[list[int]]) -> None:
         self._config = source.config
         entry = float_entry(source)
-        self._hidden = [entry(window) for window in windows]
+        self._hidden: list[Tensor | None] = [entry(window) for window in windows]
         self._positions = attention_positions(source.config, len(windows[0]))
         self._steps: list[LayerSteps] = []
 
     def enter_layer(self, norms: Norms, attend: Attend | None = None) -> list[Tensor]:
         """Begin a layer; return the inputs [T, K] of its first linear."""
         common = {"config": self._config, "norms": norms, "positions": self._positions, "attend": attend}
-        self._steps = [layer_steps(hidden=hidden, half_cache=False, **common) for hidden in self._hidden]
+        self._steps = [layer_steps(hidden=hidden, half_cache=False, **common) for hidden in drained(self._hidden)]
         return [next(steps)[1] for steps in self._steps]
 
     def advance(self, outputs: Iterator[Tensor]) -> list[Tensor]:
@@ -61,10 +61,18 @@ class _Windows:
         return inputs
 
 
+def drained(items: list) -> Iterator:
+    """Yield the items of a list and forget them in it, so that what is made of them can take their memory."""
+    for i in range(len(items)):
+        item, items[i] = items[i], None
+        yield item
+        del item
+
+
 @torch.inference_mode()
 def quantize_layers(
     source: Source, scheme: Scheme, windows: list[list[int]], watch: Watch | None = None
-) -> dict[str, QuantizedLinear]:
+) -> Iterator[tuple[str, QuantizedLinear]]:
     """Quantize every linear, on inputs that come out of the already quantized ones before it.
 
     Inputs are rounded as the scheme rounds activations, and attention is the scheme's. GPTQ fits each linear to what
@@ -79,16 +87,16 @@ def quantize_layers(
     watch : callable, optional
         Shown every static quantizer.
 
-    Returns
-    -------
-    dict
-        By the name of the matrix, with what is calibrated of its input's quantizer, and of the values with quantized
-        attention.
+    Yields
+    ------
+    name : str
+        Of the matrix; they come in the order in which they run.
+    linear : QuantizedLinear
+        With what is calibrated of its input's quantizer, and of the values with quantized attention.
     """
     config = source.config
     states = _Windows(source, windows)
     exact = _Windows(source, windows) if scheme.method == "gptq" else None
-    quantized: dict[str, QuantizedLinear] = {}
     for layer in progress(range(config.num_layers), "calibrating", unit="layer"):
         prefix = config.layer_prefix.format(layer=layer)
         norms = read_norms(config, layer, source.tensor)
@@ -100,10 +108,10 @@ def quantize_layers(
             float_operator = float_linear(source, names)
             show = partial(watch, layer, linear.name) if watch else None
             quantizer = _quantizer(inputs, float_operator.weight, linear.name, scheme, show)
-            inputs = [quantizer.rounded(x) for x in inputs]
+            inputs = [quantizer.rounded(x) for x in drained(inputs)]
             if exact:
-                parts = _by_gptq(source, names, linear, inputs, wanted, scheme)
-                wanted = exact.advance(float_operator(x) for x in wanted)
+                parts = _by_gptq(source, names, linear, float_operator, inputs, wanted, scheme)
+                wanted = exact.advance(float_operator(x) for x in drained(wanted))
             else:
                 parts = tuple(quantize_matrix(source, name, scheme) for name in names)
             parts = tuple(_with_quantizer(*each, quantizer) for each in zip(parts, names, strict=True))
@@ -111,9 +119,8 @@ def quantize_layers(
             if attend and linear.name == "qkv":
                 attend.value_scales = _value_scales(config, operator, inputs)
                 parts = (*parts[:-1], replace(parts[-1], value_scale=attend.value_scales.numpy()))
-            quantized |= zip(names, parts, strict=True)
-            inputs = states.advance(operator(x) for x in inputs)
-    return quantized
+            yield from zip(names, parts, strict=True)
+            inputs = states.advance(operator(x) for x in drained(inputs))
 
 
 def _quantizer(
@@ -163,17 +170,23 @@ def _with_quantizer(linear: QuantizedLinear, name: str, quantizer: ActivationQua
 
 
 def _by_gptq(
-    source: Source, names: list[str], linear: Linear, inputs: list[Tensor], wanted: list[Tensor], scheme: Scheme
+    source: Source,
+    names: list[str],
+    linear: Linear,
+    exact: FloatLinear,
+    inputs: list[Tensor],
+    wanted: list[Tensor],
+    scheme: Scheme,
 ) -> tuple[QuantizedLinear, ...]:
-    hessian = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
+    hessian = torch.zeros(linear.in_features, linear.in_features)
     drift = torch.zeros_like(hessian)
     for x, x_float in zip(inputs, wanted, strict=True):
         weighted = x * token_weights(x)
-        hessian += weighted.T @ x
-        drift += (x_float - x).T @ weighted
-    weight = np.concatenate([source.tensor(f"{name}.weight") for name in names])
+        hessian.addmm_(weighted.T, x)
+        drift.addmm_((x_float - x).T, weighted)
     try:
-        stacked = gptq(weight, hessian.numpy(), scheme.group_of(linear.in_features), scheme.symmetric, drift.numpy())
+        group_size = scheme.group_of(linear.in_features)
+        stacked = gptq(exact.weight.numpy(), hessian.numpy(), group_size, scheme.symmetric, drift.numpy())
     except AgqError as error:
         raise AgqError(f"{names[0]}: {error}") from error
     if not np.isfinite(stacked.scales).all():

@@ -24,7 +24,7 @@ def checked(weight: np.ndarray, name: str) -> np.ndarray:
     AgqError
         Naming the tensor.
     """
-    largest = np.abs(weight).max(initial=0.0)
+    largest = np.maximum(weight.max(initial=0.0), -weight.min(initial=0.0))
     if not np.isfinite(largest):
         raise AgqError(f"tensor {name} has values that are NaN or infinite: the model is damaged")
     if largest > _LARGEST:

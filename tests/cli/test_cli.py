@@ -1,6 +1,8 @@
 """The command line as a user meets it: results on standard output, one sentence and code 2 for a mistake."""
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -45,7 +47,9 @@ def test_whole_way(agq, tmp_path, text):
     scores = [
         result_of(agq("eval", what, "--data", text, "--window", "64", "--json")) for what in (bundle, checkpoint, model)
     ]
-    assert all(set(score) >= {"perplexity", "nll", "nll_stderr", "tokens"} for score in scores)
+    names = {"perplexity", "perplexity_stderr", "nll", "nll_stderr", "tokens", "window", "protocol", "text"}
+    assert all(set(score) == names | {"text_sha256"} for score in scores)
+    assert all(0 < score["perplexity_stderr"] < score["perplexity"] for score in scores)
     assert scores[0]["tokens"] == scores[1]["tokens"] == scores[2]["tokens"] > 500
     assert scores[0]["nll"] == pytest.approx(scores[1]["nll"], rel=1e-3)
     assert scores[0]["nll"] != scores[2]["nll"]
@@ -140,6 +144,7 @@ def test_every_command_has_help(agq):
         "compile",
         "generate",
         "eval",
+        "lm-eval",
         "analyze",
         "bench",
         "targets",
@@ -189,3 +194,37 @@ def test_shifts_need_columns_and_static_activations(agq, tmp_path, text):
     refused(agq(*arguments), "group size column")
     made = agq(*arguments, "--group-size", "column")
     assert "group size column" in made.stdout and "static, TRIP up to 2^3 by shifts" in made.stdout
+
+
+def test_eval_says_what_was_scored(agq, tiny_checkpoint, text):
+    arguments = ("eval", tiny_checkpoint, "--data", text, "--window", "64")
+    result = result_of(agq(*arguments, "--json"))
+    lines = dict(line.split(None, 1) for line in agq(*arguments).stdout.splitlines())
+    assert lines["perplexity"] == f"{result['perplexity']:.4f} ± {result['perplexity_stderr']:.4f}"
+    assert lines["tokens"] == f"{result['tokens']} scored, windows of 64, protocol all"
+    sha256 = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert lines["text"] == f"{text} (sha256 {sha256[:12]})" and result["text_sha256"] == sha256
+    one = result_of(agq(*arguments, "--max-tokens", "64", "--json"))
+    assert (one["tokens"], one["nll_stderr"], one["perplexity_stderr"]) == (63, None, None)
+
+
+def test_calibration_is_chosen_and_shown(agq, tmp_path, text):
+    model = write_tiny_llama(tmp_path / "model")
+    options = ("--calibration-samples", "2", "--calibration-length", "30", "--seed", "4", "--calibration")
+    shown = agq("quantize", model, "-o", tmp_path / "c", *options, text)
+    assert f"2 windows of 30, seed 4, of {text} (sha256 " in shown.stdout, shown.stderr
+    (tmp_path / "short").write_text("short")
+    refused(
+        agq("quantize", model, "-o", tmp_path / "d", *options, tmp_path / "short"), "5 tokens", "give a longer text"
+    )
+    assert not (tmp_path / "d").exists()
+
+
+def test_data_sets_by_name(agq, tiny_checkpoint, tmp_path):
+    def scored(**variables):
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), **variables}
+        return agq("eval", tiny_checkpoint, "--data", "ptb", "--window", "64", "--json", env=environment)
+
+    refused(scored(), "no copy of ptb", "AGQ_DATA")
+    (tmp_path / "ptb.test.txt").write_text("made up words for the test \n" * 20)
+    assert result_of(scored(AGQ_DATA=str(tmp_path)))["text"] == "ptb test"
