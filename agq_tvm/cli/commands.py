@@ -149,6 +149,11 @@ def _quantize(subparsers) -> None:
     parser.add_argument(
         "--calibration", default="calibration", metavar="TEXT", help="a text file (default: a shipped one)"
     )
+    _pruning_options(parser)
+    _json_option(parser)
+
+
+def _pruning_options(parser) -> None:
     parser.add_argument(
         "--prune-layers",
         type=_numbers,
@@ -156,7 +161,11 @@ def _quantize(subparsers) -> None:
         help="layers, counted from 1, after whose attention tokens of the prompt are dropped",
     )
     parser.add_argument("--prune-beta", type=float, metavar="SHARE", help="share of the tokens that is gone at the end")
-    _json_option(parser)
+    parser.add_argument(
+        "--prune-renumber",
+        action="store_true",
+        help="count the positions of tokens that are left anew (default: they keep theirs)",
+    )
 
 
 def _pruning(args):
@@ -165,13 +174,18 @@ def _pruning(args):
 
     if (args.prune_layers is None) != (args.prune_beta is None):
         raise AgqError("pruning takes both --prune-layers and --prune-beta: give the other one, too")
-    return None if args.prune_layers is None else PruningSchedule(args.prune_layers, args.prune_beta)
+    if args.prune_layers is None:
+        if args.prune_renumber:
+            raise AgqError("--prune-renumber prunes nothing by itself: give --prune-layers and --prune-beta, too")
+        return None
+    return PruningSchedule(args.prune_layers, args.prune_beta, args.prune_renumber)
 
 
 def _pruning_text(pruning: dict | None) -> str:
     if pruning is None:
         return "none"
-    return f"{pruning['beta']:.0%} of a prompt's tokens, in layers {', '.join(map(str, pruning['layers']))}"
+    renumbered = ", positions counted anew" if pruning["renumber"] else ""
+    return f"{pruning['beta']:.0%} of a prompt's tokens, in layers {', '.join(map(str, pruning['layers']))}{renumbered}"
 
 
 def _activations(result: dict) -> str:

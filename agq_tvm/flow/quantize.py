@@ -90,8 +90,8 @@ def quantize(
     -------
     dict
         ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
-        or ``layers`` and ``beta``), ``attention``, ``bytes`` of the weights file, ``bits_per_weight`` of the
-        matrices with their scales and offsets, ``relative_weight_error``
+        or ``layers``, ``beta`` and ``renumber``), ``attention``, ``bytes`` of the weights file,
+        ``bits_per_weight`` of the matrices with their scales and offsets, ``relative_weight_error``
         (root of the summed squared error over that of the weights), and ``seconds``.
 
     Raises

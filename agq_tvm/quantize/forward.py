@@ -93,7 +93,7 @@ class AttentionPositions:
     bias: Tensor | None
 
     def of_rows(self, rows: Tensor) -> "AttentionPositions":
-        """Return what attention among these rows needs, int64 [R], rising; they keep their positions."""
+        """Return what attention among rows at these positions needs, int64 [R], rising."""
         rope = None if self.rope is None else (self.rope[0][rows], self.rope[1][rows])
         return AttentionPositions(rope, None if self.bias is None else self.bias[:, rows][:, :, rows])
 

@@ -78,7 +78,7 @@ class RowPruner:
         chosen = self._choose()
         left = torch.from_numpy(chosen)
         self.kept.append(self.kept[-1][chosen])
-        self.positions = self.positions.of_rows(left)
+        self.positions = self.positions.of_rows(torch.arange(len(left)) if self._schedule.renumber else left)
         return hidden[left]
 
     def _choose(self) -> np.ndarray:

@@ -50,7 +50,7 @@ def test_a_bundle_scores_what_the_reference_scores(pruned):
 
 def test_a_bundle_says_how_it_prunes(pruned):
     bundle = Bundle(pruned / "bundle")
-    assert bundle.manifest["pruning"] == {"layers": [1], "beta": 0.5}
+    assert bundle.manifest["pruning"] == {"layers": [1], "beta": 0.5, "renumber": False}
     assert [cache for cache in bundle.caches if cache[2] == "int32"] == [("segments.1.positions", (64,), "int32")]
 
 
