@@ -247,7 +247,7 @@ def _eval(subparsers) -> None:
     def run(args) -> None:
         from agq_tvm.flow.evaluate_bundle import evaluate
 
-        result = evaluate(args.model, args.data, args.window, args.max_tokens, args.protocol)
+        result = evaluate(args.model, args.data, args.window, args.max_tokens, args.protocol, args.prune_selection)
         rows = [
             ("perplexity", f"{result['perplexity']:.4f}"),
             ("nll", f"{result['nll']:.5f} ± {result['nll_stderr']:.5f} per token"),
@@ -266,6 +266,11 @@ def _eval(subparsers) -> None:
         choices=("suffix", "paper-protocol"),
         help="what is scored: the last quarter of each window, before which tokens may be pruned (the default for "
         "models that prune; others score every token), or only what follows survivors of pruning",
+    )
+    parser.add_argument(
+        "--prune-selection",
+        choices=("chunk", "prompt"),
+        help="choose the tokens that stay in each chunk of a prompt, as compiled (the default), or in all of it",
     )
     _json_option(parser)
 

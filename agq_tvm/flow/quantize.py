@@ -22,6 +22,7 @@ from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.scheme import GROUP_SIZES, Scheme, check_roles
 from agq_tvm.quantize.source import Source, open_source, quantize_matrix
 from agq_tvm.quantize.weights import dequantize, quantize_table
+from agq_tvm.runtime.engine import prompt_chunks
 
 KEPT_GROUP = 32
 
@@ -81,7 +82,8 @@ def quantize(
     calibration : Calibration, optional
         Used by ``"gptq"``, by static activations, by TRIP and by quantized attention.
     pruning : PruningSchedule, optional
-        Drop tokens of a prompt in some layers; by default none are. Calibration runs without.
+        Drop tokens of a prompt in some layers; by default none are. Calibration drops them, too, in the chunks of a
+        compiled model.
     attention : {"float", "log2", "log2-paper"}
         What probabilities of attention are rounded to, see `agq_tvm.quantize.codebooks.CODE_BOOKS`; unless
         ``"float"``, values are cached as int8.
@@ -159,7 +161,7 @@ def _linears(source: Source, scheme: Scheme, windows: list[list[int]] | None) ->
     if windows is not None:
         from agq_tvm.quantize.streaming import quantize_layers
 
-        return quantize_layers(source, scheme, windows)
+        return quantize_layers(source, scheme, windows, prompt_chunks(len(windows[0])))
     names = progress(linear_shapes(source.config), "quantizing")
     return {name: quantize_matrix(source, name, scheme) for name in names}
 

@@ -4,8 +4,9 @@ Memory is that of the windows' hidden states (for GPTQ, in the float model too),
 two matrices of a linear's inner dimension squared.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from agq_tvm.quantize.gptq import gptq
 from agq_tvm.quantize.log2 import Log2Attention, value_scales
 from agq_tvm.quantize.operators import FloatLinear, float_linear, stacked_weights
 from agq_tvm.quantize.reference import float_entry
+from agq_tvm.quantize.row_pruner import RowPruner
 from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.source import Source, quantize_matrix
 from agq_tvm.quantize.trip import refine_per_token, refine_static
@@ -31,20 +33,43 @@ _SMALLEST_SQUARE = 1e-30
 
 
 class _Windows:
-    """The hidden states of windows of one length, advanced by one linear at a time."""
+    """The hidden states of windows of one length, advanced by one linear at a time.
 
-    def __init__(self, source: Source, windows: list[list[int]]) -> None:
+    With `pruners`, one for each window, rows are dropped in some layers. Those of a `leader` do as it does.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        windows: list[list[int]],
+        pruners: list[RowPruner] | None = None,
+        leader: "_Windows | None" = None,
+    ) -> None:
         self._config = source.config
         entry = float_entry(source)
         self._hidden = [entry(window) for window in windows]
         self._positions = attention_positions(source.config, len(windows[0]))
         self._steps: list[LayerSteps] = []
+        self._pruners = leader._pruners if leader else pruners
+        self._leads = leader is None
 
-    def enter_layer(self, norms: Norms, attend: Attend | None = None) -> list[Tensor]:
-        """Begin a layer; return the inputs [T, K] of its first linear."""
-        common = {"config": self._config, "norms": norms, "positions": self._positions, "attend": attend}
-        self._steps = [layer_steps(hidden=hidden, half_cache=False, **common) for hidden in self._hidden]
+    def enter_layer(self, layer: int, norms: Norms, attend: Attend | None = None) -> list[Tensor]:
+        """Begin a layer, counted from 0; return the inputs [T, K] of its first linear."""
+        common = {"config": self._config, "norms": norms, "half_cache": False, "attend": attend}
+        each = zip(self._hidden, map(partial(self._pruning, layer), range(len(self._hidden))), strict=True)
+        self._steps = [layer_steps(hidden=hidden, **common, **pruning) for hidden, pruning in each]
         return [next(steps)[1] for steps in self._steps]
+
+    def _pruning(self, layer: int, window: int) -> dict:
+        """Return what `layer_steps` is told about positions and rows to drop."""
+        if self._pruners is None:
+            return {"positions": self._positions}
+        pruner = self._pruners[window]
+        watch, drop = pruner.in_layer(layer, None)
+        if drop is not None and not self._leads:
+            # The leader has chosen when it saw queries and keys; it drops its own rows after this.
+            watch, drop = None, lambda hidden: hidden[pruner.chosen]
+        return {"positions": pruner.positions, "watch": watch, "drop": drop}
 
     def advance(self, outputs: Iterator[Tensor]) -> list[Tensor]:
         """Give the outputs of a linear; return the inputs of the next, or nothing after the last."""
@@ -58,11 +83,14 @@ class _Windows:
 
 
 @torch.inference_mode()
-def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) -> dict[str, QuantizedLinear]:
+def quantize_layers(
+    source: Source, scheme: Scheme, windows: list[list[int]], chunks: Sequence[int] = ()
+) -> dict[str, QuantizedLinear]:
     """Quantize every linear, on inputs that come out of the already quantized ones before it.
 
-    Inputs are rounded as the scheme rounds activations, and attention is the scheme's. GPTQ fits each linear to what
-    the float model gives; linears that share an input share its Hessian.
+    Inputs are rounded as the scheme rounds activations, attention is the scheme's, and tokens are dropped as it says
+    (the paper's F_P(X)). GPTQ fits each linear to what the float model gives for the tokens that are left; linears
+    that share an input share its Hessian.
 
     Parameters
     ----------
@@ -70,6 +98,8 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
     scheme : Scheme
     windows : list of lists of int
         Calibration tokens.
+    chunks : sequence of int
+        For a scheme that prunes: how a window is cut, see `ReferenceModel.prune`; by default it is one chunk.
 
     Returns
     -------
@@ -78,15 +108,15 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
         attention.
     """
     config = source.config
-    states = _Windows(source, windows)
-    exact = _Windows(source, windows) if scheme.method == "gptq" else None
+    states = _Windows(source, windows, _pruners(config, scheme, windows, chunks))
+    exact = _Windows(source, windows, leader=states) if scheme.method == "gptq" else None
     quantized: dict[str, QuantizedLinear] = {}
     for layer in progress(range(config.num_layers), "calibrating", unit="layer"):
         prefix = config.layer_prefix.format(layer=layer)
         norms = read_norms(config, layer, source.tensor)
         attend = Log2Attention(CODE_BOOKS[scheme.attention]) if scheme.attention in CODE_BOOKS else None
-        inputs = states.enter_layer(norms, attend)
-        wanted = exact.enter_layer(norms) if exact else inputs
+        inputs = states.enter_layer(layer, norms, attend)
+        wanted = exact.enter_layer(layer, norms) if exact else inputs
         for linear in config.linears:
             names = [prefix + part for part in linear.parts]
             float_operator = float_linear(source, names)
@@ -105,6 +135,16 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
             quantized |= zip(names, parts, strict=True)
             inputs = states.advance(operator(x) for x in inputs)
     return quantized
+
+
+def _pruners(
+    config: DecoderConfig, scheme: Scheme, windows: list[list[int]], chunks: Sequence[int]
+) -> list[RowPruner] | None:
+    if scheme.pruning is None:
+        return None
+    tokens = len(windows[0])
+    positions = attention_positions(config, tokens)
+    return [RowPruner(scheme.pruning, chunks or [tokens], positions, tokens) for _ in windows]
 
 
 def _quantizer(inputs: list[Tensor], weight: Tensor, role: str, scheme: Scheme) -> ActivationQuantizer:

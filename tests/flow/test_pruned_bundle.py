@@ -54,6 +54,12 @@ def test_a_bundle_says_how_it_prunes(pruned):
     assert [cache for cache in bundle.caches if cache[2] == "int32"] == [("segments.1.positions", (64,), "int32")]
 
 
+def test_a_bundle_selects_by_chunk(pruned):
+    with pytest.raises(AgqError, match="selects tokens by chunk: give a checkpoint"):
+        evaluate(pruned / "bundle", **TEXT, selection="prompt")
+    assert evaluate(pruned / "checkpoint", **TEXT, selection="prompt")["tokens"] == 40
+
+
 @pytest.mark.parametrize(("protocol", "words"), [("paper-protocol", "is for checkpoints"), ("all", "choose the pro")])
 def test_protocols_that_a_pruned_bundle_does_not_have(pruned, protocol, words):
     with pytest.raises(AgqError, match=words):
