@@ -16,6 +16,7 @@ def register(subparsers) -> None:
     _generate(subparsers)
     _eval(subparsers)
     _analyze(subparsers)
+    _prune_search(subparsers)
     _bench(subparsers)
     _targets(subparsers)
     _kernels(subparsers)
@@ -302,6 +303,41 @@ def _analyze(subparsers) -> None:
         default="calibration",
         metavar="TEXT",
         help="a text file, at least 512 tokens (default: a shipped one)",
+    )
+    _json_option(parser)
+
+
+def _prune_search(subparsers) -> None:
+    def run(args) -> None:
+        from agq_tvm.flow.prune_search import prune_search
+
+        result = prune_search(args.model, args.speedup, args.data, args.window, args.target, args.measure)
+        rows = [("LAYERS", "BETA", "SPARSITY", "PREDICTED", "PERPLEXITY", "± 1 SE", "WINDOWS")]
+        for each in result["candidates"][:8]:
+            change = (f"{100 * each[name]:+.2f} %" for name in ("perplexity_change", "perplexity_change_stderr"))
+            shares = (f"{each['beta']:.3f}", f"{each['sparsity']:.3f}", f"{each['speedup_predicted']:.2f}x")
+            rows.append((",".join(map(str, each["layers"])), *shares, *change, str(each["windows"])))
+        _print(args, result, rows)
+        if args.json:
+            return
+        if result["measured"]:
+            dense, pruned, speedup = (result["measured"][name] for name in ("dense", "pruned", "speedup"))
+            print(f"\nmeasured: {dense:.0f} tokens/s without pruning, {pruned:.0f} with the first: {speedup:.2f}x")
+        print(
+            f"\npredicted for prompts of {result['prompt_tokens']} tokens, from multiply-accumulates; perplexity of "
+            f"the {args.window - result['prompt_tokens']} tokens after them\n\n{result['command']}"
+            f"\nagq compile CKPT --target {args.target} -o BUNDLE"
+        )
+
+    text = "find the layers and the share of tokens to prune that cost least perplexity at a speed-up of prefill"
+    parser = _command(subparsers, "prune-search", text, run)
+    parser.add_argument("model", metavar="MODEL|CKPT")
+    parser.add_argument("--speedup", type=float, required=True, metavar="X", help="wanted, e.g. 1.3")
+    parser.add_argument("--target", default="host", metavar="NAME", help="what to compile for (default: %(default)s)")
+    parser.add_argument("--data", default="calibration", metavar="TEXT", help="a text file (default: a shipped one)")
+    parser.add_argument("--window", type=_positive, default=512, metavar="N", help="default: %(default)s tokens")
+    parser.add_argument(
+        "--measure", action="store_true", help="of a CKPT: compile it with the best schedule and without, and time both"
     )
     _json_option(parser)
 

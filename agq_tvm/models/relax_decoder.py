@@ -19,13 +19,11 @@ from agq_tvm.kernels import attention as attention_kernels
 from agq_tvm.kernels import embedding as embedding_kernels
 from agq_tvm.kernels import prune as prune_kernels
 from agq_tvm.kernels.attention import AttentionKernel
-from agq_tvm.models.decoder import PREFILL_BUCKETS, DecoderConfig
+from agq_tvm.models.decoder import PREFILL_BUCKETS, DecoderConfig, filled_tiles
 from agq_tvm.tvm_seam import relax
 
 NUM_INPUTS = 3
 """Arguments before caches and weights."""
-ROW_TILE = min(PREFILL_BUCKETS)
-"""What the rows left by pruning are rounded up to, so that they fill the register tiles of matrix products."""
 _ACTIVATIONS = {
     "silu": relax.op.nn.silu,
     "relu": relax.op.nn.relu,
@@ -215,7 +213,7 @@ class _Decoder:
     def _drop_rows(self, x):
         """Choose the rows of the next segment and return them."""
         rows, emit, channels = self.rows, self.builder.emit, self.config.hidden_size
-        kept = min(rows, -(-self.counts[self.segment + 1] // ROW_TILE) * ROW_TILE)
+        kept = min(rows, filled_tiles(self.counts[self.segment + 1]))
         kernel = prune_kernels.SelectKernel(rows, kept, self.config.num_heads, self.segment, self.segments)
         select, types = self.kernel(prune_kernels.build_select(kernel)), [relax.TensorType((kept,), "int32")] * 2
         chosen, self.positions = emit(
