@@ -280,7 +280,7 @@ def _analyze(subparsers) -> None:
     def run(args) -> None:
         from agq_tvm.flow.analyze import analyze
 
-        result = analyze(args.model, args.output, args.data)
+        result = analyze(args.model, args.output, args.data, _pruning(args))
         rows = [("INPUT OF", "LARGEST / MEDIAN", "WITHOUT FIRST TOKEN", "LAYER", "CHANNEL", "OUTLIER CHANNELS")]
         for name, most in result["inputs"].items():
             ratios = (most["ratio"], most["ratio_without_first_token"])
@@ -292,10 +292,12 @@ def _analyze(subparsers) -> None:
             print(
                 f"\nattention to the first token: {start['mean']:.3f} on average, {start['layer_mean']:.3f} in layer "
                 f"{start['layer']}; evenly spread attention gives it {start['uniform']:.3f}"
-                f"\n\n{args.output}: {', '.join(result['files'])}"
             )
+            if result["pruned"]:
+                print(f"\n{_pruned_table(result['pruned'])}")
+            print(f"\n{args.output}: {', '.join(result['files'])}")
 
-    parser = _command(subparsers, "analyze", "draw outlier channels and attention to the first token", run)
+    parser = _command(subparsers, "analyze", "draw outlier channels and attention, before and after pruning", run)
     parser.add_argument("model", metavar="CKPT|MODEL")
     parser.add_argument("-o", "--output", default="agq-analysis", metavar="DIR", help="default: %(default)s")
     parser.add_argument(
@@ -304,7 +306,17 @@ def _analyze(subparsers) -> None:
         metavar="TEXT",
         help="a text file, at least 512 tokens (default: a shipped one)",
     )
+    _pruning_options(parser)
     _json_option(parser)
+
+
+def _pruned_table(pruned: dict) -> str:
+    """Lay out what pruning did to the layers behind it."""
+    rows = [("INPUT OF", "LARGEST |x|", "PRUNED", "OUTLIER CHANNELS A LAYER", "PRUNED")]
+    for name, found in pruned["inputs"].items():
+        rows.append((name, *(f"{value:.1f}" for values in found.values() for value in values)))
+    start = pruned["attention_to_start"]["mean"]
+    return f"{as_table(rows)}\n\npruned, attention to the first token is {start:.3f} on average"
 
 
 def _prune_search(subparsers) -> None:
