@@ -3,6 +3,7 @@
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -225,20 +226,14 @@ def _summary(layers: list[dict]) -> dict:
 
 def _pruned_summary(schedule: dict, dense: dict, pruned: dict) -> dict:
     """Compare the layers that see fewer tokens; the one that drops them does so before its MLP."""
-    first, inputs = schedule["layers"][0], {}
-    for i, name in enumerate(dense["inputs"]):
-        start = first if i < 2 else first - 1
-        pairs = (
-            [[layers["inputs"][name][start:] for layers in (dense, pruned)]]
-            if start < len(dense["inputs"][name])
-            else []
-        )
-        for pair in pairs:
+    inputs = {}
+    for i, (name, layers) in enumerate(dense["inputs"].items()):
+        start = schedule["layers"][0] - (i >= 2)
+        if start < len(layers):
+            pair = [layers[start:], pruned["inputs"][name][start:]]
             inputs[name] = {
-                "largest": [_rounded(np.mean([layer["largest"] for layer in layers])) for layers in pair],
-                "outlier_channels": [
-                    _rounded(np.mean([len(layer["outlier_channels"]) for layer in layers])) for layers in pair
-                ],
+                "largest": [_mean(each["largest"] for each in some) for some in pair],
+                "outlier_channels": [_mean(len(each["outlier_channels"]) for each in some) for some in pair],
             }
     return {"schedule": schedule, "inputs": inputs, "attention_to_start": _start_summary(pruned["attention_to_start"])}
 
@@ -252,6 +247,10 @@ def _start_summary(start: dict) -> dict:
         "layer": layer,
         "layer_mean": means[layer],
     }
+
+
+def _mean(values: Iterable[float]) -> float:
+    return _rounded(np.mean(list(values)))
 
 
 def _rounded(value: float) -> float | None:

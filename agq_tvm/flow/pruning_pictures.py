@@ -14,6 +14,7 @@ from agq_tvm.quantize.pruning import PruningSchedule
 _MOST_MAPS = 6
 _MAP_PIXELS = 128
 _FAINTEST = 1e-4
+_DECADE = 10
 
 
 def draw_maps(observation: Observation, pruned: Observation | None, title: str, directory: Path) -> None:
@@ -29,13 +30,16 @@ def draw_maps(observation: Observation, pruned: Observation | None, title: str, 
     """
     layers = np.unique(np.linspace(0, len(observation.maps) - 1, _MOST_MAPS).round().astype(int))
     rows = [("", observation), ("pruned, ", pruned)] if pruned else [("", observation)]
-    figure = new_figure(f"{title}: attention, mean over heads", 25 * len(rows))
-    for axes, (words, seen) in zip(figure.subplots(len(rows), len(layers), squeeze=False), rows, strict=True):
+    figure = new_figure(f"{title}: attention, mean over heads", 0)
+    maps = figure.subplots(len(rows), len(layers), squeeze=False)
+    for axes, (words, seen) in zip(maps, rows, strict=True):
         for place, layer in zip(axes, layers, strict=True):
             image = draw_map(place, seen.maps[layer])
-            place.set(title=f"{words}layer {layer + 1}", xlabel="key")
+            place.set_title(f"{words}layer {layer + 1}", fontsize="medium")
         axes[0].set(ylabel="query")
-        figure.colorbar(image, ax=list(axes), label="probability", pad=0.01)
+    for place in maps[-1]:
+        place.set(xlabel="key")
+    figure.colorbar(image, ax=maps, label="probability", pad=0.01)
     figure.savefig(directory / "attention-maps.png")
 
 
@@ -74,7 +78,9 @@ def draw_comparison(
         pair = [each.inputs[name].channel_largest for each in (observation, pruned)]
         draw_pair(above, *(largest.max(1) for largest in pair), pruning)
         draw_pair(below, *(outlier_channels(largest, outlier) for largest in pair), pruning)
-        above.set(title=name, yscale="log")
+        above.set(title=name, yscale="log" if pair[0].max() > _DECADE * pair[0].max(1).min() else "linear")
+        below.yaxis.set_major_locator(MaxNLocator(integer=True))
+        below.set_ylim(0, max(1, below.get_ylim()[1]))
     charts[0, 0].set(ylabel="largest |x|")
     charts[1, 0].set(ylabel=f"channels over {outlier:g} times the median")
     charts[0, 0].legend()
@@ -82,7 +88,7 @@ def draw_comparison(
     figure = new_figure(f"{title}: attention to the first token, mean over heads and queries", 0)
     axes = figure.subplots()
     draw_pair(axes, observation.start_attention.mean(1), pruned.start_attention.mean(1), pruning)
-    axes.set(ylim=(0, 1))
+    axes.set_ylim(bottom=0)
     axes.legend()
     figure.savefig(directory / "pruning-attention.png")
 
