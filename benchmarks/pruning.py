@@ -174,12 +174,12 @@ class Watch:
     def __init__(self, checkpoints: dict[str, Checkpoint], first_layer: int):
         self.checkpoints, self.first_layer = checkpoints, first_layer
         self.quantizers: dict[tuple, ActivationQuantizer] = {}
+        self.sums: dict[str, list] = {}
         self.take()
 
     def take(self) -> dict[str, float]:
         """Return the mean over rows and linears of the relative error, by activation, and begin anew."""
-        sums = getattr(self, "sums", {})
-        self.sums = {name: [0.0, 0] for name in self.checkpoints}
+        sums, self.sums = self.sums, {name: [0.0, 0] for name in self.checkpoints}
         return {name: total / count for name, (total, count) in sums.items() if count}
 
     def linear_input(self, layer: int, name: str, x: torch.Tensor) -> None:

@@ -3,9 +3,10 @@
 import math
 import os
 import random
+import shlex
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from agq_tvm.errors import AgqError
+from agq_tvm.files import read_json, write_json
 from agq_tvm.flow.evaluate import is_checkpoint, open_reference, suffix_logits
 from agq_tvm.flow.prefill_cost import speedup
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.progress import progress, say
 from agq_tvm.quantize.calibration import cut_windows
+from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.texts import load_text
+from agq_tvm.runtime.bench import compare_prefill
+from agq_tvm.runtime.bundle import Bundle
 from agq_tvm.runtime.engine import prompt_chunks
 from agq_tvm.runtime.perplexity import Difference, Score, compare, score_suffix
 
@@ -178,7 +183,7 @@ def _speedup_of_share(config: DecoderConfig, tokens: int, layers: tuple[int, ...
     return speedup(config, tokens, PruningSchedule(layers, share / _SHARES))
 
 
-def _smallest_share(of_share, wanted: float) -> int | None:
+def _smallest_share(of_share: Callable[[int], float], wanted: float) -> int | None:
     """Return the smallest share, in thousandths, of at least that speed-up, which rises with the share."""
     low, high = 0, round(_LARGEST_SHARE * _SHARES)
     if of_share(high) < wanted:
@@ -251,10 +256,6 @@ def _described(each: Candidate, config: DecoderConfig, dense: list[np.ndarray], 
 
 def quantize_command(model: str | os.PathLike, schedule: PruningSchedule) -> str:
     """Return the command that makes a checkpoint with a schedule; for a checkpoint, with its own scheme of a MODEL."""
-    import shlex
-
-    from agq_tvm.quantize.checkpoint import read_checkpoint
-
     words = ["agq", "quantize", str(model), "-o", "CKPT"]
     if is_checkpoint(model):
         scheme = read_checkpoint(model).scheme
@@ -271,8 +272,6 @@ def quantize_command(model: str | os.PathLike, schedule: PruningSchedule) -> str
 def _measured(checkpoint: Path, schedule: PruningSchedule, tokens: int, target: str) -> dict:
     """Compile the model without pruning and with it, and time both in turns."""
     from agq_tvm.flow.compile import compile_checkpoint
-    from agq_tvm.runtime.bench import compare_prefill
-    from agq_tvm.runtime.bundle import Bundle
 
     with tempfile.TemporaryDirectory() as scratch:
         bundles = []
@@ -287,8 +286,6 @@ def _measured(checkpoint: Path, schedule: PruningSchedule, tokens: int, target: 
 
 def with_schedule(checkpoint: Path, schedule: PruningSchedule | None, directory: Path) -> Path:
     """Write a checkpoint that differs from another in its schedule alone; its other files are links."""
-    from agq_tvm.files import read_json, write_json
-
     directory.mkdir()
     for path in checkpoint.iterdir():
         if path.name != "config.json":

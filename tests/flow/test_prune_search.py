@@ -21,7 +21,6 @@ from agq_tvm.models import relax_decoder
 from agq_tvm.models.registry import describe
 from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.pruning import PruningSchedule
-from agq_tvm.runtime import bench
 from agq_tvm.runtime.perplexity import compare
 from tests.tiny import tiny_config, write_tiny_model
 
@@ -165,8 +164,8 @@ def test_command_line_and_measuring(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         "agq_tvm.flow.compile.compile_checkpoint", lambda made, *_: compiled.append(read_checkpoint(made))
     )
-    monkeypatch.setattr("agq_tvm.runtime.bundle.Bundle", lambda path: path)
-    monkeypatch.setattr(bench, "compare_prefill", lambda dense, pruned, tokens: (100.0, 150.0))
+    monkeypatch.setattr(search, "Bundle", lambda path: path)
+    monkeypatch.setattr(search, "compare_prefill", lambda dense, pruned, tokens: (100.0, 150.0))
     arguments = ["prune-search", str(tmp_path / "c"), "--speedup", "1.2", "--window", "128", "--measure"]
     assert main(arguments) == 0
     said = capsys.readouterr().out
