@@ -11,14 +11,14 @@ from agq_tvm.flow.pictures import new_figure, pool_columns
 from agq_tvm.quantize.observe import Observation
 from agq_tvm.quantize.pruning import PruningSchedule
 
-_MOST_MAPS = 6
-_MAP_PIXELS = 128
+_MOST_MAPS = 4
+_MAP_PIXELS = 64
 _FAINTEST = 1e-4
 _DECADE = 10
 
 
 def draw_maps(observation: Observation, pruned: Observation | None, title: str, directory: Path) -> None:
-    """Draw ``attention-maps.png``: maps of up to six layers, mean over heads; below them those of the pruned model.
+    """Draw ``attention-maps.png``: maps of up to four layers, mean over heads; below them those of the pruned model.
 
     Parameters
     ----------
@@ -50,6 +50,7 @@ def draw_map(axes: Axes, attention: np.ndarray):
     extent = (-0.5, rows - 0.5, rows - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.spines["left"].set_visible(False)  # it would hide the first key
     return axes.imshow(np.maximum(shown, _FAINTEST), norm=LogNorm(_FAINTEST, 1), interpolation="nearest", extent=extent)
 
 

@@ -99,7 +99,7 @@ def test_a_map_shows_the_stripe_of_the_first_key():
     attention = np.full((500, 500), 1e-3)
     attention[:, 0] = 0.5
     shown = draw_map(Figure().subplots(), attention).get_array()
-    assert shown.shape == (125, 125) and (shown[:, 0] == 0.5).all() and (shown[:, 1:] < 0.1).all()
+    assert shown.shape == (63, 63) and (shown[:, 0] == 0.5).all() and (shown[:, 1:] < 0.1).all()
 
 
 def test_a_pair_of_lines_and_the_layers_that_drop():
