@@ -1,5 +1,6 @@
 """A checkpoint compiled in this process, with few functions and without linking: seconds instead of a bundle."""
 
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -66,7 +67,7 @@ class CompiledModel:
         model = {"vocab_size": checkpoint.config.vocab_size}
         self.manifest = {"context": context, "buckets": [rows], "model": model, "device": {"instruction_set": isa}}
         if scheme.pruning:
-            self.manifest["pruning"] = {"layers": list(scheme.pruning.layers), "beta": scheme.pruning.beta}
+            self.manifest["pruning"] = asdict(scheme.pruning) | {"layers": list(scheme.pruning.layers)}
 
     def run(self, function: str, tokens: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """See `agq_tvm.runtime.engine.Session.run`."""

@@ -18,6 +18,7 @@ def register(subparsers) -> None:
     _eval(subparsers)
     _lm_eval(subparsers)
     _analyze(subparsers)
+    _prune_search(subparsers)
     _bench(subparsers)
     _targets(subparsers)
     _kernels(subparsers)
@@ -187,6 +188,11 @@ def _quantize(subparsers) -> None:
     parser.add_argument(
         "--seed", type=int, metavar="N", help="draw the windows at random (default: they are evenly spread)"
     )
+    _pruning_options(parser)
+    _json_option(parser)
+
+
+def _pruning_options(parser) -> None:
     parser.add_argument(
         "--prune-layers",
         type=_numbers,
@@ -194,7 +200,11 @@ def _quantize(subparsers) -> None:
         help="layers, counted from 1, after whose attention tokens of the prompt are dropped",
     )
     parser.add_argument("--prune-beta", type=float, metavar="SHARE", help="share of the tokens that is gone at the end")
-    _json_option(parser)
+    parser.add_argument(
+        "--prune-renumber",
+        action="store_true",
+        help="count the positions of tokens that are left anew (default: they keep theirs)",
+    )
 
 
 def _pruning(args):
@@ -203,13 +213,18 @@ def _pruning(args):
 
     if (args.prune_layers is None) != (args.prune_beta is None):
         raise AgqError("pruning takes both --prune-layers and --prune-beta: give the other one, too")
-    return None if args.prune_layers is None else PruningSchedule(args.prune_layers, args.prune_beta)
+    if args.prune_layers is None:
+        if args.prune_renumber:
+            raise AgqError("--prune-renumber prunes nothing by itself: give --prune-layers and --prune-beta, too")
+        return None
+    return PruningSchedule(args.prune_layers, args.prune_beta, args.prune_renumber)
 
 
 def _pruning_text(pruning: dict | None) -> str:
     if pruning is None:
         return "none"
-    return f"{pruning['beta']:.0%} of a prompt's tokens, in layers {', '.join(map(str, pruning['layers']))}"
+    renumbered = ", positions counted anew" if pruning["renumber"] else ""
+    return f"{pruning['beta']:.0%} of a prompt's tokens, in layers {', '.join(map(str, pruning['layers']))}{renumbered}"
 
 
 def _clipped(shares: dict) -> list[tuple[str, str]]:
@@ -299,7 +314,7 @@ def _eval(subparsers) -> None:
     def run(args) -> None:
         from agq_tvm.flow.evaluate_bundle import evaluate
 
-        result = evaluate(args.model, args.data, args.window, args.max_tokens, args.protocol)
+        result = evaluate(args.model, args.data, args.window, args.max_tokens, args.protocol, args.prune_selection)
         rows = [
             ("perplexity", _with_error(result["perplexity"], result["perplexity_stderr"], 4)),
             ("nll", _with_error(result["nll"], result["nll_stderr"], 5) + " per token"),
@@ -318,6 +333,11 @@ def _eval(subparsers) -> None:
         choices=("suffix", "paper-protocol"),
         help="what is scored: the last quarter of each window, before which tokens may be pruned (the default for "
         "models that prune; others score every token), or only what follows survivors of pruning",
+    )
+    parser.add_argument(
+        "--prune-selection",
+        choices=("chunk", "prompt"),
+        help="choose the tokens that stay in each chunk of a prompt, as compiled (the default), or in all of it",
     )
     _json_option(parser)
 
@@ -347,7 +367,7 @@ def _analyze(subparsers) -> None:
     def run(args) -> None:
         from agq_tvm.flow.analyze import analyze
 
-        result = analyze(args.model, args.output, args.data)
+        result = analyze(args.model, args.output, args.data, _pruning(args))
         rows = [("INPUT OF", "LARGEST / MEDIAN", "WITHOUT FIRST TOKEN", "LAYER", "CHANNEL", "OUTLIER CHANNELS")]
         for name, most in result["inputs"].items():
             ratios = (most["ratio"], most["ratio_without_first_token"])
@@ -359,10 +379,12 @@ def _analyze(subparsers) -> None:
             print(
                 f"\nattention to the first token: {start['mean']:.3f} on average, {start['layer_mean']:.3f} in layer "
                 f"{start['layer']}; evenly spread attention gives it {start['uniform']:.3f}"
-                f"\n\n{args.output}: {', '.join(result['files'])}"
             )
+            if result["pruned"]:
+                print(f"\n{_pruned_table(result['pruned'])}")
+            print(f"\n{args.output}: {', '.join(result['files'])}")
 
-    parser = _command(subparsers, "analyze", "draw outlier channels and attention to the first token", run)
+    parser = _command(subparsers, "analyze", "draw outlier channels and attention, before and after pruning", run)
     parser.add_argument("model", metavar="CKPT|MODEL")
     parser.add_argument("-o", "--output", default="agq-analysis", metavar="DIR", help="default: %(default)s")
     parser.add_argument(
@@ -370,6 +392,51 @@ def _analyze(subparsers) -> None:
         default="calibration",
         metavar="TEXT",
         help="a text file, at least 512 tokens (default: a shipped one)",
+    )
+    _pruning_options(parser)
+    _json_option(parser)
+
+
+def _pruned_table(pruned: dict) -> str:
+    """Lay out what pruning did to the layers behind it."""
+    rows = [("INPUT OF", "LARGEST |x|", "PRUNED", "OUTLIER CHANNELS A LAYER", "PRUNED")]
+    for name, found in pruned["inputs"].items():
+        rows.append((name, *(f"{value:.1f}" for values in found.values() for value in values)))
+    start = pruned["attention_to_start"]["mean"]
+    return f"{as_table(rows)}\n\npruned, attention to the first token is {start:.3f} on average"
+
+
+def _prune_search(subparsers) -> None:
+    def run(args) -> None:
+        from agq_tvm.flow.prune_search import prune_search
+
+        result = prune_search(args.model, args.speedup, args.data, args.window, args.target, args.measure)
+        rows = [("LAYERS", "BETA", "SPARSITY", "PREDICTED", "PERPLEXITY", "± 1 SE", "WINDOWS")]
+        for each in result["candidates"][:8]:
+            change = (f"{100 * each[name]:+.2f} %" for name in ("perplexity_change", "perplexity_change_stderr"))
+            shares = (f"{each['beta']:.3f}", f"{each['sparsity']:.3f}", f"{each['speedup_predicted']:.2f}x")
+            rows.append((",".join(map(str, each["layers"])), *shares, *change, str(each["windows"])))
+        _print(args, result, rows)
+        if args.json:
+            return
+        if result["measured"]:
+            dense, pruned, speedup = (result["measured"][name] for name in ("dense", "pruned", "speedup"))
+            print(f"\nmeasured: {dense:.0f} tokens/s without pruning, {pruned:.0f} with the first: {speedup:.2f}x")
+        print(
+            f"\npredicted for prompts of {result['prompt_tokens']} tokens, from multiply-accumulates; perplexity of "
+            f"the {args.window - result['prompt_tokens']} tokens after them\n\n{result['command']}"
+            f"\nagq compile CKPT --target {args.target} -o BUNDLE"
+        )
+
+    text = "find the layers and the share of tokens to prune that cost least perplexity at a speed-up of prefill"
+    parser = _command(subparsers, "prune-search", text, run)
+    parser.add_argument("model", metavar="MODEL|CKPT")
+    parser.add_argument("--speedup", type=float, required=True, metavar="X", help="wanted, e.g. 1.3")
+    parser.add_argument("--target", default="host", metavar="NAME", help="what to compile for (default: %(default)s)")
+    parser.add_argument("--data", default="calibration", metavar="TEXT", help="a text file (default: a shipped one)")
+    parser.add_argument("--window", type=_positive, default=512, metavar="N", help="default: %(default)s tokens")
+    parser.add_argument(
+        "--measure", action="store_true", help="of a CKPT: compile it with the best schedule and without, and time both"
     )
     _json_option(parser)
 

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +12,12 @@ import numpy as np
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json
 from agq_tvm.flow.quantize import Calibration
-from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.progress import say
 from agq_tvm.quantize.calibration import cut_windows, encode_text
 from agq_tvm.quantize.checkpoint import quantization_config, read_checkpoint
 from agq_tvm.quantize.source import Source, open_source
 from agq_tvm.quantize.texts import load_text
-from agq_tvm.runtime.engine import chunks
+from agq_tvm.runtime.engine import prompt_chunks
 from agq_tvm.runtime.perplexity import PROTOCOLS, Score, score, score_suffix, score_survivors
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 RELEASE_CALIBRATION = Calibration(samples=10)
 """The authors' number of windows."""
+SELECTIONS: dict[str, Callable[[int], list[int]]] = {"chunk": prompt_chunks, "prompt": lambda tokens: [tokens]}
+"""In which parts of a prompt the tokens that stay are chosen, each by itself."""
 
 
 def evaluate_reference(
@@ -34,6 +36,7 @@ def evaluate_reference(
     max_tokens: int | None = None,
     activation: str | None = None,
     protocol: str | None = None,
+    selection: str | None = None,
 ) -> Score:
     """Score a text with the torch reference.
 
@@ -51,8 +54,10 @@ def evaluate_reference(
         For a checkpoint: instead of its own way to quantize activations, see
         `ReferenceModel.from_checkpoint`.
     protocol : str, optional
-        See `agq_tvm.runtime.perplexity`; ``"suffix"`` by default for a model that prunes, and else ``"all"``. For
-        ``"suffix"`` a prompt is pruned in the chunks of a compiled model, for ``"paper-protocol"`` as a whole.
+        See `agq_tvm.runtime.perplexity`; ``"suffix"`` by default for a model that prunes, and else ``"all"``.
+    selection : {"chunk", "prompt"}, optional
+        For a model that prunes: whether the tokens that stay are chosen in each chunk of a compiled model by itself
+        (the default), or in the whole prompt, as the paper does (always for ``"paper-protocol"``).
 
     Raises
     ------
@@ -63,13 +68,25 @@ def evaluate_reference(
     with tempfile.TemporaryDirectory() as scratch:
         reference, tokenizer = open_reference(model, Path(scratch), activation)
         tokens = encode_text(tokenizer, text)
+    return score_reference(reference, tokens[:max_tokens], window, protocol, selection)
+
+
+def score_reference(
+    reference: "ReferenceModel",
+    tokens: list[int],
+    window: int,
+    protocol: str | None = None,
+    selection: str | None = None,
+) -> Score:
+    """Score tokens with a model that is in memory; see `evaluate_reference`."""
     if window > reference.config.context_length:
         raise AgqError(f"a window of {window} is more than the model's {reference.config.context_length} tokens")
-    tokens, protocol = tokens[:max_tokens], choose_protocol(protocol, reference.pruning is not None)
+    protocol = choose_protocol(protocol, reference.pruning is not None)
+    cut = _chooser(selection, protocol, reference.pruning is not None)
     if protocol == "all":
         return score(reference.logits, tokens, window)
     if protocol == "suffix":
-        return score_suffix(partial(suffix_logits, reference), tokens, window)
+        return score_suffix(partial(suffix_logits, reference, cut), tokens, window)
     say("paper-protocol scores only what follows tokens that were not pruned: it does not compare with other scores")
     return score_survivors(partial(_survivors, reference), tokens, window)
 
@@ -128,14 +145,39 @@ def choose_protocol(protocol: str | None, prunes: bool) -> str:
     return protocol
 
 
-def suffix_logits(reference: "ReferenceModel", prefix: list[int], suffix: list[int]) -> np.ndarray:
-    """Return the predictions of each token of `suffix` after `prefix`, which may be pruned: float32 [n, V]."""
+def _chooser(selection: str | None, protocol: str, prunes: bool) -> Callable[[int], list[int]]:
+    """Return what says in which parts of a prompt tokens are chosen, after a check that it fits."""
+    if selection not in (None, *SELECTIONS):
+        raise AgqError(f"unknown selection {selection!r}: choose one of {', '.join(SELECTIONS)}")
+    if selection is not None and not prunes:
+        raise AgqError(f"the model drops no tokens, there are none to select by {selection}: leave that out")
+    if selection == "chunk" and protocol == "paper-protocol":
+        raise AgqError("paper-protocol selects in the whole prompt: choose the protocol suffix to select by chunk")
+    return SELECTIONS[selection or "chunk"]
+
+
+def suffix_logits(
+    reference: "ReferenceModel", cut: Callable[[int], list[int]], prefix: list[int], suffix: list[int]
+) -> np.ndarray:
+    """Predict the tokens after a prompt that is pruned if the model prunes.
+
+    Parameters
+    ----------
+    reference : ReferenceModel
+    cut : callable
+        From the number of tokens of the prompt to the parts in which they are chosen, see `SELECTIONS`.
+    prefix, suffix : list of int
+        The prompt, and the n tokens after it.
+
+    Returns
+    -------
+    float32 array [n, vocab_size]
+    """
     tokens = prefix + suffix
     if reference.pruning is None:
         logits = reference.logits(tokens)
     else:
-        cut = [valid for _, valid in chunks(len(prefix), PREFILL_BUCKETS)]
-        logits = reference.prune(tokens, cut).logits
+        logits = reference.prune(tokens, cut(len(prefix))).logits
     return logits[-1 - len(suffix) : -1]
 
 

@@ -83,10 +83,12 @@ def evaluate(
     window: int = 512,
     max_tokens: int | None = None,
     protocol: str | None = None,
+    selection: str | None = None,
 ) -> dict:
     """Score a text with a bundle, a checkpoint or a float model, whichever `model` is.
 
-    `protocol` is one of `agq_tvm.runtime.perplexity.PROTOCOLS`, by default the one that fits the model.
+    `protocol` is one of `agq_tvm.runtime.perplexity.PROTOCOLS`, by default the one that fits the model; for
+    `selection` see `agq_tvm.flow.evaluate.evaluate_reference`.
 
     Returns
     -------
@@ -100,8 +102,12 @@ def evaluate(
     AgqError
         See `evaluate_bundle` and `agq_tvm.flow.evaluate.evaluate_reference`.
     """
-    run = evaluate_bundle if is_bundle(model) else evaluate_reference
-    result = run(model, data, window, max_tokens, protocol=protocol)
+    if not is_bundle(model):
+        result = evaluate_reference(model, data, window, max_tokens, protocol=protocol, selection=selection)
+    elif selection is None:
+        result = evaluate_bundle(model, data, window, max_tokens, protocol=protocol)
+    else:
+        raise AgqError(f"{model} is a bundle, which selects tokens by chunk: give a checkpoint to compare selections")
     return {
         "perplexity": result.perplexity,
         "perplexity_stderr": _if_known(result.perplexity_stderr),

@@ -16,7 +16,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.flow import evaluate, evaluate_bundle
 from agq_tvm.progress import progress
 from agq_tvm.runtime.bundle import Bundle
-from agq_tvm.runtime.engine import Engine, LocalSession
+from agq_tvm.runtime.engine import Engine, LocalSession, prompt_chunks
 from agq_tvm.runtime.text import load_tokenizer
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class _Reference:
     def __init__(self, reference: "ReferenceModel") -> None:
         self.context = reference.config.context_length
         self.end_tokens = reference.config.eos_token_ids
-        self.predictions = partial(evaluate.suffix_logits, reference)
+        self.predictions = partial(evaluate.suffix_logits, reference, prompt_chunks)
 
     def continuation(self, prompt: list[int], limit: int) -> Iterator[int]:
         found: list[int] = []

@@ -25,6 +25,7 @@ from agq_tvm.quantize.scheme import GROUP_SIZES, Scheme, check_roles
 from agq_tvm.quantize.source import Source, open_source, quantize_matrix
 from agq_tvm.quantize.texts import load_text, title
 from agq_tvm.quantize.weights import dequantize, quantize_table
+from agq_tvm.runtime.engine import prompt_chunks
 
 KEPT_GROUP = 32
 
@@ -89,7 +90,8 @@ def quantize(
     calibration : Calibration, optional
         Used by ``"gptq"``, by static activations, by TRIP and by quantized attention.
     pruning : PruningSchedule, optional
-        Drop tokens of a prompt in some layers; by default none are. Calibration runs without.
+        Drop tokens of a prompt in some layers; by default none are. Calibration drops them, too, in the chunks of a
+        compiled model.
     attention : {"float", "log2", "log2-paper"}
         What probabilities of attention are rounded to, see `agq_tvm.quantize.codebooks.CODE_BOOKS`; unless
         ``"float"``, values are cached as int8.
@@ -102,8 +104,8 @@ def quantize(
     -------
     dict
         ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
-        or ``layers`` and ``beta``), ``attention``, ``shifts``, ``weight_bits``, ``calibration`` (None, or the ``text``
-        with its ``sha256``, and the ``samples``, ``length`` and ``seed`` of the windows taken from it), ``bytes`` of
+        or ``layers``, ``beta`` and ``renumber``), ``attention``, ``shifts``, ``weight_bits``, ``calibration`` (None, or
+        the ``text`` with its ``sha256``, and the ``samples``, ``length`` and ``seed`` of its windows), ``bytes`` of
         the weights file, ``bits_per_weight`` of the matrices with scales and offsets, ``relative_weight_error`` (root
         of the summed squared error over that of the weights), ``clipped`` (None, or for static activations what
         `agq_tvm.quantize.calibration_report.CalibrationReport.summary` returns; the report itself lies beside the
@@ -204,7 +206,7 @@ def _linears(
     if windows is not None:
         from agq_tvm.quantize.streaming import quantize_layers
 
-        return quantize_layers(source, scheme, windows, report.add)
+        return quantize_layers(source, scheme, windows, prompt_chunks(len(windows[0])), report.add)
     names = progress(linear_shapes(source.config), "quantizing")
     return ((name, quantize_matrix(source, name, scheme)) for name in names)
 

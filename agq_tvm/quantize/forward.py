@@ -93,7 +93,7 @@ class AttentionPositions:
     bias: Tensor | None
 
     def of_rows(self, rows: Tensor) -> "AttentionPositions":
-        """Return what attention among these rows needs, int64 [R], rising; they keep their positions."""
+        """Return what attention among rows at these positions needs, int64 [R], rising."""
         rope = None if self.rope is None else (self.rope[0][rows], self.rope[1][rows])
         return AttentionPositions(rope, None if self.bias is None else self.bias[:, rows][:, :, rows])
 
@@ -296,8 +296,17 @@ def start_probabilities(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Ten
     float32 tensor [H, T]
         What every query gives to the first key; 1 for the first query.
     """
+    scores = _scores(q, k, bias)
+    return torch.exp(scores[..., 0] - scores.logsumexp(-1))
+
+
+def attention_map(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the mean over heads of the causal attention maps, float32 [T, T]; see `start_probabilities`."""
+    return _scores(q, k, bias).softmax(-1).mean(0)
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     scores = q @ k.repeat_interleave(len(q) // len(k), 0).mT * q.shape[-1] ** -0.5
     if bias is not None:
         scores = scores + bias
-    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-    return torch.exp(scores[..., 0] - scores.masked_fill(hidden, -torch.inf).logsumexp(-1))
+    return scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -torch.inf)

@@ -4,7 +4,7 @@ Memory is that of the windows' hidden states and the inputs of one linear (for G
 linear's weights in float and four matrices of its inner dimension squared.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -23,6 +23,7 @@ from agq_tvm.quantize.gptq import gptq
 from agq_tvm.quantize.log2 import Log2Attention, value_scales
 from agq_tvm.quantize.operators import FloatLinear, float_linear, stacked_weights
 from agq_tvm.quantize.reference import float_entry
+from agq_tvm.quantize.row_pruner import RowPruner
 from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.shifts import check_totals
 from agq_tvm.quantize.source import Source, quantize_matrix
@@ -35,20 +36,44 @@ Watch = Callable[[int, str, StaticRefinement], None]
 
 
 class _Windows:
-    """The hidden states of windows of one length, advanced by one linear at a time."""
+    """The hidden states of windows of one length, advanced by one linear at a time.
 
-    def __init__(self, source: Source, windows: list[list[int]]) -> None:
+    With `pruners`, one for each window, rows are dropped in some layers. Those of a `leader` do as it does.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        windows: list[list[int]],
+        pruners: list[RowPruner] | None = None,
+        leader: "_Windows | None" = None,
+    ) -> None:
         self._config = source.config
         entry = float_entry(source)
         self._hidden: list[Tensor | None] = [entry(window) for window in windows]
         self._positions = attention_positions(source.config, len(windows[0]))
         self._steps: list[LayerSteps] = []
+        self._pruners = leader._pruners if leader else pruners
+        self._leads = leader is None
 
-    def enter_layer(self, norms: Norms, attend: Attend | None = None) -> list[Tensor]:
-        """Begin a layer; return the inputs [T, K] of its first linear."""
-        common = {"config": self._config, "norms": norms, "positions": self._positions, "attend": attend}
-        self._steps = [layer_steps(hidden=hidden, half_cache=False, **common) for hidden in drained(self._hidden)]
+    def enter_layer(self, layer: int, norms: Norms, attend: Attend | None = None) -> list[Tensor]:
+        """Begin a layer, counted from 0; return the inputs [T, K] of its first linear."""
+        common = {"config": self._config, "norms": norms, "half_cache": False, "attend": attend}
+        pruning = [self._pruning(layer, window) for window in range(len(self._hidden))]
+        each = zip(drained(self._hidden), pruning, strict=True)
+        self._steps = [layer_steps(hidden=hidden, **common, **pruning) for hidden, pruning in each]
         return [next(steps)[1] for steps in self._steps]
+
+    def _pruning(self, layer: int, window: int) -> dict:
+        """Return what `layer_steps` is told about positions and rows to drop."""
+        if self._pruners is None:
+            return {"positions": self._positions}
+        pruner = self._pruners[window]
+        watch, drop = pruner.in_layer(layer, None)
+        if drop is not None and not self._leads:
+            # The leader has chosen when it saw queries and keys; it drops its own rows after this.
+            watch, drop = None, lambda hidden: hidden[pruner.chosen]
+        return {"positions": pruner.positions, "watch": watch, "drop": drop}
 
     def advance(self, outputs: Iterator[Tensor]) -> list[Tensor]:
         """Give the outputs of a linear; return the inputs of the next, or nothing after the last."""
@@ -71,12 +96,17 @@ def drained(items: list) -> Iterator:
 
 @torch.inference_mode()
 def quantize_layers(
-    source: Source, scheme: Scheme, windows: list[list[int]], watch: Watch | None = None
+    source: Source,
+    scheme: Scheme,
+    windows: list[list[int]],
+    chunks: Sequence[int] = (),
+    watch: Watch | None = None,
 ) -> Iterator[tuple[str, QuantizedLinear]]:
     """Quantize every linear, on inputs that come out of the already quantized ones before it.
 
-    Inputs are rounded as the scheme rounds activations, and attention is the scheme's. GPTQ fits each linear to what
-    the float model gives; linears that share an input share its Hessian.
+    Inputs are rounded as the scheme rounds activations, attention is the scheme's, and tokens are dropped as it says
+    (the paper's F_P(X)). GPTQ fits each linear to what the float model gives for the tokens that are left; linears
+    that share an input share its Hessian.
 
     Parameters
     ----------
@@ -84,6 +114,8 @@ def quantize_layers(
     scheme : Scheme
     windows : list of lists of int
         Calibration tokens.
+    chunks : sequence of int
+        For a scheme that prunes: how a window is cut, see `ReferenceModel.prune`; by default it is one chunk.
     watch : callable, optional
         Shown every static quantizer.
 
@@ -95,14 +127,14 @@ def quantize_layers(
         With what is calibrated of its input's quantizer, and of the values with quantized attention.
     """
     config = source.config
-    states = _Windows(source, windows)
-    exact = _Windows(source, windows) if scheme.method == "gptq" else None
+    states = _Windows(source, windows, _pruners(config, scheme, windows, chunks))
+    exact = _Windows(source, windows, leader=states) if scheme.method == "gptq" else None
     for layer in progress(range(config.num_layers), "calibrating", unit="layer"):
         prefix = config.layer_prefix.format(layer=layer)
         norms = read_norms(config, layer, source.tensor)
         attend = Log2Attention(CODE_BOOKS[scheme.attention]) if scheme.attention in CODE_BOOKS else None
-        inputs = states.enter_layer(norms, attend)
-        wanted = exact.enter_layer(norms) if exact else inputs
+        inputs = states.enter_layer(layer, norms, attend)
+        wanted = exact.enter_layer(layer, norms) if exact else inputs
         for linear in config.linears:
             names = [prefix + part for part in linear.parts]
             float_operator = float_linear(source, names)
@@ -121,6 +153,16 @@ def quantize_layers(
                 parts = (*parts[:-1], replace(parts[-1], value_scale=attend.value_scales.numpy()))
             yield from zip(names, parts, strict=True)
             inputs = states.advance(operator(x) for x in drained(inputs))
+
+
+def _pruners(
+    config: DecoderConfig, scheme: Scheme, windows: list[list[int]], chunks: Sequence[int]
+) -> list[RowPruner] | None:
+    if scheme.pruning is None:
+        return None
+    tokens = len(windows[0])
+    positions = attention_positions(config, tokens)
+    return [RowPruner(scheme.pruning, chunks or [tokens], positions, tokens) for _ in windows]
 
 
 def _quantizer(

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from agq_tvm.errors import AgqError
+from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.runtime.bundle import LIBRARY, Bundle
 from agq_tvm.targets import detect
@@ -76,6 +77,11 @@ def chunks(count: int, buckets: tuple[int, ...] | list[int]) -> list[tuple[int, 
         cut.append((rows, min(rows, count)))
         count -= cut[-1][1]
     return cut
+
+
+def prompt_chunks(count: int) -> list[int]:
+    """Return the valid rows of each chunk of a prompt, as compiled models cut it."""
+    return [valid for _, valid in chunks(count, PREFILL_BUCKETS)]
 
 
 class Engine:

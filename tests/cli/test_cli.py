@@ -146,6 +146,7 @@ def test_every_command_has_help(agq):
         "eval",
         "lm-eval",
         "analyze",
+        "prune-search",
         "bench",
         "targets",
         "kernels",
@@ -184,8 +185,9 @@ def test_pruning_needs_layers_and_a_share(agq, tmp_path):
     arguments = ("quantize", write_tiny_llama(tmp_path / "model"), "-o", tmp_path / "c", "--method", "rtn")
     refused(agq(*arguments, "--prune-layers", "1,2"), "--prune-beta")
     refused(agq(*arguments, "--prune-layers", "1,9", "--prune-beta", "0.5"), "layer 9 does not exist")
-    made = result_of(agq(*arguments, "--prune-layers", "1,2", "--prune-beta", "0.5", "--json"))
-    assert made["pruning"] == {"layers": [1, 2], "beta": 0.5}
+    refused(agq(*arguments, "--prune-renumber"), "--prune-renumber", "--prune-layers")
+    made = result_of(agq(*arguments, "--prune-layers", "1,2", "--prune-beta", "0.5", "--prune-renumber", "--json"))
+    assert made["pruning"] == {"layers": [1, 2], "beta": 0.5, "renumber": True}
 
 
 def test_shifts_need_columns_and_static_activations(agq, tmp_path, text):
