@@ -13,6 +13,7 @@ from agq_tvm.kernels.emit import (
     erf,
     exp,
     float32,
+    lane_chunks,
     reduce_lanes,
     store_vector,
     task_loop,
@@ -132,6 +133,29 @@ def build(kernel: QuantizeKernel, layout: Layout):
                     row = m + term * kernel.rows
                     more = term + 1 < kernel.terms
                     _quantize_row(kernel, inputs[-1], row, more, y, partial, scalar, counts, total, outputs, layout)
+    return builder.get()
+
+
+def build_float(kernel: QuantizeKernel):
+    """Return what makes y as a kernel of its own, without quantization: y float32 [M, K] after the inputs.
+
+    No model runs it: profiles tell by it what quantization adds to a fused kernel.
+    """
+    name = f"{kernel.source}_float_m{kernel.rows}_k{kernel.channels}"
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
+            inputs = [T.arg(f"in{i}", T.buffer(shape, "float32")) for i, shape in enumerate(kernel.input_shapes())]
+            out = T.arg("out", T.buffer((kernel.rows, kernel.channels), "float32"))
+            with task_loop("row", kernel.rows, inputs, [out]) as m:
+                y = T.sblock_alloc_buffer((kernel.channels,), "float32")
+                partial = T.sblock_alloc_buffer((LANES,), "float32")
+                scalar = T.sblock_alloc_buffer((2,), "float32")
+                SOURCES[kernel.source](kernel, inputs, m, y, partial, scalar)
+                chunks, lanes = lane_chunks(kernel.channels)
+                with T.serial(chunks) as c, T.vectorized(lanes) as j:
+                    T.buffer_store(out, y[c * lanes + j], [m, c * lanes + j])
     return builder.get()
 
 
