@@ -16,6 +16,7 @@ def register(subparsers) -> None:
     _generate(subparsers)
     _eval(subparsers)
     _analyze(subparsers)
+    _profile(subparsers)
     _bench(subparsers)
     _targets(subparsers)
     _kernels(subparsers)
@@ -89,7 +90,7 @@ def _quantize(subparsers) -> None:
             symmetric=args.symmetric,
             activation=args.activation,
             max_refine=args.max_refine,
-            four_bit=tuple(filter(None, args.four_bit.split(","))),
+            four_bit=_four_bit(args),
             calibration=Calibration(args.calibration),
             pruning=_pruning(args),
             attention=args.attention,
@@ -139,6 +140,7 @@ def _quantize(subparsers) -> None:
         metavar="LINEARS",
         help="linears whose inputs get 4 bits instead of 8, e.g. o,gate_up,down (default: none)",
     )
+    parser.add_argument("--bits-from", metavar="PROFILE", help="take them from what `agq profile` proposed")
     parser.add_argument(
         "--attention",
         choices=("float", "log2", "log2-paper"),
@@ -157,6 +159,18 @@ def _quantize(subparsers) -> None:
     )
     parser.add_argument("--prune-beta", type=float, metavar="SHARE", help="share of the tokens that is gone at the end")
     _json_option(parser)
+
+
+def _four_bit(args) -> tuple[str, ...]:
+    """Return the linears that get 4-bit inputs, named by an option or by a profile."""
+    named = tuple(filter(None, args.four_bit.split(",")))
+    if args.bits_from is None:
+        return named
+    if named:
+        raise AgqError("--bits-from and --four-bit both name linears: give one of them")
+    from agq_tvm.flow.profile import bits_from
+
+    return bits_from(args.bits_from)
 
 
 def _pruning(args):
@@ -283,6 +297,36 @@ def _analyze(subparsers) -> None:
         default="calibration",
         metavar="TEXT",
         help="a text file, at least 512 tokens (default: a shipped one)",
+    )
+    _json_option(parser)
+
+
+def _profile(subparsers) -> None:
+    def run(args) -> None:
+        from agq_tvm.flow.profile import profile
+        from agq_tvm.flow.profile_report import as_text
+
+        options = {"rows": args.rows} if args.rows else {}
+        result = profile(
+            args.checkpoint, args.target, args.output, args.tracker, args.key, budget=args.budget, **options
+        )
+        print(json.dumps(result.as_dict()) if args.json else f"{as_text(result)}\n\n{args.output}")
+
+    parser = _command(
+        subparsers, "profile", "time a block's operations on a device, propose which inputs get 4 bits", run
+    )
+    parser.add_argument("checkpoint", metavar="CKPT")
+    parser.add_argument("--target", required=True, metavar="NAME", help="see `agq targets`; host is this machine")
+    parser.add_argument("-o", "--output", default="agq-profile", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--tracker", metavar="HOST:PORT", help="profile a board that is registered there")
+    parser.add_argument("--key", help="what the board is registered as (default: the target's name)")
+    parser.add_argument("--rows", type=_numbers, metavar="M,M,…", help="rows of activations (default: 1,128)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=1.0,
+        metavar="PERCENT",
+        help="perplexity that 4-bit inputs may cost (default: %(default)s)",
     )
     _json_option(parser)
 

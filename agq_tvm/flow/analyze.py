@@ -92,13 +92,23 @@ def analyze(
 
 
 def _pictures() -> Callable[["Observation", str, Path], None]:
+    need_matplotlib()
+    from agq_tvm.flow.pictures import draw
+
+    return draw
+
+
+def need_matplotlib() -> None:
+    """Refuse to go on without what pictures are drawn with.
+
+    Raises
+    ------
+    AgqError
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise AgqError("drawing pictures needs matplotlib: pip install 'agq-tvm[plot]'") from error
-    from agq_tvm.flow.pictures import draw
-
-    return draw
 
 
 def _observe(model: str | os.PathLike, data: str | os.PathLike) -> tuple["Observation", "Tokenizer"]:
