@@ -135,6 +135,7 @@ def test_every_command_has_help(agq):
         "generate",
         "eval",
         "analyze",
+        "profile",
         "bench",
         "targets",
         "kernels",
