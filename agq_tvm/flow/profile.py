@@ -156,6 +156,7 @@ def _timings(
     for block in blocks:
         say(f"timing {len(block.kernels)} kernels of {block.rows} rows on {where}")
         timings |= time_kernels(block.kernels.values(), place, effort)
+    place.forget()
     return emulated, timings
 
 

@@ -88,6 +88,10 @@ class Place:
             self._session.upload(str(path))
         return self._session.load_module(_LIBRARY)
 
+    def forget(self) -> None:
+        """Drop the operands of the last kernel."""
+        self.function("vm.builtin.tensor_cache.clear")()
+
 
 def time_kernels(kernels: Iterable[Kernel], place: Place, effort: Effort) -> dict[str, Timing]:
     """Time kernels and return, by their names, what one call takes.
@@ -206,7 +210,7 @@ def _arguments(kernel: Kernel, place: Place, groups: list[int], rng: np.random.G
     tensors = [tvm.runtime.tensor(operand.array(rng), place.cpu) for operand in kernel.operands]
     shared = [tensor for tensor, operand in zip(tensors, kernel.operands, strict=True) if not operand.cold]
     originals = [tensor for tensor, operand in zip(tensors, kernel.operands, strict=True) if operand.cold]
-    place.function("vm.builtin.tensor_cache.clear")()
+    place.forget()
     update, as_array = (
         place.function(f"vm.builtin.{name}") for name in ("tensor_cache.update", "param_array_from_cache")
     )

@@ -87,6 +87,8 @@ def test_each_call_takes_the_next_copy():
     for group, calls in enumerate((32, 8)):
         counts = [get(f"cold{group}_{i}").numpy() for i in range(calls)]
         np.testing.assert_array_equal(counts, np.full((calls, 4), 2))  # one pass to warm up, one that is timed
+    place.forget()
+    assert get("cold0_0") is None
 
 
 def test_profile_of_this_machine(tiny_checkpoint, tmp_path):
