@@ -19,6 +19,7 @@ def register(subparsers) -> None:
     _lm_eval(subparsers)
     _analyze(subparsers)
     _prune_search(subparsers)
+    _profile(subparsers)
     _bench(subparsers)
     _targets(subparsers)
     _kernels(subparsers)
@@ -100,6 +101,8 @@ def _quantize(subparsers) -> None:
             "attention",
         )
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        if args.bits_from:
+            given["four_bit"] = _bits_from(args)
         settings = variant_settings(args.variant) | given
         calibration = Calibration(args.calibration, args.calibration_samples, args.calibration_length, args.seed)
         pruning = _pruning(args)
@@ -167,6 +170,7 @@ def _quantize(subparsers) -> None:
         metavar="LINEARS",
         help="linears whose inputs get 4 bits instead of 8, e.g. o,gate_up,down (default: none)",
     )
+    parser.add_argument("--bits-from", metavar="PROFILE", help="take them from what `agq profile` proposed")
     parser.add_argument(
         "--attention",
         choices=("float", "log2", "log2-paper"),
@@ -205,6 +209,15 @@ def _pruning_options(parser) -> None:
         action="store_true",
         help="count the positions of tokens that are left anew (default: they keep theirs)",
     )
+
+
+def _bits_from(args) -> tuple[str, ...]:
+    """Return the linears that get 4-bit inputs as a profile proposes."""
+    if args.four_bit:
+        raise AgqError("--bits-from and --four-bit both name linears: give one of them")
+    from agq_tvm.flow.profile import bits_from
+
+    return bits_from(args.bits_from)
 
 
 def _pruning(args):
@@ -437,6 +450,36 @@ def _prune_search(subparsers) -> None:
     parser.add_argument("--window", type=_positive, default=512, metavar="N", help="default: %(default)s tokens")
     parser.add_argument(
         "--measure", action="store_true", help="of a CKPT: compile it with the best schedule and without, and time both"
+    )
+    _json_option(parser)
+
+
+def _profile(subparsers) -> None:
+    def run(args) -> None:
+        from agq_tvm.flow.profile import profile
+        from agq_tvm.flow.profile_report import as_text
+
+        options = {"rows": args.rows} if args.rows else {}
+        result = profile(
+            args.checkpoint, args.target, args.output, args.tracker, args.key, budget=args.budget, **options
+        )
+        print(json.dumps(result.as_dict()) if args.json else f"{as_text(result)}\n\n{args.output}")
+
+    parser = _command(
+        subparsers, "profile", "time a block's operations on a device, propose which inputs get 4 bits", run
+    )
+    parser.add_argument("checkpoint", metavar="CKPT")
+    parser.add_argument("--target", required=True, metavar="NAME", help="see `agq targets`; host is this machine")
+    parser.add_argument("-o", "--output", default="agq-profile", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--tracker", metavar="HOST:PORT", help="profile a board that is registered there")
+    parser.add_argument("--key", help="what the board is registered as (default: the target's name)")
+    parser.add_argument("--rows", type=_numbers, metavar="M,M,…", help="rows of activations (default: 1,128)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=1.0,
+        metavar="PERCENT",
+        help="perplexity that 4-bit inputs may cost (default: %(default)s)",
     )
     _json_option(parser)
 

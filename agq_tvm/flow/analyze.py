@@ -78,7 +78,7 @@ def analyze(
         layer to prune in does not exist, or the output cannot be written.
     """
     started = time.perf_counter()
-    _check_matplotlib()
+    need_matplotlib()
     _, text_sha256 = load_text(data, "train")
     with fresh_directory(output, "analysis") as directory:
         observations, tokenizer, pruning = _observe(model, data, pruning)
@@ -107,7 +107,13 @@ def analyze(
     }
 
 
-def _check_matplotlib() -> None:
+def need_matplotlib() -> None:
+    """Refuse to go on without what pictures are drawn with.
+
+    Raises
+    ------
+    AgqError
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -301,6 +301,10 @@ class Checkpoint:
     def vector(self, name: str) -> np.ndarray:
         """Read what stays float32 (see `vector_shapes`), e.g. ``"model.norm.weight"``."""
         return self._read(name)
+
+    def with_four_bit(self, roles: tuple[str, ...]) -> "Checkpoint":
+        """Return this checkpoint with 4-bit codes at the inputs of these linears, whatever its own scheme says."""
+        return Checkpoint(self.path, self.config, replace(self.scheme, four_bit=roles), self.raw_config, self._file)
 
     def _optional(self, name: str) -> np.ndarray | None:
         return self._read(name) if name in self._names else None

@@ -36,7 +36,7 @@ class LocalSession:
 
         bundle.check_runs_on(detect.machine(), detect.cpu_features())
         self.threads = threads or bundle.manifest["device"]["threads"]
-        _use_threads(self.threads)
+        use_threads(self.threads)
         self._tensor = tvm.runtime.tensor
         self._arrays = bundle.arrays()  # the tensors below are views of it
         self.library = tvm.runtime.load_module(str(bundle.path / LIBRARY))
@@ -51,7 +51,7 @@ class LocalSession:
         return self._machine[function](*inputs, self._packed).numpy()
 
 
-def _use_threads(count: int) -> None:
+def use_threads(count: int) -> None:
     """Give TVM's thread pool `count` threads on the processors of this process, bound to none of them.
 
     Left alone, TVM takes half the processors of an x86 machine and binds the caller to the first one, and with it

@@ -147,6 +147,7 @@ def test_every_command_has_help(agq):
         "lm-eval",
         "analyze",
         "prune-search",
+        "profile",
         "bench",
         "targets",
         "kernels",
