@@ -46,6 +46,9 @@ def test_the_compiled_model_is_the_reference(tmp_path, monkeypatch, case):
     family, more, isa = CASES[case]
     checkpoint = shifted_checkpoint(tmp_path, family, **more)
     model = CompiledModel(checkpoint, isa, 64, monkeypatch)
+    names = [gvar.name_hint for gvar, _ in model.lowered.functions_items()]
+    products = [name for name in names if name.startswith("linear_w4")]
+    assert len(products) >= 2 * 4 and all("column_shift" in name for name in products)
     reference = ReferenceModel.from_checkpoint(checkpoint)
     tokens = np.random.default_rng(5).integers(3, 259, 40).tolist()
     check_accumulators(model, model, model, checkpoint, reference, tokens[:9])
