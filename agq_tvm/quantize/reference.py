@@ -1,6 +1,7 @@
 """The torch reference: what a quantized model means, and the float model that it is measured against."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple, Protocol
@@ -175,6 +176,19 @@ class ReferenceModel:
 
         entry, exit = _ends(config, partial(_weight, source), FloatLinear, source.tensor)
         return cls(config, load_layer or own_layer, entry, exit, half_cache=False)
+
+    def altered(self, change: Callable[[int, Layer], Layer]) -> "ReferenceModel":
+        """Return a model whose layers are changed, to see what a part costs; this one stays as it is.
+
+        Parameters
+        ----------
+        change : callable
+            From the index of a layer and the layer to what stands in its place.
+        """
+        layer = self._layer
+        model = copy(self)
+        model._layer = cache(lambda index: change(index, layer(index)))
+        return model
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], trace: Trace | None = None, observer: Observer | None = None) -> np.ndarray:
