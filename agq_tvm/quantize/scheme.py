@@ -92,6 +92,8 @@ class Scheme:
             raise AgqError(
                 f"shifts need group size {COLUMN}, static activations and max_refine of 1 or more: set all three"
             )
+        if self.shifts and self.weight_bits == 8:
+            raise AgqError("8-bit weights have no kernels that shift: leave out shifts, or choose 4 bits")
         if self.max_refine and self.group_size == COLUMN and not self.shifts:
             raise AgqError(
                 f"max_refine needs groups of 32, 64 or 128: choose one of these, or group size {COLUMN} with shifts"

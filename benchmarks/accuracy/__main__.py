@@ -10,6 +10,7 @@ a bound is not met.
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from agq_tvm.errors import AgqError
@@ -22,6 +23,8 @@ from benchmarks.tables import RESULTS, report, write_report
 
 REAL = "smollm2-135m-instruct"
 WINDOW, WINDOWS = 512, 16
+FEWER, LONG_WINDOW = 8, 1024
+"""Windows where differences are large or rows are many."""
 OUTLIER_SHIFT = 6
 PARTS = ("families", "pruning", "static", "outliers", "softmax")
 
@@ -78,13 +81,18 @@ def _families(workshop: Workshop, arguments: argparse.Namespace) -> list[Section
     return sections
 
 
+def _long(subject: Subject) -> Subject:
+    window = min(LONG_WINDOW, subject.source.config.context_length)
+    return replace(subject, window=window, windows=WINDOW * WINDOWS // window)
+
+
 def _pruning(workshop: Workshop, arguments: argparse.Namespace) -> list[Section]:
-    found = subjects(arguments.models)
+    found = [_long(subject) for subject in subjects(arguments.models)]
     return [Section(s, "persuasion", "Pruning", tuple(families.pruned_rows(workshop, s, "persuasion"))) for s in found]
 
 
 def _kept(workshop: Workshop, arguments: argparse.Namespace) -> tuple[Subject, Checkpoint]:
-    subject = subjects(arguments.models)[0]
+    subject = replace(subjects(arguments.models)[0], windows=FEWER)
     return subject, workshop.checkpoint(subject, "keep", {"method": "keep"})
 
 
@@ -101,7 +109,7 @@ def _softmax(workshop: Workshop, arguments: argparse.Namespace) -> list[Section]
 
 
 def _outliers(workshop: Workshop, arguments: argparse.Namespace) -> list[Section]:
-    found = subjects(arguments.models)
+    found = [replace(subject, windows=FEWER) for subject in subjects(arguments.models)]
     return [Section(s, "persuasion", "Outliers", tuple(outliers.rows(workshop, s, "persuasion"))) for s in found]
 
 
