@@ -93,13 +93,16 @@ def _quantize(subparsers) -> None:
             calibration=Calibration(args.calibration),
             pruning=_pruning(args),
             attention=args.attention,
+            mixed_bits=args.activation_bits,
+            fold=args.fold,
         )
         rows = [
             ("checkpoint", args.output),
             ("method", result["method"]),
             (
                 "weights",
-                f"4 bit, groups of {result['group_size']}, {result['bits_per_weight']:.2f} bit stored",
+                f"4 bit, groups of {result['group_size']}, {result['bits_per_weight']:.2f} bit stored"
+                + (", norms folded in" if result["fold"] else ""),
             ),
             ("activations", _activations(result)),
             ("attention", result["attention"]),
@@ -140,6 +143,17 @@ def _quantize(subparsers) -> None:
         help="linears whose inputs get 4 bits instead of 8, e.g. o,gate_up,down (default: none)",
     )
     parser.add_argument(
+        "--activation-bits",
+        type=float,
+        default=0,
+        metavar="BITS",
+        help="4 to 7 bits for each group of channels, on average at most this many, scales included, e.g. 5.0 "
+        "(default: 8, and 4 where --four-bit says so, scales not included)",
+    )
+    parser.add_argument(
+        "--fold", action="store_true", help="first move powers of two from the norms into the weights (not with keep)"
+    )
+    parser.add_argument(
         "--attention",
         choices=("float", "log2", "log2-paper"),
         default="float",
@@ -178,6 +192,8 @@ def _activations(result: dict) -> str:
     """Say in words how activations are quantized."""
     if result["activation"] == "none":
         return "float"
+    if result["mixed_bits"]:
+        return f"4 to 7 bit, {result['activation_bits']:.3f} on average with scales and zero points"
     refined = f", TRIP up to 2^{result['max_refine']}" if result["max_refine"] else ""
     four_bit = f", 4 bit at the inputs of {', '.join(result['four_bit'])}" if result["four_bit"] else ""
     return f"8 bit, {result['activation']}{refined}{four_bit}"

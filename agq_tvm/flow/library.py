@@ -116,8 +116,8 @@ def linear_format(scheme: Scheme, offsets: str | None):
     """
     from agq_tvm.passes.quantize_linears import LinearFormat
 
-    refined = scheme.max_refine > 0
-    return LinearFormat(4, scheme.group_size, scheme.activation, offsets, refined, scheme.four_bit)
+    refined, mixed = scheme.max_refine > 0, scheme.mixed_bits > 0
+    return LinearFormat(4, scheme.group_size, scheme.activation, offsets, refined, scheme.four_bit, mixed=mixed)
 
 
 def _build(request: LibraryRequest) -> None:

@@ -29,7 +29,8 @@ def unpack_codes(linear: QuantizedLinear) -> np.ndarray:
 
 
 def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str | None) -> dict[str, np.ndarray]:
-    """Pack matrices stacked along N: ``w``, ``ws``, and ``wo``, ``bias``, ``refine``, ``act`` where the form has them.
+    """Pack matrices stacked along N: ``w``, ``ws``, and where the form has them ``wo``, ``bias``, ``refine``, ``act``,
+    ``steps`` and ``tops``.
 
     A static zero point z becomes part of the bias: b[n] - s_x · z · Σ_k w[n, k]. TRIP's powers of two become
     part of scales and offsets, and their inverses per channel are ``refine``.
@@ -53,6 +54,11 @@ def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str
         packed["refine"] = np.repeat(inverse, first.group_size)[: first.in_features]
     if first.act_scale is not None:
         packed["act"] = np.concatenate([first.act_scale, first.act_zero]).astype("float32")
+    if first.bits is not None:
+        steps = np.zeros(len(first.bits) * first.group_size)
+        steps[: first.in_features] = first.steps
+        packed["steps"] = np.exp2(np.stack([-steps, steps])).astype("float32")
+        packed["tops"] = (np.exp2(first.bits.astype("float32")) - 1).astype("float32")
     return packed
 
 

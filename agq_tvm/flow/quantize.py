@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,14 @@ from agq_tvm.progress import progress, say
 from agq_tvm.quantize.checkpoint import (
     QuantizedLinear,
     QuantizedTable,
+    group_count,
     linear_shapes,
     table_shapes,
     vector_shapes,
     write_checkpoint,
 )
+from agq_tvm.quantize.fold import folded
+from agq_tvm.quantize.mixed_format import average_bits
 from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.scheme import GROUP_SIZES, Scheme, check_roles
 from agq_tvm.quantize.source import Source, open_source, quantize_matrix
@@ -57,6 +60,8 @@ def quantize(
     calibration: Calibration | None = None,
     pruning: PruningSchedule | None = None,
     attention: str = "float",
+    mixed_bits: float = 0,
+    fold: bool = False,
 ) -> dict:
     """Quantize a model and write the checkpoint.
 
@@ -85,13 +90,20 @@ def quantize(
     attention : {"float", "log2", "log2-paper"}
         What probabilities of attention are rounded to, see `agq_tvm.quantize.codebooks.CODE_BOOKS`; unless
         ``"float"``, values are cached as int8.
+    mixed_bits : float
+        Not 0: the largest average of bits of an activation, scales included. Groups of channels get codes of 4 to 7
+        bits by what their errors do to the loss. For ``"per-token-group"``.
+    fold : bool
+        First move powers of two from the norms into the weights that read them, which changes no float. Not with
+        ``"keep"``.
 
     Returns
     -------
     dict
         ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
-        or ``layers`` and ``beta``), ``attention``, ``bytes`` of the weights file, ``bits_per_weight`` of the
-        matrices with their scales and offsets, ``relative_weight_error``
+        or ``layers`` and ``beta``), ``attention``, ``mixed_bits``, ``fold``, ``activation_bits`` (the average at the
+        inputs of the layers' linears, scales included; 32 for float ones), ``bytes`` of the weights file,
+        ``bits_per_weight`` of the matrices with their scales and offsets, ``relative_weight_error``
         (root of the summed squared error over that of the weights), and ``seconds``.
 
     Raises
@@ -102,7 +114,10 @@ def quantize(
     started = time.perf_counter()
     source = open_source(model)
     weights = _choose_weights(source, method, group_size, symmetric)
-    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), pruning, attention)
+    scheme = Scheme(
+        *weights, activation, max_refine, tuple(four_bit), pruning, attention, mixed_bits=mixed_bits, fold=fold
+    )
+    source = folded(source) if fold else source
     check_roles(source.config, scheme.four_bit)
     if pruning is not None:
         pruning.check_layers(source.config.num_layers)
@@ -119,6 +134,7 @@ def quantize(
         size = (directory / "model.safetensors").stat().st_size
     return {
         **asdict(scheme),
+        "activation_bits": _activation_bits(source, scheme, linears),
         "bytes": size,
         "bits_per_weight": _bits_per_weight(linears),
         "relative_weight_error": error,
@@ -157,9 +173,16 @@ def _windows(directory: Path, calibration: Calibration, scheme: Scheme, source: 
 
 def _linears(source: Source, scheme: Scheme, windows: list[list[int]] | None) -> dict[str, QuantizedLinear]:
     if windows is not None:
-        from agq_tvm.quantize.streaming import quantize_layers
+        from agq_tvm.quantize.sensitivity import choose_formats
+        from agq_tvm.quantize.streaming import quantize_layers, with_formats
 
-        return quantize_layers(source, scheme, windows)
+        formats = None
+        if scheme.mixed_bits:
+            formats = choose_formats(source, windows, scheme.group_size, scheme.mixed_bits)
+            if not replace(scheme, mixed_bits=0).is_calibrated:
+                linears = {name: quantize_matrix(source, name, scheme) for name in linear_shapes(source.config)}
+                return with_formats(source.config, linears, formats)
+        return quantize_layers(source, scheme, windows, formats)
     names = progress(linear_shapes(source.config), "quantizing")
     return {name: quantize_matrix(source, name, scheme) for name in names}
 
@@ -175,6 +198,24 @@ def _relative_error(source: Source, linears: dict[str, QuantizedLinear]) -> floa
         error += float(np.square(dequantize(linear) - weight, dtype="float64").sum())
         total += float(np.square(weight, dtype="float64").sum())
     return float(np.sqrt(error / total)) if total else 0.0
+
+
+def _activation_bits(source: Source, scheme: Scheme, linears: dict[str, QuantizedLinear]) -> float:
+    """Return the average bits of the activations that the layers' linears read, their scales included."""
+    config = source.config
+    if scheme.activation == "none":
+        return 32.0
+    if scheme.mixed_bits:
+        prefixes = [config.layer_prefix.format(layer=layer) for layer in range(config.num_layers)]
+        first = [(prefix + each.parts[0], each.in_features) for prefix in prefixes for each in config.linears]
+        return average_bits([(linears[name].bits, channels) for name, channels in first], scheme.group_size)
+    stored = channels = 0
+    for linear in config.linears:
+        groups = group_count(linear.in_features, scheme.group_size)
+        scales = {"per-token": 1, "per-token-group": groups, "static": 0}[scheme.activation]
+        stored += scheme.activation_bits(linear.name) * linear.in_features + 32 * scales
+        channels += linear.in_features
+    return stored / channels
 
 
 def _bits_per_weight(linears: dict[str, QuantizedLinear]) -> float:

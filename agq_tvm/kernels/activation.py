@@ -3,6 +3,7 @@
 Codes are written by k-block, then row, as `linear.py` reads them. For s = max|y| / L over a row or a group:
 q = round half to even of y · (1/s); a row (or group) of zeros has s = 1. Static: q = y / s + z, clipped to -L..L.
 L is 127, or 7 for codes of 4 bits. Two terms: y - s q is quantized again, into as many rows after the first ones.
+Mixed: codes of 4 to 7 bits with a zero point for each group of a row, see `agq_tvm.quantize.mixed`.
 """
 
 import math
@@ -19,6 +20,7 @@ from agq_tvm.kernels.emit import (
 )
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
+from agq_tvm.kernels.mixed import quantize_mixed_row
 from agq_tvm.kernels.norm import store_moments, store_sum
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
@@ -48,6 +50,8 @@ class QuantizeKernel:
         Of the codes, 8 or 4.
     terms : int
         1, or 2 with scales of groups.
+    mixed : bool
+        With scales of groups: whether each group has bits and each channel a step of its own.
     """
 
     source: str
@@ -59,6 +63,7 @@ class QuantizeKernel:
     refined: bool = False
     bits: int = 8
     terms: int = 1
+    mixed: bool = False
 
     @property
     def limit(self) -> int:
@@ -81,15 +86,21 @@ class QuantizeKernel:
         prefix = "" if self.source == "plain" else f"{self.source}_"
         mode = self.mode.replace("-", "_")
         form = f"{mode}{'_refined' if self.refined else ''}{'_4bit' if self.bits == 4 else ''}"
-        form += "_two_terms" if self.terms == 2 else ""
+        form += "_two_terms" if self.terms == 2 else "_mixed" if self.mixed else ""
         return f"{prefix}quantize_{form}_g{self.group_size}_m{self.rows}_k{self.channels}"
 
     def input_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the float32 inputs: x, by source the norm's gain and bias, the refining vector, static (s, z)."""
+        """Shapes of the float32 inputs.
+
+        x; by source the norm's gain and bias; the refining vector; static (s, z), or mixed (inverse steps and steps of
+        all channels, padded ones included, then the largest q of each group).
+        """
         M, K = self.rows, self.channels
         vectors = {"rms_norm": 1, "layer_norm": 2}.get(self.source, 0)
         shapes = [(M, 2 * K if self.source == "silu_mul" else K), *[(K,)] * vectors]
         shapes += [(K,)] * self.refined
+        if self.mixed:
+            return [*shapes, (2, self.groups * self.group_size), (self.groups,)]
         return [*shapes, (2,)] if self.mode == "static" else shapes
 
     def output_shapes(self, layout: Layout) -> list[tuple[tuple[int, ...], str]]:
@@ -128,10 +139,13 @@ def build(kernel: QuantizeKernel, layout: Layout):
                 if padded > K:
                     with T.serial(padded - K) as k:
                         T.buffer_store(y, float32(0), [K + k])
-                for term in range(kernel.terms):
-                    row = m + term * kernel.rows
-                    more = term + 1 < kernel.terms
-                    _quantize_row(kernel, inputs[-1], row, more, y, partial, scalar, counts, total, outputs, layout)
+                if kernel.mixed:
+                    quantize_mixed_row(kernel, inputs[-2:], m, y, outputs, layout)
+                else:
+                    for term in range(kernel.terms):
+                        row = m + term * kernel.rows
+                        more = term + 1 < kernel.terms
+                        _quantize_row(kernel, inputs[-1], row, more, y, partial, scalar, counts, total, outputs, layout)
     return builder.get()
 
 
@@ -222,15 +236,13 @@ def _quantize_row(kernel, static, m, more, y, partial, scalar, counts, total, ou
         with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
             k = g * size + c * LANES + j
             code = T.Cast("int8", _code(kernel, y, static, scalar, k))
-            T.buffer_store(codes, code, [k // K_BLOCK, m, *_place(k % K_BLOCK, layout)])
+            T.buffer_store(codes, code, [k // K_BLOCK, m, *layout.place(k % K_BLOCK)])
         if more:  # leave to the next term what this one lacks
             with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
                 k = g * size + c * LANES + j
                 rest = y[k] - scalar[0] * T.Cast("float32", _code(kernel, y, static, scalar, k))
                 T.buffer_store(y, rest, [k])
-        T.buffer_store(total, counts[0], [0])
-        for lane in range(1, LANES):
-            T.buffer_store(total, total[0] + counts[lane], [0])
+        reduce_lanes(counts, lambda a, b: a + b, total)
         T.buffer_store(sums, total[0], [m, g])
 
 
@@ -258,9 +270,3 @@ def _code(kernel, y, static, scalar, k):
     if kernel.channels % kernel.group_size:
         return T.Select(k < kernel.channels, q, tirx.const(0, "int32"))
     return q
-
-
-def _place(channel, layout: Layout):
-    """Indices (step, half, i) of a channel inside a k-block."""
-    D = layout.depth
-    return channel // (2 * D), channel // D % 2, channel % D

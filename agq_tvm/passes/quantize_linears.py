@@ -5,8 +5,8 @@
     take(embedding, tokens)                 ->  embedding(tokens, embedding.w, embedding.ws)
 
 The parameter ``w`` of a function gives way to the packed ones: ``w.w`` codes, ``w.ws`` scales, ``w.wo`` offsets,
-``w.bias`` (a linear's own, and what static activations add), ``w.refine`` (TRIP's inverse powers of two), and
-``w.act`` (scale and zero point of static activations).
+``w.bias`` (a linear's own, and what static activations add), ``w.refine`` (TRIP's inverse powers of two),
+``w.act`` (scale and zero point of static activations), and ``w.steps`` and ``w.tops`` (of activations of mixed bits).
 """
 
 from dataclasses import dataclass
@@ -42,6 +42,8 @@ class LinearFormat:
         Roles of the linears whose inputs have 4-bit codes.
     terms : int
         Of the activations, 1 or 2.
+    mixed : bool
+        Whether each group of an activation has a number of bits of its own.
     """
 
     bits: int
@@ -51,6 +53,12 @@ class LinearFormat:
     refined: bool = False
     four_bit: tuple[str, ...] = ()
     terms: int = 1
+    mixed: bool = False
+
+    @property
+    def quantizing(self) -> int:
+        """Number of operands that the quantization reads, not the product."""
+        return (self.activation == "static") + self.refined + 2 * self.mixed
 
 
 TABLE_FORMAT = LinearFormat(8, TABLE_GROUP, "per-token-group", None, terms=2)
@@ -75,6 +83,9 @@ def packed_parameters(name: str, columns: int, channels: int, format: LinearForm
         parameters.append((f"{name}.refine", (channels,), "float32"))
     if format.activation == "static":
         parameters.append((f"{name}.act", (2,), "float32"))
+    if format.mixed:
+        parameters.append((f"{name}.steps", (2, padded), "float32"))
+        parameters.append((f"{name}.tops", (padded // format.group_size,), "float32"))
     return parameters
 
 
@@ -139,7 +150,6 @@ class _Quantizer(relax.PyExprMutator):
         static = format.activation == "static"
         layout = self.isa.layout(format.bits)
         bits = 4 if weight.name.rpartition(".")[2] in format.four_bit else 8
-        extra = static + format.refined  # operands that the quantization reads, not the product
         quantize = QuantizeKernel(
             "plain",
             rows,
@@ -149,10 +159,12 @@ class _Quantizer(relax.PyExprMutator):
             refined=format.refined,
             bits=bits,
             terms=format.terms,
+            mixed=format.mixed,
         )
+        own = len(operands) - format.quantizing
         codes = self._call(
             annotate(activation.build(quantize, layout), quantize),
-            [x, *operands[len(operands) - extra :]],
+            [x, *operands[own:]],
             quantize.output_shapes(layout),
         )
         kernel = LinearKernel(
@@ -172,7 +184,7 @@ class _Quantizer(relax.PyExprMutator):
             annotate(linear.define(kernel, self.isa), kernel),
             [
                 *(self.builder_.emit(relax.TupleGetItem(codes, i)) for i in range(3)),
-                *operands[: len(operands) - extra],
+                *operands[:own],
             ],
             [((rows, width), "float32")],
         )

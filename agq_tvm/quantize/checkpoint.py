@@ -14,11 +14,13 @@ from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json, write_json
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.models.registry import describe
+from agq_tvm.quantize.mixed_format import is_valid
 from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.quantize.scheme import Scheme, check_roles
 
 FORMAT_VERSION = 1
 TABLE_GROUP = 32
+_FIELDS = ("qweight", "scales", "offsets", "bias", "act_scale", "act_zero", "alpha", "value_scale", "bits", "steps")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class QuantizedLinear:
     value_scale : float32 array [KV] or None
         The matrix that values come from, with quantized attention only: static scale of every KV head's values,
         ``v = value_scale * code``.
+    bits : uint8 array [G] or None
+        With a budget of activation bits: those of each group's codes, see `agq_tvm.quantize.mixed`.
+    steps : uint8 array [K] or None
+        The exponent of each channel's step then.
     """
 
     qweight: np.ndarray
@@ -57,6 +63,8 @@ class QuantizedLinear:
     act_zero: np.ndarray | None = None
     alpha: np.ndarray | None = None
     value_scale: np.ndarray | None = None
+    bits: np.ndarray | None = None
+    steps: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,7 @@ def write_checkpoint(
     """
     tensors = {name: np.ascontiguousarray(value, "float32") for name, value in vectors.items()}
     for name, linear in linears.items():
-        for field in ("qweight", "scales", "offsets", "bias", "act_scale", "act_zero", "alpha", "value_scale"):
+        for field in _FIELDS:
             value = getattr(linear, field)
             if value is not None:
                 tensors[f"{name}.{field}"] = np.ascontiguousarray(value)
@@ -225,6 +233,9 @@ class Checkpoint:
         alpha = self._optional(f"{name}.alpha")
         if alpha is not None and not (alpha.min() >= 0 and alpha.max() <= self.scheme.max_refine):
             raise self._damaged(f"{name} has exponents outside 0..{self.scheme.max_refine}")
+        bits, steps = self._optional(f"{name}.bits"), self._optional(f"{name}.steps")
+        if bits is not None and not is_valid(bits, steps, self.scheme.group_size):
+            raise self._damaged(f"{name} has bits or steps of activations out of range")
         return QuantizedLinear(
             qweight=self._read(f"{name}.qweight"),
             scales=self._read(f"{name}.scales"),
@@ -236,6 +247,8 @@ class Checkpoint:
             act_zero=act_zero,
             alpha=alpha,
             value_scale=self._optional(f"{name}.value_scale"),
+            bits=bits,
+            steps=steps,
         )
 
     def fused(self, layer: int, parts: tuple[str, ...]) -> tuple[QuantizedLinear, ...]:
@@ -249,7 +262,7 @@ class Checkpoint:
         """
         prefix = self.config.layer_prefix.format(layer=layer)
         linears = tuple(self.linear(prefix + part) for part in parts)
-        fields = [(linear.act_scale, linear.act_zero, linear.alpha) for linear in linears]
+        fields = [(each.act_scale, each.act_zero, each.alpha, each.bits, each.steps) for each in linears]
         if len({tuple(None if value is None else value.tobytes() for value in values) for values in fields}) > 1:
             raise self._damaged(f"{', '.join(parts)} of layer {layer} disagree on their shared input")
         return linears
@@ -301,7 +314,8 @@ def _read_scheme(ours: Mapping) -> Scheme:
         raise AgqError(f"four_bit must be a list of linears, not {four_bit!r}")
     values = (ours.get(name) for name in ("method", "group_size", "symmetric", "activation"))
     pruning, attention = read_schedule(ours.get("pruning")), ours.get("attention", "float")
-    return Scheme(*values, ours.get("max_refine", 0), tuple(four_bit), pruning, attention)
+    more = {"mixed_bits": ours.get("mixed_bits", 0), "fold": ours.get("fold", False)}
+    return Scheme(*values, ours.get("max_refine", 0), tuple(four_bit), pruning, attention, **more)
 
 
 def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
@@ -324,6 +338,9 @@ def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
             expected[f"{name}.act_zero"] = (("I32",), (1,))
         if scheme.max_refine:
             expected[f"{name}.alpha"] = (("I8",), groups[1:])
+        if scheme.mixed_bits:
+            expected[f"{name}.bits"] = (("U8",), groups[1:])
+            expected[f"{name}.steps"] = (("U8",), (columns,))
     return expected
 
 

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agq_tvm.quantize.activations import ActivationQuantizer, to_groups
+from agq_tvm.quantize.activations import ActivationQuantizer
 from agq_tvm.quantize.checkpoint import TABLE_GROUP, QuantizedLinear
+from agq_tvm.quantize.grouping import to_groups
+from agq_tvm.quantize.mixed import MixedFormat
 from agq_tvm.quantize.source import Source
 from agq_tvm.quantize.weights import dequantize, grid_of, unpack
 
@@ -145,4 +147,7 @@ def _quantizer(parts: tuple[QuantizedLinear, ...], activation: str, bits: int) -
     if activation == "static":
         static = float(first.act_scale[0]), int(first.act_zero[0])
     alpha = None if first.alpha is None else torch.from_numpy(first.alpha.astype("int32"))
-    return ActivationQuantizer(activation, first.group_size, static, alpha, bits)
+    mixed = None
+    if first.bits is not None and activation == "per-token-group":
+        mixed = MixedFormat(*(torch.from_numpy(values.astype("int64")) for values in (first.bits, first.steps)))
+    return ActivationQuantizer(activation, first.group_size, static, alpha, bits, mixed)

@@ -38,6 +38,12 @@ class Scheme:
         Which tokens of a prompt are dropped on their way through the layers.
     attention : str
         ``"float"``, or a name in `CODE_BOOKS`: probabilities are powers of two then, and values int8.
+    mixed_bits : float
+        Not 0: the largest average of bits of an activation, scales included; every group of channels gets 4 to 7 of
+        them (`agq_tvm.quantize.mixed`). For ``"per-token-group"``.
+    fold : bool
+        Whether powers of two were moved from norms into the weights that read them (`agq_tvm.quantize.fold`). Not
+        with ``"keep"``.
     """
 
     method: str
@@ -48,6 +54,8 @@ class Scheme:
     four_bit: tuple[str, ...] = ()
     pruning: PruningSchedule | None = None
     attention: str = "float"
+    mixed_bits: float = 0
+    fold: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -68,11 +76,21 @@ class Scheme:
             raise AgqError(f"four_bit must be names of linears, not {self.four_bit!r}")
         if self.four_bit and self.activation == "none":
             raise AgqError("float activations have no 4-bit codes: choose another activation, or leave out four_bit")
+        if type(self.mixed_bits) not in (int, float) or not (self.mixed_bits == 0 or 4 < self.mixed_bits <= 8):
+            raise AgqError(f"{self.mixed_bits!r} bits of activations are not a number above 4 and up to 8")
+        if self.mixed_bits and (self.activation != "per-token-group" or self.four_bit):
+            raise AgqError("a budget of bits is for per-token-group activations, without four_bit: leave one out")
+
+        if type(self.fold) is not bool:
+            raise AgqError(f"fold must be true or false, not {self.fold!r}")
+        if self.fold and self.method == "keep":
+            raise AgqError("keep leaves the model's own grid, which has no room for powers of two: choose gptq or rtn")
 
     @property
     def is_calibrated(self) -> bool:
         """Whether quantizing looks at what passes through the model."""
-        return self.method == "gptq" or self.activation == "static" or self.max_refine > 0 or self.attention != "float"
+        calibrated = (self.activation == "static", self.max_refine, self.attention != "float", self.mixed_bits)
+        return self.method == "gptq" or any(calibrated)
 
     def activation_bits(self, role: str) -> int:
         """Return the bits of the activation codes at the input of the linear of that role."""

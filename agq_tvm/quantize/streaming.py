@@ -4,7 +4,7 @@ Memory is that of the windows' hidden states (for GPTQ, in the float model too),
 two matrices of a linear's inner dimension squared.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.quantize.forward import Attend, LayerSteps, Norms, attention_positions, layer_steps, read_norms
 from agq_tvm.quantize.gptq import gptq
 from agq_tvm.quantize.log2 import Log2Attention, value_scales
+from agq_tvm.quantize.mixed import MixedFormat
 from agq_tvm.quantize.operators import FloatLinear, float_linear, stacked_weights
 from agq_tvm.quantize.reference import float_entry
 from agq_tvm.quantize.scheme import Scheme
@@ -58,7 +59,12 @@ class _Windows:
 
 
 @torch.inference_mode()
-def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) -> dict[str, QuantizedLinear]:
+def quantize_layers(
+    source: Source,
+    scheme: Scheme,
+    windows: list[list[int]],
+    formats: Mapping[tuple[int, str], MixedFormat] | None = None,
+) -> dict[str, QuantizedLinear]:
     """Quantize every linear, on inputs that come out of the already quantized ones before it.
 
     Inputs are rounded as the scheme rounds activations, and attention is the scheme's. GPTQ fits each linear to what
@@ -70,6 +76,8 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
     scheme : Scheme
     windows : list of lists of int
         Calibration tokens.
+    formats : mapping, optional
+        Bits and steps of activations, by layer and name of the linear.
 
     Returns
     -------
@@ -91,6 +99,8 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
             names = [prefix + part for part in linear.parts]
             float_operator = float_linear(source, names)
             quantizer = _quantizer(inputs, float_operator.weight, linear.name, scheme)
+            if formats:
+                quantizer = replace(quantizer, mixed=formats[layer, linear.name])
             inputs = [quantizer.rounded(x) for x in inputs]
             if exact:
                 parts = _by_gptq(source, names, linear, inputs, wanted, scheme)
@@ -128,6 +138,8 @@ def _with_quantizer(linear: QuantizedLinear, name: str, quantizer: ActivationQua
     if quantizer.static:
         scale, zero = quantizer.static
         linear = replace(linear, act_scale=np.array([scale], "float32"), act_zero=np.array([zero], "int32"))
+    if quantizer.mixed:
+        linear = _with_format(linear, quantizer.mixed)
     if quantizer.alpha is None:
         return linear
     linear = replace(linear, alpha=quantizer.alpha.numpy().astype("int8"))
@@ -135,6 +147,24 @@ def _with_quantizer(linear: QuantizedLinear, name: str, quantizer: ActivationQua
         if not np.isfinite((values * np.exp2(linear.alpha, dtype="float32")).astype("float16")).all():
             raise AgqError(f"{name}: scales times 2^{linear.alpha.max()} leave float16's range: lower max_refine")
     return linear
+
+
+def with_formats(
+    config: DecoderConfig, linears: dict[str, QuantizedLinear], formats: Mapping[tuple[int, str], MixedFormat]
+) -> dict[str, QuantizedLinear]:
+    """Store bits and steps of activations, by layer and name of the linear, with every matrix that reads them."""
+    return {
+        name: _with_format(linears[name], format)
+        for (layer, role), format in formats.items()
+        for linear in config.linears
+        if linear.name == role
+        for name in (config.layer_prefix.format(layer=layer) + part for part in linear.parts)
+    }
+
+
+def _with_format(linear: QuantizedLinear, format: MixedFormat) -> QuantizedLinear:
+    bits, steps = (values.numpy().astype("uint8") for values in (format.bits, format.steps))
+    return replace(linear, bits=bits, steps=steps)
 
 
 def _by_gptq(
