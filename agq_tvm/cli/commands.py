@@ -147,7 +147,7 @@ def _quantize(subparsers) -> None:
         type=float,
         default=0,
         metavar="BITS",
-        help="4 to 7 bits for each group of channels, on average at most this many, scales included, e.g. 5.0 "
+        help="4 to 7 bits for each channel, on average at most this many, scales included, e.g. 5.0 "
         "(default: 8, and 4 where --four-bit says so, scales not included)",
     )
     parser.add_argument(

@@ -7,6 +7,7 @@ import numpy as np
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.quantize.checkpoint import TABLE_GROUP, Checkpoint, QuantizedLinear, QuantizedTable
+from agq_tvm.quantize.mixed_format import BITS, widths
 
 
 def offsets_dtype(checkpoint: Checkpoint) -> str | None:
@@ -29,8 +30,8 @@ def unpack_codes(linear: QuantizedLinear) -> np.ndarray:
 
 
 def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str | None) -> dict[str, np.ndarray]:
-    """Pack matrices stacked along N: ``w``, ``ws``, and where the form has them ``wo``, ``bias``, ``refine``, ``act``,
-    ``steps`` and ``tops``.
+    """Pack matrices stacked along N: ``w``, ``ws``, and where the form has them ``wo``, ``bias``, ``refine``, ``act``
+    and ``powers``.
 
     A static zero point z becomes part of the bias: b[n] - s_x · z · Σ_k w[n, k]. TRIP's powers of two become
     part of scales and offsets, and their inverses per channel are ``refine``.
@@ -55,10 +56,10 @@ def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str
     if first.act_scale is not None:
         packed["act"] = np.concatenate([first.act_scale, first.act_zero]).astype("float32")
     if first.bits is not None:
-        steps = np.zeros(len(first.bits) * first.group_size)
-        steps[: first.in_features] = first.steps
-        packed["steps"] = np.exp2(np.stack([-steps, steps])).astype("float32")
-        packed["tops"] = (np.exp2(first.bits.astype("float32")) - 1).astype("float32")
+        bits, steps = first.bits.astype("int64"), first.steps.astype("int64")
+        exponents = np.zeros((3, k_blocks(first.in_features, first.group_size) * K_BLOCK))
+        exponents[:, : first.in_features] = -widths(bits, steps), bits - min(BITS), steps
+        packed["powers"] = np.exp2(exponents).astype("float32")
     return packed
 
 

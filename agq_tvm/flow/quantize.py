@@ -91,8 +91,8 @@ def quantize(
         What probabilities of attention are rounded to, see `agq_tvm.quantize.codebooks.CODE_BOOKS`; unless
         ``"float"``, values are cached as int8.
     mixed_bits : float
-        Not 0: the largest average of bits of an activation, scales included. Groups of channels get codes of 4 to 7
-        bits by what their errors do to the loss. For ``"per-token-group"``.
+        Not 0: the largest average of bits of an activation, scales included. Channels get codes of 4 to 7 bits
+        by what their errors do to the loss. For ``"per-token-group"``.
     fold : bool
         First move powers of two from the norms into the weights that read them, which changes no float. Not with
         ``"keep"``.
@@ -207,8 +207,8 @@ def _activation_bits(source: Source, scheme: Scheme, linears: dict[str, Quantize
         return 32.0
     if scheme.mixed_bits:
         prefixes = [config.layer_prefix.format(layer=layer) for layer in range(config.num_layers)]
-        first = [(prefix + each.parts[0], each.in_features) for prefix in prefixes for each in config.linears]
-        return average_bits([(linears[name].bits, channels) for name, channels in first], scheme.group_size)
+        first = [prefix + linear.parts[0] for prefix in prefixes for linear in config.linears]
+        return average_bits([linears[name].bits for name in first], scheme.group_size)
     stored = channels = 0
     for linear in config.linears:
         groups = group_count(linear.in_features, scheme.group_size)

@@ -51,7 +51,7 @@ class QuantizeKernel:
     terms : int
         1, or 2 with scales of groups.
     mixed : bool
-        With scales of groups: whether each group has bits and each channel a step of its own.
+        With scales of groups: whether each channel has bits and a step of its own.
     """
 
     source: str
@@ -92,15 +92,15 @@ class QuantizeKernel:
     def input_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the float32 inputs.
 
-        x; by source the norm's gain and bias; the refining vector; static (s, z), or mixed (inverse steps and steps of
-        all channels, padded ones included, then the largest q of each group).
+        x; by source the norm's gain and bias; the refining vector; static (s, z), or the powers of two of mixed codes,
+        see `agq_tvm.kernels.mixed`.
         """
         M, K = self.rows, self.channels
         vectors = {"rms_norm": 1, "layer_norm": 2}.get(self.source, 0)
         shapes = [(M, 2 * K if self.source == "silu_mul" else K), *[(K,)] * vectors]
         shapes += [(K,)] * self.refined
         if self.mixed:
-            return [*shapes, (2, self.groups * self.group_size), (self.groups,)]
+            return [*shapes, (3, self.groups * self.group_size)]
         return [*shapes, (2,)] if self.mode == "static" else shapes
 
     def output_shapes(self, layout: Layout) -> list[tuple[tuple[int, ...], str]]:
@@ -140,7 +140,7 @@ def build(kernel: QuantizeKernel, layout: Layout):
                     with T.serial(padded - K) as k:
                         T.buffer_store(y, float32(0), [K + k])
                 if kernel.mixed:
-                    quantize_mixed_row(kernel, inputs[-2:], m, y, outputs, layout)
+                    quantize_mixed_row(kernel, inputs[-1], m, y, outputs, layout)
                 else:
                     for term in range(kernel.terms):
                         row = m + term * kernel.rows

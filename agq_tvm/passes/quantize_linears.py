@@ -6,7 +6,7 @@
 
 The parameter ``w`` of a function gives way to the packed ones: ``w.w`` codes, ``w.ws`` scales, ``w.wo`` offsets,
 ``w.bias`` (a linear's own, and what static activations add), ``w.refine`` (TRIP's inverse powers of two),
-``w.act`` (scale and zero point of static activations), and ``w.steps`` and ``w.tops`` (of activations of mixed bits).
+``w.act`` (scale and zero point of static activations), and ``w.powers`` (of activations of mixed bits).
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class LinearFormat:
     terms : int
         Of the activations, 1 or 2.
     mixed : bool
-        Whether each group of an activation has a number of bits of its own.
+        Whether each channel of an activation has a number of bits of its own.
     """
 
     bits: int
@@ -58,7 +58,7 @@ class LinearFormat:
     @property
     def quantizing(self) -> int:
         """Number of operands that the quantization reads, not the product."""
-        return (self.activation == "static") + self.refined + 2 * self.mixed
+        return (self.activation == "static") + self.refined + self.mixed
 
 
 TABLE_FORMAT = LinearFormat(8, TABLE_GROUP, "per-token-group", None, terms=2)
@@ -84,8 +84,7 @@ def packed_parameters(name: str, columns: int, channels: int, format: LinearForm
     if format.activation == "static":
         parameters.append((f"{name}.act", (2,), "float32"))
     if format.mixed:
-        parameters.append((f"{name}.steps", (2, padded), "float32"))
-        parameters.append((f"{name}.tops", (padded // format.group_size,), "float32"))
+        parameters.append((f"{name}.powers", (3, padded), "float32"))
     return parameters
 
 

@@ -90,7 +90,7 @@ class ActivationQuantizer:
     bits : int
         8 or 4.
     mixed : MixedFormat, optional
-        For ``"per-token-group"``: a number of bits for each group, and zero points.
+        For ``"per-token-group"``: a number of bits for each channel, and zero points.
     """
 
     mode: str

@@ -47,8 +47,8 @@ class QuantizedLinear:
     value_scale : float32 array [KV] or None
         The matrix that values come from, with quantized attention only: static scale of every KV head's values,
         ``v = value_scale * code``.
-    bits : uint8 array [G] or None
-        With a budget of activation bits: those of each group's codes, see `agq_tvm.quantize.mixed`.
+    bits : uint8 array [K] or None
+        With a budget of activation bits: those of each channel's codes, see `agq_tvm.quantize.mixed`.
     steps : uint8 array [K] or None
         The exponent of each channel's step then.
     """
@@ -234,7 +234,7 @@ class Checkpoint:
         if alpha is not None and not (alpha.min() >= 0 and alpha.max() <= self.scheme.max_refine):
             raise self._damaged(f"{name} has exponents outside 0..{self.scheme.max_refine}")
         bits, steps = self._optional(f"{name}.bits"), self._optional(f"{name}.steps")
-        if bits is not None and not is_valid(bits, steps, self.scheme.group_size):
+        if bits is not None and not is_valid(bits, steps):
             raise self._damaged(f"{name} has bits or steps of activations out of range")
         return QuantizedLinear(
             qweight=self._read(f"{name}.qweight"),
@@ -339,7 +339,7 @@ def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
         if scheme.max_refine:
             expected[f"{name}.alpha"] = (("I8",), groups[1:])
         if scheme.mixed_bits:
-            expected[f"{name}.bits"] = (("U8",), groups[1:])
+            expected[f"{name}.bits"] = (("U8",), (columns,))
             expected[f"{name}.steps"] = (("U8",), (columns,))
     return expected
 

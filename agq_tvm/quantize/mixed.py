@@ -1,19 +1,21 @@
-"""Activation codes of 4 to 7 bits, a number for every group of channels, in a budget of bits for the whole model.
+"""Activation codes of 4 to 7 bits, a number for every channel, in a budget of bits for the whole model.
 
-A group of a token has a scale and a zero point of its own, both found from its values:
+A group of a token has a scale s and a zero point z of its own, both found from its values. Channel k has b_k bits and
+a step of 2^a_k scales, which are the same for all tokens and cost nothing at run time:
 
-    x = s · c,   c = 2^a_k · (q - z),   q in 0..2^b - 1,   z in 0..2^b - 1
+    x = s · c,   c = 2^a_k · q,   q in -2^e z..2^e (15 - z) with e = b_k - 4,   z in 0..15
 
-b is fixed for a group and a_k for a channel, so neither costs anything at run time: channels that are larger than
-their neighbours, for all tokens, have coarser steps instead of a coarser scale for all of the group. What a matrix
-product reads is c, an integer in -127..127 since b + a_k <= 7; kernels for 8-bit codes take it as it is.
-The scale has 3 fractional bits and 32 exponents, 8 bits in all, and the zero point b.
+The channel so reaches 15 · 2^w scales, w = a_k + e: channels that are larger than their neighbours, for all tokens,
+are wider instead of making the scale coarser for all of the group, and those that matter have finer steps. What a
+matrix product reads is c, an integer within -120..120 since w is at most 3; kernels for 8-bit codes take it as it is.
+The scale has 3 fractional bits and 32 exponents, 8 bits in all, and the zero point 4.
 """
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,11 +26,14 @@ from agq_tvm.quantize.mixed_format import (
     FRACTION_MASK,
     LARGEST_SCALE,
     SMALLEST_SCALE,
+    TOP,
     WIDTH,
+    ZERO_BITS,
     average_bits,
-    bit_costs,
+    widths,
 )
 
+_WIDEST = WIDTH - ZERO_BITS
 _THRESHOLDS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 
 
@@ -38,10 +43,10 @@ class MixedFormat:
 
     Attributes
     ----------
-    bits : int64 tensor [G]
-        Of each group's codes, one of `BITS`.
+    bits : int64 tensor [K]
+        b_k, of each channel's codes, one of `BITS`.
     steps : int64 tensor [K]
-        a_k, the exponent of each channel's step, at most `WIDTH` less the bits of its group.
+        a_k, the exponent of each channel's step, at most `WIDTH` less its bits.
     """
 
     bits: Tensor
@@ -60,23 +65,23 @@ def mixed_codes(x: Tensor, group_size: int, format: MixedFormat) -> tuple[Tensor
     Returns
     -------
     codes : float32 tensor [T, K]
-        c, integers in -127..127.
+        c, integers in -120..120.
     scales : float32 tensor [T, G]
     """
-    steps = torch.exp2(format.steps.float())
-    codes, scales = _grouped_codes(to_groups(x * (1 / steps), group_size), format.bits)
-    return codes.flatten(1)[:, : x.shape[1]] * steps, scales[..., 0]
+    exponents = widths(format.bits, format.steps), format.bits - BITS[0], format.steps
+    width, extra, step = (torch.exp2(each.float()) for each in exponents)
+    y = x * (1 / width)
+    scales, zero = _grids(to_groups(y, group_size))
+    inverse, zero = (_spread(values, group_size, x.shape[1]) for values in (1 / scales, zero))
+    q = torch.round(y * inverse * extra)
+    return torch.minimum(torch.maximum(q, -zero * extra), (TOP - zero) * extra) * step, scales
 
 
-def _grouped_codes(y: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q - z [T, G, n] and scales [T, G, 1] of values divided by their steps, [T, G, n]."""
-    top = torch.exp2(bits.float())[:, None] - 1
-    low, high = y.amin(-1, keepdim=True).clamp(max=0), y.amax(-1, keepdim=True).clamp(min=0)
-    scales = rounded_scales((high - low) / top)
-    inverse = 1 / scales
-    zero = torch.minimum(-torch.round(low * inverse), top)
-    q = torch.minimum((torch.round(y * inverse) + zero).clamp(min=0), top)
-    return q - zero, scales
+def _grids(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales and zero points [T, G] of values divided by their widths, [T, G, n]."""
+    low, high = y.amin(-1).clamp(max=0), y.amax(-1).clamp(min=0)
+    scales = rounded_scales((high - low) / TOP)
+    return scales, (-torch.round(low * (1 / scales))).clamp(max=TOP)
 
 
 def rounded_scales(scales: Tensor) -> Tensor:
@@ -85,33 +90,31 @@ def rounded_scales(scales: Tensor) -> Tensor:
     return ((bits + FRACTION_MASK) & ~FRACTION_MASK).view(torch.float32)
 
 
+def _spread(per_group: Tensor, group_size: int, channels: int) -> Tensor:
+    return per_group.repeat_interleave(group_size, 1)[:, :channels]
+
+
 @dataclass(frozen=True)
 class MixedErrors:
-    """What the groups of an input would cost.
+    """What the channels of an input cost.
 
     Attributes
     ----------
-    steps : int64 tensor [K]
-        Exponents of the channels' steps at 4 bits; more bits leave less room for them, see `format_of`.
-    errors : float64 tensor [4, G]
-        Expected loss for each of `BITS`.
+    widths : int64 tensor [K]
+        Exponents of the channels' widths relative to each other.
+    errors : float64 tensor [K]
+        Expected rise of the loss with codes of 4 bits.
     """
 
-    steps: Tensor
+    widths: Tensor
     errors: Tensor
 
 
-def format_of(bits: Tensor, steps: Tensor, group_size: int) -> MixedFormat:
-    """Return the format of these bits [G], steps [K] lowered to the room that bits leave."""
-    room = (WIDTH - bits).repeat_interleave(group_size)[: len(steps)]
-    return MixedFormat(bits, torch.minimum(steps, room))
-
-
 def mixed_errors(x: Tensor, gradient: Tensor, group_size: int) -> MixedErrors:
-    """Choose steps, and estimate by how much each number of bits would raise the loss.
+    """Choose widths, and estimate by how much codes of 4 bits would raise the loss.
 
     To second order, and with rounding errors that know nothing of each other, the loss rises by half of the sum of
-    squared error times squared gradient (the diagonal of Fisher's matrix). Channels get a step by their size
+    squared error times squared gradient (the diagonal of Fisher's matrix). Channels get a width by their size
     relative to the median one of their group; of several such rules each group takes the one of least error.
 
     Parameters
@@ -121,30 +124,42 @@ def mixed_errors(x: Tensor, gradient: Tensor, group_size: int) -> MixedErrors:
         Of the loss, for labels drawn from the model's own distribution.
     group_size : int
     """
-    channels, fisher = x.shape[1], to_groups(gradient.square() / 2, group_size)
-    groups = fisher.shape[1]
+    channels, fisher = x.shape[1], gradient.square() / 2
+    four = torch.full((channels,), BITS[0])
 
-    def error(bits: int, steps: Tensor) -> Tensor:
-        format = format_of(torch.full((groups,), bits), steps, group_size)
-        codes, scales = mixed_codes(x, group_size, format)
-        off = to_groups(codes, group_size) * scales[..., None] - to_groups(x, group_size)
-        return (off.square() * fisher).sum((0, 2), dtype=torch.float64)
+    def error(wide: Tensor) -> Tensor:
+        codes, scales = mixed_codes(x, group_size, MixedFormat(four, wide))
+        off = codes * _spread(scales, group_size, channels) - x
+        return (off.square() * fisher).sum(0, dtype=torch.float64)
 
-    chosen = torch.zeros(groups, group_size, dtype=torch.int64)
-    least = error(BITS[0], chosen.flatten()[:channels])
+    def grouped(values: Tensor) -> Tensor:
+        return to_groups(values[None], group_size)[0]
+
+    chosen = torch.zeros(channels, dtype=torch.int64)
+    least = error(chosen)
     for size in (x.abs().amax(0), x.square().mean(0).sqrt()):
         relative = _relative_size(size, group_size)
         for threshold in _THRESHOLDS:
-            steps = (relative - threshold).round().clamp(0, WIDTH - BITS[0]).long()
-            found = error(BITS[0], steps.flatten()[:channels])
-            chosen = torch.where((found < least)[:, None], steps, chosen)
-            least = torch.minimum(found, least)
-    steps = chosen.flatten()[:channels]
-    return MixedErrors(steps, torch.stack([error(bits, steps) for bits in BITS]))
+            wide = (relative - threshold).round().clamp(0, _WIDEST).long().flatten()[:channels]
+            found = error(wide)
+            better = grouped(found).sum(-1, keepdim=True) < grouped(least).sum(-1, keepdim=True)
+            better = better.expand(-1, group_size).flatten()[:channels]
+            chosen, least = torch.where(better, wide, chosen), torch.where(better, found, least)
+    return MixedErrors(chosen, least)
 
 
-def allocate(errors: Mapping[object, MixedErrors], group_size: int, budget: float) -> dict[object, MixedFormat]:
-    """Spend a budget of bits where it lowers the loss most: one bit after the other, by gain per bit stored.
+def _relative_size(size: Tensor, group_size: int) -> Tensor:
+    """Return log2 of the sizes [K] relative to the median of their group, [G, n]; 0 where a group is all zeros."""
+    padded = torch.nn.functional.pad(size, (0, -len(size) % group_size), value=torch.nan).unflatten(0, (-1, group_size))
+    median = padded.nanmedian(-1, keepdim=True)[0]
+    return torch.log2(padded / median).nan_to_num(0, 2 * WIDTH, -2 * WIDTH)
+
+
+def allocate(errors: Mapping[Hashable, MixedErrors], group_size: int, budget: float) -> dict[Hashable, MixedFormat]:
+    """Spend a budget of bits where it lowers the loss most, one bit of one channel after the other.
+
+    A bit more makes a channel's error a quarter. It needs room below the step: the widths of the other channels of
+    its group grow, and where one would grow too wide the bit goes elsewhere.
 
     Parameters
     ----------
@@ -159,37 +174,33 @@ def allocate(errors: Mapping[object, MixedErrors], group_size: int, budget: floa
     AgqError
         If the budget is less than 4-bit codes take.
     """
-    bits = {key: torch.full((found.errors.shape[1],), BITS[0]) for key, found in errors.items()}
-    costs = {key: bit_costs(len(found.steps), group_size) for key, found in errors.items()}
-    channels = {key: len(found.steps) for key, found in errors.items()}
-    least = average_bits([(bits[key].numpy(), channels[key]) for key in errors], group_size)
+    wide = {key: found.widths.numpy() for key, found in errors.items()}
+    extra = {key: np.zeros(len(values), "int64") for key, values in wide.items()}
+    least = average_bits([values + BITS[0] for values in extra.values()], group_size)
     if budget < least:
-        raise AgqError(
-            f"{budget:g} bits are too few: codes of 4 bits in groups of {group_size} take {least:.3f} already"
-        )
-    left = (budget - least) * sum(channels.values())
-    heap = []
-
-    def offer(key, group: int) -> None:
-        level = int(bits[key][group]) - BITS[0]
-        if level + 1 < len(BITS):
-            gain = errors[key].errors[level, group] - errors[key].errors[level + 1, group]
-            heapq.heappush(heap, (-float(gain) / float(costs[key][group]), len(heap), key, group))
-
-    for key, found in errors.items():
-        for group in range(found.errors.shape[1]):
-            offer(key, group)
-    while heap:
-        *_, key, group = heapq.heappop(heap)
-        if costs[key][group] <= left:
-            left -= float(costs[key][group])
-            bits[key][group] += 1
-            offer(key, group)
-    return {key: format_of(bits[key], found.steps, group_size) for key, found in errors.items()}
+        raise AgqError(f"{budget:g} bits are too few: codes of 4 bits and their scales take {least:.3f}, ask for more")
+    left = int((budget - least) * sum(map(len, extra.values())) + 1e-6)
+    heap = [(-float(e), i, key, k) for i, (key, found) in enumerate(errors.items()) for k, e in enumerate(found.errors)]
+    heapq.heapify(heap)
+    while heap and left:
+        error, order, key, k = heapq.heappop(heap)
+        group = slice(k // group_size * group_size, (k // group_size + 1) * group_size)
+        extra[key][k] += 1
+        if wide[key][group].max() + _shift(wide[key][group], extra[key][group]) > _WIDEST:
+            extra[key][k] -= 1
+            continue
+        left -= 1
+        heapq.heappush(heap, (error / 4, order, key, k))
+    return {key: _format(wide[key], extra[key], group_size) for key in errors}
 
 
-def _relative_size(size: Tensor, group_size: int) -> Tensor:
-    """Return log2 of the sizes [K] relative to the median of their group, [G, n]; 0 where a group is all zeros."""
-    padded = torch.nn.functional.pad(size, (0, -len(size) % group_size), value=torch.nan).unflatten(0, (-1, group_size))
-    median = padded.nanmedian(-1, keepdim=True)[0]
-    return torch.log2(padded / median).nan_to_num(0, 2 * WIDTH, -2 * WIDTH)
+def _shift(wide: np.ndarray, extra: np.ndarray) -> int:
+    """Return by how much all widths of a group grow, so that every step is a whole number of scales."""
+    return max(int((extra - wide).max()), 0)
+
+
+def _format(wide: np.ndarray, extra: np.ndarray, group_size: int) -> MixedFormat:
+    starts = range(0, len(wide), group_size)
+    shifts = [_shift(wide[start : start + group_size], extra[start : start + group_size]) for start in starts]
+    steps = wide + np.repeat(shifts, group_size)[: len(wide)] - extra
+    return MixedFormat(torch.from_numpy(extra + BITS[0]), torch.from_numpy(steps))

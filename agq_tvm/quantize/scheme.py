@@ -39,8 +39,8 @@ class Scheme:
     attention : str
         ``"float"``, or a name in `CODE_BOOKS`: probabilities are powers of two then, and values int8.
     mixed_bits : float
-        Not 0: the largest average of bits of an activation, scales included; every group of channels gets 4 to 7 of
-        them (`agq_tvm.quantize.mixed`). For ``"per-token-group"``.
+        Not 0: the largest average of bits of an activation, scales included; every channel gets 4 to 7 of them
+        (`agq_tvm.quantize.mixed`). For ``"per-token-group"``.
     fold : bool
         Whether powers of two were moved from norms into the weights that read them (`agq_tvm.quantize.fold`). Not
         with ``"keep"``.
