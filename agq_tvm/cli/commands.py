@@ -99,6 +99,8 @@ def _quantize(subparsers) -> None:
             "shifts",
             "four_bit",
             "attention",
+            "mixed_bits",
+            "fold",
         )
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         if args.bits_from:
@@ -113,7 +115,7 @@ def _quantize(subparsers) -> None:
             (
                 "weights",
                 f"{result['weight_bits']} bit, group size {result['group_size']}, "
-                f"{result['bits_per_weight']:.2f} bit stored",
+                f"{result['bits_per_weight']:.2f} bit stored" + (", norms folded in" if result["fold"] else ""),
             ),
             ("activations", _activations(result)),
             ("attention", result["attention"]),
@@ -171,6 +173,20 @@ def _quantize(subparsers) -> None:
         help="linears whose inputs get 4 bits instead of 8, e.g. o,gate_up,down (default: none)",
     )
     parser.add_argument("--bits-from", metavar="PROFILE", help="take them from what `agq profile` proposed")
+    parser.add_argument(
+        "--activation-bits",
+        dest="mixed_bits",
+        type=float,
+        metavar="BITS",
+        help="4 to 7 bits for each channel, on average at most this many, scales included, e.g. 5.0 "
+        "(default: 8, and 4 where --four-bit says so, scales not included)",
+    )
+    parser.add_argument(
+        "--fold",
+        action="store_true",
+        default=None,
+        help="first move powers of two from the norms into the weights (not with keep)",
+    )
     parser.add_argument(
         "--attention",
         choices=("float", "log2", "log2-paper"),
@@ -260,6 +276,8 @@ def _activations(result: dict) -> str:
     """Say in words how activations are quantized."""
     if result["activation"] == "none":
         return "float"
+    if result["mixed_bits"]:
+        return f"4 to 7 bit, {result['activation_bits']:.3f} on average with scales and zero points"
     refined = f", TRIP up to 2^{result['max_refine']}" if result["max_refine"] else ""
     refined += " by shifts" if result["shifts"] else ""
     four_bit = f", 4 bit at the inputs of {', '.join(result['four_bit'])}" if result["four_bit"] else ""

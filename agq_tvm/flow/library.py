@@ -120,15 +120,15 @@ def linear_format(scheme: Scheme, offsets: str | None):
     """
     from agq_tvm.passes.quantize_linears import LinearFormat
 
-    refined = scheme.max_refine > 0
     return LinearFormat(
         scheme.weight_bits,
         scheme.group_size,
         scheme.activation,
         offsets,
-        refined,
-        scheme.four_bit,
+        refined=scheme.max_refine > 0,
+        four_bit=scheme.four_bit,
         shifts=scheme.shifts,
+        mixed=scheme.mixed_bits > 0,
     )
 
 

@@ -8,6 +8,7 @@ from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.kernels.linear import ZERO
 from agq_tvm.quantize.checkpoint import TABLE_GROUP, Checkpoint, QuantizedLinear, QuantizedTable
+from agq_tvm.quantize.mixed_format import BITS, widths
 from agq_tvm.quantize.shifts import block_shifts, channel_order, check_totals
 
 
@@ -52,7 +53,8 @@ def unpack_codes(linear: QuantizedLinear) -> np.ndarray:
 
 
 def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str | None) -> dict[str, np.ndarray]:
-    """Pack matrices stacked along N: ``w``, ``ws``, and ``wo``, ``bias``, ``refine``, ``act`` where the form has them.
+    """Pack matrices stacked along N: ``w``, ``ws``, and where the form has them ``wo``, ``bias``, ``refine``, ``act``
+    and ``powers``.
 
     A static zero point z becomes part of the bias: b[n] - s_x · z · Σ_k w[n, k]. TRIP's powers of two become
     part of scales and offsets, and their inverses per channel are ``refine``. Exponents that shift give ``order``
@@ -81,6 +83,11 @@ def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str
         packed["act"] = np.concatenate([first.act_scale, first.act_zero]).astype("float32")
     if first.is_shifted:
         packed |= {"order": order, "shift": block_shifts(first.alpha)}
+    if first.act_bits is not None:
+        bits, steps = first.act_bits.astype("int64"), first.act_steps.astype("int64")
+        exponents = np.zeros((3, k_blocks(first.in_features, first.group_size) * K_BLOCK))
+        exponents[:, : first.in_features] = -widths(bits, steps), bits - min(BITS), steps
+        packed["powers"] = np.exp2(exponents).astype("float32")
     return packed
 
 

@@ -87,8 +87,11 @@ def _check(checkpoint: Checkpoint, rows: tuple[int, ...], budget: float, tracker
             f"{checkpoint.path} has float activations, which have no kernels: quantize it with "
             "--activation per-token-group"
         )
-    if checkpoint.scheme.group_size == "column" or checkpoint.scheme.weight_bits == 8:
-        raise AgqError(f"{checkpoint.path} cannot be profiled: give a checkpoint with 4-bit weights in groups")
+    scheme = checkpoint.scheme
+    if scheme.group_size == "column" or scheme.weight_bits == 8 or scheme.mixed_bits:
+        raise AgqError(
+            f"{checkpoint.path} cannot be profiled: give one with 4-bit weights in groups and 8-bit activations"
+        )
     most = _positions(checkpoint)
     if not rows or len(set(rows)) < len(rows) or not all(1 <= count <= most for count in rows):
         raise AgqError(f"--rows takes different numbers in 1..{most}, not {','.join(map(str, rows))}")

@@ -261,8 +261,12 @@ def quantize_command(model: str | os.PathLike, schedule: PruningSchedule) -> str
         scheme = read_checkpoint(model).scheme
         words[2] = "MODEL"
         words += ["--method", scheme.method, "--group-size", str(scheme.group_size), "--activation", scheme.activation]
+        words += ["--weight-bits", "8"] if scheme.weight_bits == 8 else []
         words += ["--symmetric"] if scheme.symmetric else []
         words += ["--max-refine", str(scheme.max_refine)] if scheme.max_refine else []
+        words += ["--shifts"] if scheme.shifts else []
+        words += ["--activation-bits", f"{scheme.mixed_bits:g}"] if scheme.mixed_bits else []
+        words += ["--fold"] if scheme.fold else []
         words += ["--four-bit", ",".join(scheme.four_bit)] if scheme.four_bit else []
         words += ["--attention", scheme.attention] if scheme.attention != "float" else []
     words += ["--prune-layers", ",".join(map(str, schedule.layers)), "--prune-beta", f"{schedule.beta:g}"]

@@ -3,23 +3,27 @@
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory
+from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.progress import progress, say
 from agq_tvm.quantize.calibration_report import CalibrationReport
 from agq_tvm.quantize.checkpoint import (
     QuantizedLinear,
     QuantizedTable,
+    group_count,
     linear_shapes,
     table_shapes,
     vector_shapes,
     write_checkpoint,
 )
+from agq_tvm.quantize.fold import folded
+from agq_tvm.quantize.mixed_format import average_bits
 from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.scheme import GROUP_SIZES, Scheme, check_roles
 from agq_tvm.quantize.source import Source, open_source, quantize_matrix
@@ -66,6 +70,8 @@ def quantize(
     attention: str = "float",
     shifts: bool = False,
     weight_bits: int = 4,
+    mixed_bits: float = 0,
+    fold: bool = False,
 ) -> dict:
     """Quantize a model and write the checkpoint.
 
@@ -99,17 +105,24 @@ def quantize(
         TRIP in the paper's integer-only form, with `group_size` ``"column"``, static activations and `max_refine`.
     weight_bits : {4, 8}
         Of the linears' weight codes.
+    mixed_bits : float
+        Not 0: the largest average of bits of an activation, scales included. Channels get codes of 4 to 7 bits
+        by what their errors do to the loss. For ``"per-token-group"``.
+    fold : bool
+        First move powers of two from the norms into the weights that read them, which changes no float. Not with
+        ``"keep"``.
 
     Returns
     -------
     dict
         ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
-        or ``layers``, ``beta`` and ``renumber``), ``attention``, ``shifts``, ``weight_bits``, ``calibration`` (None, or
-        the ``text`` with its ``sha256``, and the ``samples``, ``length`` and ``seed`` of its windows), ``bytes`` of
-        the weights file, ``bits_per_weight`` of the matrices with scales and offsets, ``relative_weight_error`` (root
-        of the summed squared error over that of the weights), ``clipped`` (None, or for static activations what
-        `agq_tvm.quantize.calibration_report.CalibrationReport.summary` returns; the report itself lies beside the
-        weights), and ``seconds``.
+        or ``layers``, ``beta`` and ``renumber``), ``attention``, ``shifts``, ``weight_bits``, ``mixed_bits``, ``fold``,
+        ``calibration`` (None, or the ``text`` with its ``sha256``, and the ``samples``, ``length`` and ``seed`` of its
+        windows), ``activation_bits`` (the average at the inputs of the layers' linears, scales included; 32 for float
+        ones), ``bytes`` of the weights file, ``bits_per_weight`` of the matrices with scales and offsets,
+        ``relative_weight_error`` (root of the summed squared error over that of the weights), ``clipped`` (None, or for
+        static activations what `agq_tvm.quantize.calibration_report.CalibrationReport.summary` returns; the report
+        itself lies beside the weights), and ``seconds``.
 
     Raises
     ------
@@ -128,7 +141,10 @@ def quantize(
         attention,
         shifts=shifts,
         weight_bits=weight_bits,
+        mixed_bits=mixed_bits,
+        fold=fold,
     )
+    source = folded(source) if fold else source
     check_roles(source.config, scheme.four_bit)
     if pruning is not None:
         pruning.check_layers(source.config.num_layers)
@@ -149,6 +165,7 @@ def quantize(
     return {
         **asdict(scheme),
         "calibration": looked_at,
+        "activation_bits": weights.activation_bits(source.config, scheme),
         "bytes": size,
         "bits_per_weight": weights.bits,
         "relative_weight_error": weights.relative_error,
@@ -204,9 +221,16 @@ def _linears(
 ) -> Iterable[tuple[str, QuantizedLinear]]:
     """Quantize the matrices; `report` is told of static activations."""
     if windows is not None:
-        from agq_tvm.quantize.streaming import quantize_layers
+        from agq_tvm.quantize.sensitivity import choose_formats
+        from agq_tvm.quantize.streaming import quantize_layers, with_formats
 
-        return quantize_layers(source, scheme, windows, prompt_chunks(len(windows[0])), report.add)
+        formats = None
+        if scheme.mixed_bits:
+            formats = choose_formats(source, windows, scheme.group_size, scheme.mixed_bits)
+            if not replace(scheme, mixed_bits=0).is_calibrated:
+                linears = ((name, quantize_matrix(source, name, scheme)) for name in linear_shapes(source.config))
+                return with_formats(source.config, linears, formats)
+        return quantize_layers(source, scheme, windows, prompt_chunks(len(windows[0])), report.add, formats)
     names = progress(linear_shapes(source.config), "quantizing")
     return ((name, quantize_matrix(source, name, scheme)) for name in names)
 
@@ -223,16 +247,20 @@ class _Weights:
         self._linears = linears
         self._stored_bytes = self._count = 0
         self._error = self._total = 0.0
+        self._activation_bits: dict[str, np.ndarray] = {}
 
     def __iter__(self) -> Iterator[tuple[str, QuantizedLinear]]:
         for name, linear in self._linears:
-            self._measure(self._source.tensor(f"{name}.weight"), linear)
+            self._measure(name, linear)
             yield name, linear
 
-    def _measure(self, weight: np.ndarray, linear: QuantizedLinear) -> None:
+    def _measure(self, name: str, linear: QuantizedLinear) -> None:
+        weight = self._source.tensor(f"{name}.weight")
         arrays = (linear.qweight, linear.scales, linear.offsets)
         self._stored_bytes += sum(array.nbytes for array in arrays if array is not None)
         self._count += weight.size
+        if linear.act_bits is not None:
+            self._activation_bits[name] = linear.act_bits
         difference = dequantize(linear)
         difference -= weight
         self._error += _squares(difference)
@@ -243,6 +271,14 @@ class _Weights:
         """Bits of a weight, with its scales and offsets."""
         return 8 * self._stored_bytes / self._count
 
+    def activation_bits(self, config: DecoderConfig, scheme: Scheme) -> float:
+        """Return the average bits of the activations that the layers' linears read, their scales included."""
+        if not scheme.mixed_bits:
+            return _uniform_bits(config, scheme)
+        prefixes = [config.layer_prefix.format(layer=layer) for layer in range(config.num_layers)]
+        first = [prefix + linear.parts[0] for prefix in prefixes for linear in config.linears]
+        return average_bits([self._activation_bits[name] for name in first], scheme.group_size)
+
     @property
     def relative_error(self) -> float:
         """Root of the summed squared error over that of the weights."""
@@ -252,3 +288,16 @@ class _Weights:
 def _squares(values: np.ndarray) -> float:
     """Sum the squares of a float32 array [N, K], without a copy of it."""
     return float(np.einsum("nk,nk->n", values, values).sum(dtype="float64"))
+
+
+def _uniform_bits(config: DecoderConfig, scheme: Scheme) -> float:
+    """Return the average bits of the activations that the layers' linears read, where all have the scheme's."""
+    if scheme.activation == "none":
+        return 32.0
+    stored = channels = 0
+    for linear in config.linears:
+        groups = group_count(linear.in_features, scheme.group_of(linear.in_features))
+        scales = {"per-token": 1, "per-token-group": groups, "static": 0}[scheme.activation]
+        stored += scheme.activation_bits(linear.name) * linear.in_features + 32 * scales
+        channels += linear.in_features
+    return stored / channels

@@ -5,6 +5,7 @@ q = round half to even of y · (1/s); a row (or group) of zeros has s = 1. Stati
 L is 127, or 7 for codes of 4 bits. Two terms: y - s q is quantized again, into as many rows after the first ones.
 For the integer-only product of `linear_shifted.py` channels are gathered in the order of their exponents.
 For float products y is written as it is.
+Mixed: codes of 4 to 7 bits with a zero point for each group of a row, see `agq_tvm.quantize.mixed`.
 """
 
 import math
@@ -21,6 +22,7 @@ from agq_tvm.kernels.emit import (
 )
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
+from agq_tvm.kernels.mixed import quantize_mixed_row
 from agq_tvm.kernels.norm import store_moments, store_sum
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
@@ -53,6 +55,8 @@ class QuantizeKernel:
     shifted : bool
         Whether channels are put into another order, in which the vector stands that they are multiplied with, and
         the sum of the codes is shifted left before each k-block. For refined static codes of one group.
+    mixed : bool
+        With scales of groups: whether each channel has bits and a step of its own.
     """
 
     source: str
@@ -65,6 +69,7 @@ class QuantizeKernel:
     bits: int = 8
     terms: int = 1
     shifted: bool = False
+    mixed: bool = False
 
     @property
     def limit(self) -> int:
@@ -89,15 +94,21 @@ class QuantizeKernel:
             return f"{prefix}float_g{self.group_size}_m{self.rows}_k{self.channels}"
         mode = self.mode.replace("-", "_")
         form = f"{mode}{'_refined' if self.refined else ''}{'_4bit' if self.bits == 4 else ''}"
-        form += ("_two_terms" if self.terms == 2 else "") + ("_shifted" if self.shifted else "")
+        form += "_two_terms" if self.terms == 2 else "_mixed" if self.mixed else "_shifted" if self.shifted else ""
         return f"{prefix}quantize_{form}_g{self.group_size}_m{self.rows}_k{self.channels}"
 
     def input_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the float32 inputs: x, by source the norm's gain and bias, the refining vector, static (s, z)."""
+        """Shapes of the float32 inputs.
+
+        x; by source the norm's gain and bias; the refining vector; static (s, z), or the powers of two of mixed codes,
+        see `agq_tvm.kernels.mixed`.
+        """
         M, K = self.rows, self.channels
         vectors = {"rms_norm": 1, "layer_norm": 2}.get(self.source, 0)
         shapes = [(M, 2 * K if self.source == "silu_mul" else K), *[(K,)] * vectors]
         shapes += [(K,)] * self.refined
+        if self.mixed:
+            return [*shapes, (3, self.groups * self.group_size)]
         return [*shapes, (2,)] if self.mode == "static" else shapes
 
     def index_shapes(self) -> list[tuple[int, ...]]:
@@ -154,13 +165,16 @@ def build(kernel: QuantizeKernel, layout: Layout):
                         T.buffer_store(y, float32(0), [K + k])
                 if kernel.mode == "none":
                     _store_row(outputs[0], m, padded, y)
-                for term in range(kernel.terms if kernel.mode != "none" else 0):
-                    row = m + term * kernel.rows
-                    more = term + 1 < kernel.terms
+                elif kernel.mixed:
+                    quantize_mixed_row(kernel, inputs[-1], m, y, outputs, layout)
+                else:
                     shift = indices[1] if kernel.shifted else None
-                    _quantize_row(
-                        kernel, inputs[-1], shift, row, more, y, partial, scalar, counts, total, outputs, layout
-                    )
+                    for term in range(kernel.terms):
+                        row = m + term * kernel.rows
+                        more = term + 1 < kernel.terms
+                        _quantize_row(
+                            kernel, inputs[-1], shift, row, more, y, partial, scalar, counts, total, outputs, layout
+                        )
     return builder.get()
 
 
@@ -260,15 +274,13 @@ def _quantize_row(kernel, static, shift, m, more, y, partial, scalar, counts, to
         with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
             k = g * size + c * LANES + j
             code = T.Cast("int8", _code(kernel, y, static, scalar, k))
-            T.buffer_store(codes, code, [k // K_BLOCK, m, *_place(k % K_BLOCK, layout)])
+            T.buffer_store(codes, code, [k // K_BLOCK, m, *layout.place(k % K_BLOCK)])
         if more:  # leave to the next term what this one lacks
             with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
                 k = g * size + c * LANES + j
                 rest = y[k] - scalar[0] * T.Cast("float32", _code(kernel, y, static, scalar, k))
                 T.buffer_store(y, rest, [k])
-        T.buffer_store(total, counts[0], [0])
-        for lane in range(1, LANES):
-            T.buffer_store(total, total[0] + counts[lane], [0])
+        reduce_lanes(counts, lambda a, b: a + b, total)
         T.buffer_store(sums, total[0], [m, g])
 
 
@@ -296,9 +308,3 @@ def _code(kernel, y, static, scalar, k):
     if kernel.channels % kernel.group_size:
         return T.Select(k < kernel.channels, q, tirx.const(0, "int32"))
     return q
-
-
-def _place(channel, layout: Layout):
-    """Indices (step, half, i) of a channel inside a k-block."""
-    D = layout.depth
-    return channel // (2 * D), channel // D % 2, channel % D

@@ -7,8 +7,9 @@
 With float activations ``quantize`` only fills up the last group, and ``linear`` is a float product.
 
 The parameter ``w`` of a function gives way to the packed ones: ``w.w`` codes, ``w.ws`` scales, ``w.wo`` offsets,
-``w.bias`` (a linear's own, and what static activations add), ``w.refine`` (TRIP's inverse powers of two), and
-``w.act`` (scale and zero point of static activations). Exponents of channels add ``w.order`` and ``w.shift``.
+``w.bias`` (a linear's own, and what static activations add), ``w.refine`` (TRIP's inverse powers of two),
+``w.act`` (scale and zero point of static activations), and ``w.powers`` (of activations of mixed bits). Exponents of
+channels add ``w.order`` and ``w.shift``.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from agq_tvm.tvm_seam import relax, tvm
 
 TABLE_GROUP = 32
 """Group size of the matrices outside the layers."""
-_QUANTIZE_OPERANDS = ("refine", "act", "order", "shift")
+_QUANTIZE_OPERANDS = ("refine", "act", "order", "shift", "powers")
 """What the quantization of a linear's input reads of its packed parameters, in order."""
 TABLES = ("embedding", "project_in", "project_out", "head")
 
@@ -52,6 +53,8 @@ class LinearFormat:
         Of the activations, 1 or 2.
     shifts : bool
         Whether exponents are those of channels, and shift integer accumulators.
+    mixed : bool
+        Whether each channel of an activation has a number of bits of its own.
     """
 
     bits: int
@@ -62,6 +65,7 @@ class LinearFormat:
     four_bit: tuple[str, ...] = ()
     terms: int = 1
     shifts: bool = False
+    mixed: bool = False
 
     def group_of(self, channels: int) -> int:
         """Return the size of the groups of a matrix, a multiple of a k-block."""
@@ -95,6 +99,8 @@ def packed_parameters(name: str, columns: int, channels: int, format: LinearForm
     if format.shifts:
         parameters.append((f"{name}.order", (channels,), "int32"))
         parameters.append((f"{name}.shift", (padded // K_BLOCK,), "int32"))
+    if format.mixed:
+        parameters.append((f"{name}.powers", (3, padded), "float32"))
     return parameters
 
 
@@ -194,6 +200,7 @@ class _Quantizer(relax.PyExprMutator):
             bits=bits,
             terms=format.terms,
             shifted=format.shifts,
+            mixed=format.mixed,
         )
         if format.shifts:
             return quantize, ShiftedKernel(rows, columns, channels, format.offsets, bits)

@@ -13,6 +13,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json, write_json
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.models.registry import describe
+from agq_tvm.quantize.mixed_format import is_valid
 from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.quantize.scheme import Scheme, check_roles
 from agq_tvm.quantize.shifts import BLOCK, is_blocked
@@ -20,6 +21,18 @@ from agq_tvm.quantize.tensor_file import write_tensors
 
 FORMAT_VERSION = 1
 TABLE_GROUP = 32
+_FIELDS = (
+    "qweight",
+    "scales",
+    "offsets",
+    "bias",
+    "act_scale",
+    "act_zero",
+    "alpha",
+    "value_scale",
+    "act_bits",
+    "act_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,10 @@ class QuantizedLinear:
     value_scale : float32 array [KV] or None
         The matrix that values come from, with quantized attention only: static scale of every KV head's values,
         ``v = value_scale * code``.
+    act_bits : uint8 array [K] or None
+        With a budget of activation bits: those of each channel's codes, see `agq_tvm.quantize.mixed`.
+    act_steps : uint8 array [K] or None
+        The exponent of each channel's step then.
     """
 
     qweight: np.ndarray
@@ -59,6 +76,8 @@ class QuantizedLinear:
     act_zero: np.ndarray | None = None
     alpha: np.ndarray | None = None
     value_scale: np.ndarray | None = None
+    act_bits: np.ndarray | None = None
+    act_steps: np.ndarray | None = None
 
     @property
     def is_shifted(self) -> bool:
@@ -184,7 +203,7 @@ def _tensors(
     vectors: Iterable[tuple[str, np.ndarray]],
 ) -> Iterator[tuple[str, np.ndarray]]:
     for name, linear in linears:
-        for field in ("qweight", "scales", "offsets", "bias", "act_scale", "act_zero", "alpha", "value_scale"):
+        for field in _FIELDS:
             value = getattr(linear, field)
             if value is not None:
                 yield f"{name}.{field}", value
@@ -257,6 +276,9 @@ class Checkpoint:
         if self.scheme.shifts and not is_blocked(alpha):
             raise self._damaged(f"{name} has exponents that are not those of blocks of {BLOCK} channels, the last 0")
         in_features = linear_shapes(self.config)[name][1]
+        bits, steps = self._optional(f"{name}.act_bits"), self._optional(f"{name}.act_steps")
+        if bits is not None and not is_valid(bits, steps):
+            raise self._damaged(f"{name} has bits or steps of activations out of range")
         return QuantizedLinear(
             qweight=self._read(f"{name}.qweight"),
             scales=self._read(f"{name}.scales"),
@@ -268,6 +290,8 @@ class Checkpoint:
             act_zero=act_zero,
             alpha=alpha,
             value_scale=self._optional(f"{name}.value_scale"),
+            act_bits=bits,
+            act_steps=steps,
         )
 
     def fused(self, layer: int, parts: tuple[str, ...]) -> tuple[QuantizedLinear, ...]:
@@ -281,7 +305,7 @@ class Checkpoint:
         """
         prefix = self.config.layer_prefix.format(layer=layer)
         linears = tuple(self.linear(prefix + part) for part in parts)
-        fields = [(linear.act_scale, linear.act_zero, linear.alpha) for linear in linears]
+        fields = [(each.act_scale, each.act_zero, each.alpha, each.act_bits, each.act_steps) for each in linears]
         if len({tuple(None if value is None else value.tobytes() for value in values) for values in fields}) > 1:
             raise self._damaged(f"{', '.join(parts)} of layer {layer} disagree on their shared input")
         return linears
@@ -337,15 +361,9 @@ def _read_scheme(ours: Mapping) -> Scheme:
         raise AgqError(f"four_bit must be a list of linears, not {four_bit!r}")
     values = (ours.get(name) for name in ("method", "group_size", "symmetric", "activation"))
     pruning, attention = read_schedule(ours.get("pruning")), ours.get("attention", "float")
-    return Scheme(
-        *values,
-        ours.get("max_refine", 0),
-        tuple(four_bit),
-        pruning,
-        attention,
-        shifts=ours.get("shifts", False),
-        weight_bits=ours.get("weight_bits", 4),
-    )
+    names = ("shifts", "weight_bits", "mixed_bits", "fold")
+    more = {name: ours[name] for name in names if name in ours}
+    return Scheme(*values, ours.get("max_refine", 0), tuple(four_bit), pruning, attention, **more)
 
 
 def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
@@ -369,6 +387,9 @@ def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
             expected[f"{name}.act_zero"] = (("I32",), (1,))
         if scheme.max_refine:
             expected[f"{name}.alpha"] = (("I8",), (columns,) if scheme.shifts else groups[1:])
+        if scheme.mixed_bits:
+            expected[f"{name}.act_bits"] = (("U8",), (columns,))
+            expected[f"{name}.act_steps"] = (("U8",), (columns,))
     return expected
 
 

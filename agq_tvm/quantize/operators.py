@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agq_tvm.quantize.activations import ActivationQuantizer, to_groups
+from agq_tvm.quantize.activations import ActivationQuantizer
 from agq_tvm.quantize.checkpoint import TABLE_GROUP, QuantizedLinear
+from agq_tvm.quantize.grouping import to_groups
+from agq_tvm.quantize.mixed import MixedFormat
 from agq_tvm.quantize.shifts import BLOCK, block_shifts, channel_order
 from agq_tvm.quantize.source import Source
 from agq_tvm.quantize.weights import codes_of, dequantize, grid_of
@@ -196,4 +198,9 @@ def _quantizer(parts: tuple[QuantizedLinear, ...], activation: str, bits: int) -
     if activation == "static":
         static = float(first.act_scale[0]), int(first.act_zero[0])
     alpha = None if first.alpha is None else torch.from_numpy(first.alpha.astype("int32"))
-    return ActivationQuantizer(activation, 1 if first.is_shifted else first.group_size, static, alpha, bits)
+    mixed = None
+    if first.act_bits is not None and activation == "per-token-group":
+        values = (torch.from_numpy(array.astype("int64")) for array in (first.act_bits, first.act_steps))
+        mixed = MixedFormat(*values)
+    group_size = 1 if first.is_shifted else first.group_size
+    return ActivationQuantizer(activation, group_size, static, alpha, bits, mixed)

@@ -262,6 +262,11 @@ def float_entry(source: Source) -> Entry:
     return read_entry(source.config, partial(_weight, source), FloatLinear, source.tensor)
 
 
+def float_exit(source: Source) -> Exit:
+    """Return what makes logits of the last layer's output, as the model has it."""
+    return _ends(source.config, partial(_weight, source), FloatLinear, source.tensor)[1]
+
+
 def _ends(
     config: DecoderConfig,
     table: Callable[[str], Tensor],

@@ -47,6 +47,12 @@ class Scheme:
         shifted (see `agq_tvm.quantize.shifts`). With scales of columns, static activations and `max_refine`.
     weight_bits : int
         Of the linears' weight codes, 4 or 8; codes of 8 bits are symmetric and rounded to nearest.
+    mixed_bits : float
+        Not 0: the largest average of bits of an activation, scales included; every channel gets 4 to 7 of them
+        (`agq_tvm.quantize.mixed`). For ``"per-token-group"``.
+    fold : bool
+        Whether powers of two were moved from norms into the weights that read them (`agq_tvm.quantize.fold`). Not
+        with ``"keep"``.
     """
 
     method: str
@@ -59,6 +65,8 @@ class Scheme:
     attention: str = "float"
     shifts: bool = False
     weight_bits: int = 4
+    mixed_bits: float = 0
+    fold: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -84,6 +92,20 @@ class Scheme:
             raise AgqError(f"weight_bits {self.weight_bits!r} is not supported: choose 4 or 8")
         if self.weight_bits == 8 and not (self.method == "rtn" and self.symmetric):
             raise AgqError("8-bit weights are symmetric and rounded to nearest: choose the method rtn")
+        self._check_mixed()
+        if type(self.fold) is not bool:
+            raise AgqError(f"fold must be true or false, not {self.fold!r}")
+        if self.fold and self.method == "keep":
+            raise AgqError("keep leaves the model's own grid, which has no room for powers of two: choose gptq or rtn")
+
+    def _check_mixed(self) -> None:
+        if type(self.mixed_bits) not in (int, float) or not (self.mixed_bits == 0 or 4 < self.mixed_bits <= 8):
+            raise AgqError(f"{self.mixed_bits!r} bits of activations are not a number above 4 and up to 8")
+        if self.mixed_bits and (self.activation != "per-token-group" or self.four_bit or self.group_size == COLUMN):
+            raise AgqError(
+                "a budget of bits is for per-token-group activations and groups of 32, 64 or 128, without four_bit: "
+                "leave one out"
+            )
 
     def _check_shifts(self) -> None:
         if type(self.shifts) is not bool:
@@ -111,7 +133,8 @@ class Scheme:
     @property
     def is_calibrated(self) -> bool:
         """Whether quantizing looks at what passes through the model."""
-        return self.method == "gptq" or self.activation == "static" or self.max_refine > 0 or self.attention != "float"
+        calibrated = (self.activation == "static", self.max_refine, self.attention != "float", self.mixed_bits)
+        return self.method == "gptq" or any(calibrated)
 
     def activation_bits(self, role: str) -> int:
         """Return the bits of the activation codes at the input of the linear of that role."""

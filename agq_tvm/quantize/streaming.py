@@ -4,7 +4,7 @@ Memory is that of the windows' hidden states and the inputs of one linear (for G
 linear's weights in float and four matrices of its inner dimension squared.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +21,7 @@ from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.quantize.forward import Attend, LayerSteps, Norms, attention_positions, layer_steps, read_norms
 from agq_tvm.quantize.gptq import gptq
 from agq_tvm.quantize.log2 import Log2Attention, value_scales
+from agq_tvm.quantize.mixed import MixedFormat
 from agq_tvm.quantize.operators import FloatLinear, float_linear, stacked_weights
 from agq_tvm.quantize.reference import float_entry
 from agq_tvm.quantize.row_pruner import RowPruner
@@ -101,6 +102,7 @@ def quantize_layers(
     windows: list[list[int]],
     chunks: Sequence[int] = (),
     watch: Watch | None = None,
+    formats: Mapping[tuple[int, str], MixedFormat] | None = None,
 ) -> Iterator[tuple[str, QuantizedLinear]]:
     """Quantize every linear, on inputs that come out of the already quantized ones before it.
 
@@ -118,6 +120,8 @@ def quantize_layers(
         For a scheme that prunes: how a window is cut, see `ReferenceModel.prune`; by default it is one chunk.
     watch : callable, optional
         Shown every static quantizer.
+    formats : mapping, optional
+        Bits and steps of activations, by layer and name of the linear.
 
     Yields
     ------
@@ -140,6 +144,8 @@ def quantize_layers(
             float_operator = float_linear(source, names)
             show = partial(watch, layer, linear.name) if watch else None
             quantizer = _quantizer(inputs, float_operator.weight, linear.name, scheme, show)
+            if formats:
+                quantizer = replace(quantizer, mixed=formats[layer, linear.name])
             inputs = [quantizer.rounded(x) for x in drained(inputs)]
             if exact:
                 parts = _by_gptq(source, names, linear, float_operator, inputs, wanted, scheme)
@@ -199,6 +205,8 @@ def _with_quantizer(linear: QuantizedLinear, name: str, quantizer: ActivationQua
     if quantizer.static:
         scale, zero = quantizer.static
         linear = replace(linear, act_scale=np.array([scale], "float32"), act_zero=np.array([zero], "int32"))
+    if quantizer.mixed:
+        linear = _with_format(linear, quantizer.mixed)
     if quantizer.alpha is None:
         return linear
     linear = replace(linear, alpha=quantizer.alpha.numpy().astype("int8"))
@@ -209,6 +217,28 @@ def _with_quantizer(linear: QuantizedLinear, name: str, quantizer: ActivationQua
         if not np.isfinite((values * np.exp2(linear.alpha, dtype="float32")).astype("float16")).all():
             raise AgqError(f"{name}: scales times 2^{linear.alpha.max()} leave float16's range: lower max_refine")
     return linear
+
+
+def with_formats(
+    config: DecoderConfig,
+    linears: Iterable[tuple[str, QuantizedLinear]],
+    formats: Mapping[tuple[int, str], MixedFormat],
+) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Store bits and steps of activations, by layer and name of the linear, with every matrix that reads them."""
+    prefixes = [config.layer_prefix.format(layer=layer) for layer in range(config.num_layers)]
+    reads = {
+        prefix + part: (layer, linear.name)
+        for layer, prefix in enumerate(prefixes)
+        for linear in config.linears
+        for part in linear.parts
+    }
+    for name, linear in linears:
+        yield name, _with_format(linear, formats[reads[name]])
+
+
+def _with_format(linear: QuantizedLinear, format: MixedFormat) -> QuantizedLinear:
+    bits, steps = (values.numpy().astype("uint8") for values in (format.bits, format.steps))
+    return replace(linear, act_bits=bits, act_steps=steps)
 
 
 def _by_gptq(

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agq_tvm.quantize.activations import ActivationQuantizer, code_limit, static_codes, static_range, to_groups
+from agq_tvm.quantize.activations import ActivationQuantizer, code_limit, static_codes, static_range
+from agq_tvm.quantize.grouping import to_groups
 from agq_tvm.quantize.shifts import BLOCK, channel_order
 
 _SAMPLED_TOKENS = 4096

@@ -17,6 +17,8 @@ VARIANTS = MappingProxyType(
         "w8a8": {"weight_bits": 8, "activation": "per-token"},
         # The best found at W4A8: a model's own 4-bit grid is kept, others take GPTQ.
         "ours": {"activation": "per-token-group"},
+        # Activations of 4 to 7 bits, 5 on average with their scales.
+        "ours-4": {"activation": "per-token-group", "mixed_bits": 5.0},
     }
 )
 """Arguments of `agq_tvm.flow.quantize.quantize`, by name."""

@@ -24,6 +24,7 @@ PLAIN_OPT = {"layer_norm_elementwise_affine": False, "enable_bias": False, "tie_
 BIASED = {"attention_bias": True, "mlp_bias": True}
 TRIP = {"activation": "per-token", "max_refine": 4}
 STATIC_TRIP = {"activation": "static", "max_refine": 3}
+MIXED = {"activation": "per-token-group", "mixed_bits": 5.2, "fold": True}
 CASES = {  # family, its variant, activations (or more of what `quantize` takes), instruction set
     "llama with biases": ("llama", BIASED, {"attention": "log2"}, HERE),
     "opt": ("opt", {}, "static", "generic"),
@@ -35,6 +36,8 @@ CASES = {  # family, its variant, activations (or more of what `quantize` takes)
     "bloom, static TRIP, 4 bit": ("bloom", {}, STATIC_TRIP | {"four_bit": ("qkv", "down")}, "generic"),
     "llama, 4 bit": ("llama", {}, {"activation": "per-token-group", "four_bit": ("o", "gate_up", "down")}, HERE),
     "llama, columns": ("llama", {"intermediate_size": 150}, {"activation": "per-token", "group_size": "column"}, HERE),
+    "llama, mixed bits": ("llama", {}, MIXED, HERE),
+    "opt, mixed bits": ("opt", {}, MIXED, "generic"),
     "bloom with residuals after norms": ("bloom", {"apply_residual_connection_post_layernorm": True}, "static", HERE),
     "llama, 8-bit weights": ("llama", {}, {"activation": "per-token", "weight_bits": 8}, HERE),
     "llama, float activations": ("llama", {}, "none", HERE),
