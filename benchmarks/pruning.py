@@ -74,8 +74,10 @@ def main() -> int:
         found = measure(arguments.model, arguments.method, work, arguments.text, windows, arguments.tokens)
     for name in ("pruning", "choices", "errors"):
         print(f"\n{aligned(table(found[name]))}")
-    for window, verdict in found["verdicts"].items():
-        print(f"windows of {window}: pruning makes quantizing {verdict}")
+    scored_tokens = {line["window"]: line["scored"] for line in found["pruning"]}
+    for window, words in found["verdicts"].items():
+        count = scored_tokens[window] // (window - window * 3 // 4)
+        print(f"{count} windows of {window}: pruning makes quantizing {words}")
     write_report(arguments.output, report("benchmarks.pruning", ("torch", "numpy"), **found))
     return 0
 

@@ -214,8 +214,9 @@ def halve(reference: "ReferenceModel", found: list[Candidate], windows: list[lis
             losses.append(_window_losses(reference, schedule, window))
         found[:going] = sorted(found[:going], key=lambda each: each.change(dense, len(windows[0])).nll)
         best = found[0]
-        change = best.change(dense, len(windows[0])).perplexity_change
-        say(f"{what}, {count} windows: best {_listed(best.schedule)}, {100 * change:+.2f} %")
+        change = best.change(dense, len(windows[0]))
+        percent = f"{100 * change.perplexity_change:+.2f} % ± {100 * change.perplexity_change_stderr:.2f}"
+        say(f"{what}, {count} windows: best {_listed(best.schedule)}, {percent}")
         going = max(min(going, _FINALISTS), going // 2)
     return dense
 
