@@ -57,6 +57,17 @@ def test_whole_way(agq, tmp_path, text):
     assert speed["prefill_tokens_per_second"] > 0 and speed["decode_tokens_per_second"] > 0
 
 
+def test_budget_of_activation_bits(agq, tmp_path):
+    model = write_tiny_llama(tmp_path / "model", seed=3)
+    options = ("--method", "rtn", "--group-size", "32", "--fold", "--activation-bits")
+    told = agq("quantize", model, "-o", tmp_path / "c", *options, "5.0")
+    assert told.returncode == 0, told.stderr
+    assert (
+        "4 to 7 bit, 5.000 on average with scales and zero points" in told.stdout and "norms folded in" in told.stdout
+    )
+    refused(agq("quantize", model, "-o", tmp_path / "d", *options, "4.3"), "4.3 bits are too few", "4.375")
+
+
 def test_targets_and_kernels(agq):
     targets = result_of(agq("targets", "--json"))
     assert {"raspberry-pi-4", "snapdragon-870"} <= {target["name"] for target in targets["targets"]}
