@@ -4,7 +4,7 @@ from types import MappingProxyType
 
 from agq_tvm.errors import AgqError
 
-_AGILEQ_8 = {"method": "gptq", "activation": "static", "max_refine": 4, "attention": "log2-paper"}
+_AGILEQ_8 = {"method": "gptq", "activation": "static", "max_refine": 6, "attention": "log2-paper"}
 
 VARIANTS = MappingProxyType(
     {
