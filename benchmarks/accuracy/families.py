@@ -54,7 +54,7 @@ ALL = (
     Variant("agileq-8, integers only", {**_PAPER, "group_size": "column", "shifts": True}),
     Variant("agileq-4", VARIANTS["agileq-4"]),
     OURS,
-    # Variant("ours, W4A4", VARIANTS["ours-4"], True, OURS_4_LIMIT),
+    Variant("ours, W4A4", VARIANTS["ours-4"], True, OURS_4_LIMIT),
 )
 
 
