@@ -72,9 +72,7 @@ def _families(workshop: Workshop, arguments: argparse.Namespace) -> list[Section
     sections = []
     for plain in subjects(arguments.models):
         for subject in (plain, outliers.with_shift(plain, OUTLIER_SHIFT)):
-            limits = {variant.name: variant.limit for variant in families.ALL if variant.limit}
-            if plain.name != "SmolLM2-135M-Instruct" or subject is not plain:
-                limits.pop("ours, W4A4", None)
+            limits = {variant.name: variant.limit for variant in families.ours(subject) if variant.limit}
             for text in plain.texts[: 1 if subject is not plain else None]:
                 rows = tuple(families.rows(workshop, subject, text))
                 sections.append(Section(subject, text, "Variants", rows, limits))

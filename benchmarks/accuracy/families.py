@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from agq_tvm.flow.evaluate import RELEASE_CALIBRATION, score_reference
+from agq_tvm.flow.quantize import Calibration
 from agq_tvm.quantize.calibration import cut_windows
 from agq_tvm.quantize.checkpoint import Checkpoint
 from agq_tvm.quantize.pruning import PruningSchedule
@@ -41,11 +42,11 @@ class Variant:
     limit: float | None = None
 
 
+CALIBRATION = Calibration(samples=24)
 _PAPER = VARIANTS["agileq-8"]
 W4A16 = Variant("W4A16, GPTQ", VARIANTS["w4a16"])
 AGILEQ_8 = Variant("agileq-8", _PAPER)
-OURS = Variant("ours, W4A8", VARIANTS["ours"], True, OURS_LIMIT)
-ALL = (
+FIXED = (
     Variant("W4A16, round to nearest", {"method": "rtn", "activation": "none"}),
     W4A16,
     Variant("W8A8", VARIANTS["w8a8"]),
@@ -53,9 +54,17 @@ ALL = (
     AGILEQ_8,
     Variant("agileq-8, integers only", {**_PAPER, "group_size": "column", "shifts": True}),
     Variant("agileq-4", VARIANTS["agileq-4"]),
-    OURS,
-    Variant("ours, W4A4", VARIANTS["ours-4"], True, OURS_4_LIMIT),
 )
+
+
+def ours(subject: Subject) -> tuple[Variant, Variant]:
+    """Return what is best at W4A8 and at W4A4: a model that is 4 bit already keeps its grid, others are folded."""
+    kept = subject.source.is_four_bit
+    name, fold = ("", {}) if kept else (", folded", {"fold": True})
+    return (
+        Variant(f"ours, W4A8{name}", VARIANTS["ours"] | fold, True, OURS_LIMIT),
+        Variant(f"ours, W4A4{name}", VARIANTS["ours-4"] | fold, True, OURS_4_LIMIT if kept else None),
+    )
 
 
 def rows(workshop: Workshop, subject: Subject, text: str) -> Iterator[Row]:
@@ -65,7 +74,7 @@ def rows(workshop: Workshop, subject: Subject, text: str) -> Iterator[Row]:
     yield Row(
         "release, simulated", workshop.score(subject, text, "release", partial(_release, workshop, subject)), exact
     )
-    for variant in ALL:
+    for variant in (*FIXED, *ours(subject)):
         checkpoint = _checkpoint(workshop, subject, variant)
         score = workshop.score(subject, text, variant.name, partial(ReferenceModel.from_checkpoint, checkpoint))
         baseline = None
@@ -83,7 +92,7 @@ def pruned_rows(workshop: Workshop, subject: Subject, text: str) -> Iterator[Row
     after = tuple(layers * part // 30 for part in PRUNED_AFTER)
     schedules = [None, *(PruningSchedule(after, beta) for beta in BETAS)]
     exact = None
-    for variant in (None, AGILEQ_8, OURS):
+    for variant in (None, AGILEQ_8, ours(subject)[0]):
         for schedule in schedules:
             name = variant.name if variant else "float"
             score = workshop.keep(
@@ -122,4 +131,4 @@ def _prunes(
 
 
 def _checkpoint(workshop: Workshop, subject: Subject, variant: Variant) -> Checkpoint:
-    return workshop.checkpoint(subject, variant.name, variant.settings)
+    return workshop.checkpoint(subject, variant.name, variant.settings | {"calibration": CALIBRATION})
