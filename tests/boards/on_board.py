@@ -141,7 +141,7 @@ class _Probe:
         M, tiles = len(codes), layout.tiles(kernel.columns)
         x = np.zeros((M, kernel.blocks * K_BLOCK), "int8")
         x[:, : codes.shape[1]] = codes[:, channel_order(alpha)]
-        sums = (codes * np.exp2(alpha)).sum(1, keepdims=True).astype("int32")
+        sums = (codes * np.exp2(alpha, dtype="float64")).sum(1, keepdims=True).astype("int32")
         ones = np.ones((tiles, 1, layout.vectors, layout.lanes), "float16")
         out = self.on_board(np.zeros((M, tiles * layout.width), "float32"))
         self.library.get_function(kernel.name, True)(
