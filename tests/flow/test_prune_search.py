@@ -153,7 +153,7 @@ def test_the_command_makes_that_checkpoint(model, tmp_path):
         args = build_parser().parse_args(words[1:])
         assert (args.prune_layers, args.prune_beta) == ((2, 5), 0.375)
     assert {name: getattr(args, name) for name in settings} == settings
-    assert (args.method, args.four_bit, args.model) == ("rtn", "o,down", "MODEL")
+    assert (args.method, args.four_bit, args.model) == ("rtn", ("o", "down"), "MODEL")
 
 
 def test_command_line_and_measuring(model, tmp_path, capsys, monkeypatch):

@@ -53,12 +53,12 @@ def source(request, tmp_path_factory):
 def test_the_inputs_are_those_of_the_pruned_model(source, chunks, renumber, monkeypatch):
     scheme, found = replace(FLOAT, pruning=replace(SCHEDULE, renumber=renumber)), []
 
-    def see(inputs, weight, role, scheme):
-        found.append((role, inputs))
+    def see(inputs, weight, role, scheme, show):
+        found.append((role, list(inputs)))
         return ActivationQuantizer("none", 64)
 
     monkeypatch.setattr(streaming, "_quantizer", see)
-    streaming.quantize_layers(source, scheme, WINDOWS, chunks)
+    dict(streaming.quantize_layers(source, scheme, WINDOWS, chunks))
     model, seen = ReferenceModel.from_source(source), Inputs()
     model.pruning = scheme.pruning
     for window in WINDOWS:
@@ -79,14 +79,14 @@ def test_the_float_model_loses_the_same_tokens(source, monkeypatch):
         return rtn(weight, group_size, symmetric)
 
     monkeypatch.setattr(streaming, "gptq", no_change)
-    streaming.quantize_layers(source, replace(FLOAT, method="gptq"), WINDOWS, [32, 32])
+    dict(streaming.quantize_layers(source, replace(FLOAT, method="gptq"), WINDOWS, [32, 32]))
     assert len(drifts) == 8 and max(drifts) < 1e-4
 
 
 def test_static_scales_are_those_of_what_is_left(source):
     """Up to the first drop nothing changes; after it the largest value may be gone, and no larger one is new."""
-    dense = streaming.quantize_layers(source, Scheme("rtn", 64, False, "static"), WINDOWS)
-    pruned = streaming.quantize_layers(source, Scheme("rtn", 64, False, "static", pruning=SCHEDULE), WINDOWS)
+    dense = dict(streaming.quantize_layers(source, Scheme("rtn", 64, False, "static"), WINDOWS))
+    pruned = dict(streaming.quantize_layers(source, Scheme("rtn", 64, False, "static", pruning=SCHEDULE), WINDOWS))
     attention, after, mlp, down = ([], [], [], [])
     for scales, linear in zip((attention, after, mlp, down), source.config.linears, strict=True):
         name = source.config.layer_prefix.format(layer=0) + linear.parts[0]
