@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels [--rounds N] [--json FILE]
 
+Besides products with scales of groups there is TRIP's integer-only form, with one weight scale for each column.
 Decode (M = 1) reads its packed weights from memory: each product has enough distinct copies that none is in a
 cache when its turn comes again. Prefill (M = 128) is held against the multiply in registers. Rounds go through
 all kernels and both limits in turn, so that whatever else the machine does strikes them alike.
@@ -16,18 +17,21 @@ from pathlib import Path
 import numpy as np
 
 from agq_tvm.errors import AgqError
-from agq_tvm.kernels import linear
+from agq_tvm.kernels import linear, linear_shifted
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.layout import K_BLOCK, Layout
 from agq_tvm.kernels.linear import LinearKernel
-from agq_tvm.runtime.engine import _use_threads
+from agq_tvm.kernels.linear_shifted import ShiftedKernel
+from agq_tvm.runtime.engine import use_threads
 from agq_tvm.targets import load_device
 from benchmarks import limits, seconds, tables
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 """N x K of a LLaMA-7B: attention, gate or up, down."""
-GROUP_SIZES = (32, 128)
+GROUP_SIZES = (32, 64, 128)
+BUCKETS = ((3, 1 / 16), (2, 1 / 8), (1, 1 / 4))
+"""Exponents of the integer-only form, with their shares of the k-blocks; of the rest it is 0."""
 PREFILL_ROWS = 128
 DISTINCT_BYTES = 160 << 20
 """Packed weights that decode goes through before it sees the first again."""
@@ -42,16 +46,21 @@ class Case:
 
     Attributes
     ----------
-    kernel : LinearKernel
+    kernel : LinearKernel or ShiftedKernel
     calls : list of callable
         One for each distinct copy of the weights.
     bytes : int
         Packed weights and scales of one call.
     """
 
-    kernel: LinearKernel
+    kernel: LinearKernel | ShiftedKernel
     calls: list
     bytes: int
+
+    @property
+    def group_size(self) -> int | str:
+        """Of the weight scales."""
+        return "column" if isinstance(self.kernel, ShiftedKernel) else self.kernel.group_size
 
     @property
     def operations(self) -> float:
@@ -92,7 +101,7 @@ class Weights:
             np.add(self.all[0], np.uint8(37 * i % 256), out=self.all[i])
 
 
-def prepare(kernel: LinearKernel, weights: Weights, isa: InstructionSet, device, copies: int) -> Case:
+def prepare(kernel: LinearKernel | ShiftedKernel, weights: Weights, isa: InstructionSet, device, copies: int) -> Case:
     """Compile a product, check it against numpy, and bind it to its operands.
 
     Raises
@@ -100,30 +109,46 @@ def prepare(kernel: LinearKernel, weights: Weights, isa: InstructionSet, device,
     AgqError
         If it computes something else.
     """
-    layout, rng = isa.layout_4bit, np.random.default_rng(kernel.group_size)
+    layout, shifted = isa.layout_4bit, isinstance(kernel, ShiftedKernel)
+    groups = 1 if shifted else kernel.groups
+    powers = np.exp2(np.repeat(_exponents(kernel), K_BLOCK)) if shifted else np.ones(kernel.channels)
+    rng = np.random.default_rng(groups)
     codes = rng.integers(-127, 128, (kernel.rows, kernel.channels)).astype("int8")
     shape = (kernel.rows, kernel.channels // K_BLOCK, layout.steps, 2, layout.depth)
     x = np.ascontiguousarray(codes.reshape(shape).transpose(1, 0, 2, 3, 4))
-    sums = codes.reshape(kernel.rows, kernel.groups, -1).sum(-1, dtype="int32")
+    sums = (codes * powers).reshape(kernel.rows, groups, -1).sum(-1).astype("int32")
     sx = rng.uniform(0.5, 2, (kernel.rows, 1)).astype("float32")
-    scales = limits.aligned_empty(
-        (copies, layout.tiles(kernel.columns), kernel.groups, layout.vectors, layout.lanes), "float16"
-    )
+    per_group = (layout.tiles(kernel.columns), groups, layout.vectors, layout.lanes)
+    scales = limits.aligned_empty((copies, *per_group), "float16")
     scales[:] = rng.uniform(0.5, 1, scales.shape[1:])
     out = limits.aligned_empty((kernel.rows, layout.tiles(kernel.columns) * layout.width), "float32")
     out[:] = np.nan
-    function, _ = limits.compiled(linear.build(kernel, isa), device)
-    shared = [limits.from_numpy(_aligned(array)) for array in (x, sx, sums)]
-    target = limits.from_numpy(out)
+    module = linear_shifted if shifted else linear
+    function, _ = limits.compiled(module.build(kernel, isa), device)
+    before = [limits.from_numpy(_aligned(array)) for array in (x, sx, sums)]
+    between, after = [], [limits.from_numpy(out)]
+    if shifted:
+        exponents = _exponents(kernel)
+        between = [limits.from_numpy(_aligned(-np.diff(exponents, prepend=exponents[:1]).astype("int32")))]
+        bias = np.zeros((per_group[0], *per_group[2:]), "float32")
+        after.insert(0, limits.from_numpy(_aligned(bias)))
 
     def call(i: int):
-        operands = (*shared, limits.from_numpy(weights.all[i]), limits.from_numpy(scales[i]), target)
+        weight, scale = limits.from_numpy(weights.all[i]), limits.from_numpy(scales[i])
+        operands = (*before, weight, *between, scale, *after)
         return lambda: function(*operands)
 
     calls = [call(i) for i in range(copies)]
     calls[0]()
-    _check(kernel, layout, codes, sx, weights.all[0], scales[0], out)
+    _check(kernel, layout, codes * powers, sx, weights.all[0], scales[0], out)
     return Case(kernel, calls, weights.all[0].nbytes + scales[0].nbytes)
+
+
+def _exponents(kernel: ShiftedKernel) -> np.ndarray:
+    """Return the exponents of the k-blocks."""
+    counts = [(exponent, int(share * kernel.blocks)) for exponent, share in BUCKETS]
+    exponents = np.concatenate([np.full(count, exponent) for exponent, count in counts])
+    return np.append(exponents, np.zeros(kernel.blocks - len(exponents), int))
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
@@ -132,12 +157,12 @@ def _aligned(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-def _check(kernel: LinearKernel, layout: Layout, x, sx, packed, scales, out) -> None:
+def _check(kernel, layout: Layout, x, sx, packed, scales, out) -> None:
     """Compare columns of the first and the last tile."""
     for tile in (0, layout.tiles(kernel.columns) - 1):
         w = layout.unpack(packed[tile : tile + 1], CHECKED_COLUMNS, kernel.channels).astype("float64") - 8
-        s = scales[tile].reshape(kernel.groups, layout.width)[:, :CHECKED_COLUMNS].astype("float64")
-        w = w.T * np.repeat(s, kernel.group_size, axis=0)
+        s = scales[tile].reshape(-1, layout.width)[:, :CHECKED_COLUMNS].astype("float64")
+        w = w.T * np.repeat(s, kernel.channels // len(s), axis=0)
         expected = (x.astype("float64") @ w) * sx
         got = out[:, tile * layout.width :][:, :CHECKED_COLUMNS]
         if not np.allclose(got, expected, rtol=0, atol=1e-5 * abs(expected).max()):
@@ -145,13 +170,13 @@ def _check(kernel: LinearKernel, layout: Layout, x, sx, packed, scales, out) -> 
 
 
 def all_cases(isa: InstructionSet, device) -> list[Case]:
-    """Prepare every shape, group size and number of rows."""
+    """Prepare every shape, number of rows and form: the integer-only one last."""
     cases = []
     for columns, channels in SHAPES:
         weights = Weights(columns, channels, isa.layout_4bit)
         for rows in (1, PREFILL_ROWS):
-            for group_size in GROUP_SIZES:
-                kernel = LinearKernel(rows, columns, channels, 4, group_size, False, None, False)
+            sized = [LinearKernel(rows, columns, channels, 4, size, False, None, False) for size in GROUP_SIZES]
+            for kernel in [*sized, ShiftedKernel(rows, columns, channels, None)]:
                 copies = len(weights.all) if rows == 1 else 1
                 print(f"preparing {kernel.name}", file=sys.stderr)
                 cases.append(prepare(kernel, weights, isa, device, copies))
@@ -176,8 +201,11 @@ def time_all(cases: list[Case], rates: dict[str, limits.Limit], rounds: int) -> 
     return times, measured
 
 
-def row_of(case: Case, times: list[float], at_best: dict[str, float]) -> dict:
-    """Summarize a case; the limit that it is held against is the median of the same run."""
+def row_of(case: Case, times: list[float], at_best: dict[str, float], integer_only: list[float]) -> dict:
+    """Summarize a case; the limit that it is held against is the median of the same run.
+
+    `integer_only` are the times of that form of the same product, round by round.
+    """
     median = statistics.median(times)
     unit = "GB/s" if case.streams else "GOP/s"
     rate = (case.bytes if case.streams else case.operations) / median / 1e9
@@ -186,9 +214,10 @@ def row_of(case: Case, times: list[float], at_best: dict[str, float]) -> dict:
         "kernel": case.kernel.name,
         "shape": f"{case.kernel.columns}x{case.kernel.channels}",
         "rows": case.kernel.rows,
-        "group_size": case.kernel.group_size,
+        "group_size": case.group_size,
         "milliseconds": 1e3 * median,
         "milliseconds_std": 1e3 * statistics.pstdev(times),
+        "of_integer_only": statistics.median(a / b for a, b in zip(times, integer_only, strict=True)),
         "bytes": case.bytes,
         "rate": rate,
         "unit": unit,
@@ -200,7 +229,7 @@ def row_of(case: Case, times: list[float], at_best: dict[str, float]) -> dict:
 
 def as_lines(rows: list[dict]) -> str:
     """Write the rows as a table."""
-    head = ("kernel", "N x K", "M", "group", "ms", "rate", "unit", "of limit %", "bound %", "met")
+    head = ("kernel", "N x K", "M", "group", "ms", "of integer-only", "rate", "unit", "of limit %", "bound %", "met")
     lines = [
         (
             "gemv" if row["rows"] == 1 else "gemm",
@@ -208,6 +237,7 @@ def as_lines(rows: list[dict]) -> str:
             str(row["rows"]),
             str(row["group_size"]),
             f"{row['milliseconds']:.3f}",
+            f"{row['of_integer_only']:.3f}",
             f"{row['rate']:.1f}",
             row["unit"],
             "-" if row["share_percent"] is None else f"{row['share_percent']:.1f}",
@@ -227,7 +257,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
-    _use_threads(1)
+    use_threads(1)
     device = load_device("host")
     isa = instruction_set(device.instruction_set)
     try:
@@ -238,7 +268,9 @@ def main() -> None:
     rates = {unit: limit for unit, limit in rates.items() if limit is not None}
     times, measured = time_all(cases, rates, args.rounds)
     at_best = {unit: statistics.median(values) for unit, values in measured.items()}
-    rows = [row_of(case, own, at_best) for case, own in zip(cases, times, strict=True)]
+    forms = len(GROUP_SIZES) + 1
+    integer_only = [times[i // forms * forms + forms - 1] for i in range(len(cases))]
+    rows = [row_of(*each[:2], at_best, each[2]) for each in zip(cases, times, integer_only, strict=True)]
     found = {
         unit: {"median": at_best[unit], "best": max(values), "std": statistics.pstdev(values)}
         for unit, values in measured.items()

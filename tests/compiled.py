@@ -1,5 +1,6 @@
 """A checkpoint compiled in this process, with few functions and without linking: seconds instead of a bundle."""
 
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,7 +50,7 @@ class CompiledModel:
         book = CODE_BOOKS.get(scheme.attention)
         module = relax_decoder.build_decoder(checkpoint.config, context, 16, scheme.pruning, book)
         format = linear_format(scheme, offsets)
-        target, kernels = target_of(isa), instruction_set(isa)
+        target, kernels = target_of(isa), instruction_set(isa, scheme.activation)
         self.lowered, tensors = pipeline.run(module, target, format, kernels)
         executable = relax.build(self.lowered, target, relax_pipeline=None)
         self.library = executable.jit()
@@ -66,7 +67,7 @@ class CompiledModel:
         model = {"vocab_size": checkpoint.config.vocab_size}
         self.manifest = {"context": context, "buckets": [rows], "model": model, "device": {"instruction_set": isa}}
         if scheme.pruning:
-            self.manifest["pruning"] = {"layers": list(scheme.pruning.layers), "beta": scheme.pruning.beta}
+            self.manifest["pruning"] = asdict(scheme.pruning) | {"layers": list(scheme.pruning.layers)}
 
     def run(self, function: str, tokens: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """See `agq_tvm.runtime.engine.Session.run`."""

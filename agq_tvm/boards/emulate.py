@@ -96,7 +96,7 @@ def start_board(device: Device, tracker: str, key: str | None = None) -> Process
     server = server_folder(device) / SERVER
     log = processes.state_directory() / f"{key}-{time.time_ns()}.log"
     command = [emulator, "-cpu", device.emulator, "-L", str(_SYSROOT), str(server)]
-    child, started = processes.launch([*command, "--key", key, "--tracker", tracker], log)
+    child, started = processes.launch([*command, "--key", key, "--tracker", tracker, "--emulated"], log)
     name = processes.free_name(key)
     board = Process(name, "board", device.name, key, tracker, child.pid, started, str(log))
     return _ready(board, child, lambda: is_registered(board))

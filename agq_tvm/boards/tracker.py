@@ -130,6 +130,18 @@ def board_features(session: "RPCSession") -> frozenset[str] | None:
         return None
 
 
+def board_is_emulated(session: "RPCSession") -> bool:
+    """Tell whether a board's server says that it is emulated, so that its time means nothing.
+
+    Servers of emulated boards say so if `agq boards emulate start` started them; TVM's Python server cannot tell and
+    is taken for a real board's.
+    """
+    try:
+        return bool(session.get_function("agq.board.emulated")())
+    except (AttributeError, RuntimeError, ValueError):
+        return False
+
+
 def _ask(host: str, port: int, request: list, timeout: float) -> object:
     """Send one request to a tracker and return its answer.
 

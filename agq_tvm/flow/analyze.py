@@ -3,7 +3,8 @@
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,9 @@ from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory, write_json
 from agq_tvm.flow.evaluate import open_reference
 from agq_tvm.quantize.calibration import cut_windows
-from agq_tvm.quantize.texts import load_text
+from agq_tvm.quantize.pruning import PruningSchedule
+from agq_tvm.quantize.texts import load_text, title
+from agq_tvm.runtime.engine import prompt_chunks
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,7 +32,10 @@ _DIGITS = 5
 
 
 def analyze(
-    model: str | os.PathLike, output: str | os.PathLike = "agq-analysis", data: str | os.PathLike = "calibration"
+    model: str | os.PathLike,
+    output: str | os.PathLike = "agq-analysis",
+    data: str | os.PathLike = "calibration",
+    pruning: PruningSchedule | None = None,
 ) -> dict:
     """Run a text through a model and write down what passes: ``analysis.json`` and pictures.
 
@@ -38,6 +44,9 @@ def analyze(
     channel to the median one, with and without the first token of each window, the channels over `OUTLIER`
     times the median, and the tokens with the largest values; and for each head what attention it gives to the
     first token (figure 1 of the paper).
+
+    If tokens are pruned, all of it is there twice, without and with (``pruned``), a window being a prompt cut into
+    the chunks of a compiled model; pictures compare the two.
 
     Parameters
     ----------
@@ -48,6 +57,8 @@ def analyze(
         The directory to write; an earlier analysis there is replaced.
     data : str or path-like
         See `agq_tvm.quantize.texts.load_text`.
+    pruning : PruningSchedule, optional
+        Instead of the checkpoint's own.
 
     Returns
     -------
@@ -56,52 +67,80 @@ def analyze(
         ``inputs``: by the linear's name the ``ratio`` of the layer where it is highest, that ``layer``, its
         largest ``channel`` and ``ratio_without_first_token``, and how many ``outlier_channels`` all layers have;
         ``attention_to_start``: ``mean``, ``uniform`` (what equal attention to all tokens would give) and, where
-        it is highest, ``layer`` and ``layer_mean``; ``files``; and ``seconds``.
+        it is highest, ``layer`` and ``layer_mean``; ``pruned`` (None, or ``schedule``, and by the linear's name
+        ``largest`` and ``outlier_channels``, means over the layers that see fewer tokens, without and with pruning);
+        ``files``; and ``seconds``.
 
     Raises
     ------
     AgqError
-        If matplotlib is missing, the model or the text cannot be read, the text is shorter than a window, or
-        the output cannot be written.
+        If matplotlib is missing, the model or the text cannot be read, the text is shorter than a window, a
+        layer to prune in does not exist, or the output cannot be written.
     """
     started = time.perf_counter()
-    draw = _pictures()
-    _, text_sha256 = load_text(data)
+    need_matplotlib()
+    _, text_sha256 = load_text(data, "train")
     with fresh_directory(output, "analysis") as directory:
-        observation, tokenizer = _observe(model, data)
+        observations, tokenizer, pruning = _observe(model, data, pruning)
+        observation, *pruned = observations
         about = {
             "model": str(model),
-            "text": str(data),
+            "text": title(data, "train"),
             "text_sha256": text_sha256,
             "windows": len(observation.windows),
             "window_tokens": len(observation.windows[0]),
             "outlier_threshold": OUTLIER,
         }
-        inputs = {name: _layers(seen, observation.windows, tokenizer) for name, seen in observation.inputs.items()}
-        start = _start_attention(observation)
-        write_json(directory / "analysis.json", {**about, "inputs": inputs, "attention_to_start": start})
-        draw(observation, Path(model).name, directory)
+        described, *after = (_described(each, tokenizer) for each in observations)
+        schedule = asdict(pruning) if pruning else None
+        last = {"schedule": schedule, **after[0]} if after else None
+        write_json(directory / "analysis.json", {**about, **described, "pruned": last})
+        _draw(observation, pruned[0] if pruned else None, pruning, Path(model).name, directory)
         files = sorted(path.name for path in directory.iterdir())
     return {
         **about,
-        "inputs": {name: _summary(layers) for name, layers in inputs.items()},
-        "attention_to_start": _start_summary(start),
+        "inputs": {name: _summary(layers) for name, layers in described["inputs"].items()},
+        "attention_to_start": _start_summary(described["attention_to_start"]),
+        "pruned": _pruned_summary(schedule, described, after[0]) if after else None,
         "files": files,
         "seconds": time.perf_counter() - started,
     }
 
 
-def _pictures() -> Callable[["Observation", str, Path], None]:
+def need_matplotlib() -> None:
+    """Refuse to go on without what pictures are drawn with.
+
+    Raises
+    ------
+    AgqError
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise AgqError("drawing pictures needs matplotlib: pip install 'agq-tvm[plot]'") from error
+
+
+def _draw(
+    observation: "Observation",
+    pruned: "Observation | None",
+    pruning: PruningSchedule | None,
+    title: str,
+    directory: Path,
+) -> None:
     from agq_tvm.flow.pictures import draw
+    from agq_tvm.flow.pruning_pictures import draw_comparison, draw_maps
 
-    return draw
+    draw(observation, title, directory)
+    draw_maps(observation, pruned, title, directory)
+    if pruned is not None:
+        draw(pruned, f"{title}, pruned", directory, "-pruned")
+        draw_comparison(observation, pruned, pruning, OUTLIER, title, directory)
 
 
-def _observe(model: str | os.PathLike, data: str | os.PathLike) -> tuple["Observation", "Tokenizer"]:
+def _observe(
+    model: str | os.PathLike, data: str | os.PathLike, pruning: PruningSchedule | None
+) -> tuple[list["Observation"], "Tokenizer", PruningSchedule | None]:
+    """Return what passes without pruning, and with it if there is any; the tokenizer; and the schedule."""
     from tokenizers import Tokenizer
 
     from agq_tvm.quantize.observe import observe
@@ -109,7 +148,18 @@ def _observe(model: str | os.PathLike, data: str | os.PathLike) -> tuple["Observ
     with tempfile.TemporaryDirectory() as scratch:
         reference, tokenizer = open_reference(model, Path(scratch))
         windows = cut_windows(tokenizer, data, WINDOWS, min(WINDOW, reference.config.context_length))
-        return observe(reference, windows), Tokenizer.from_file(str(tokenizer))
+        reference.pruning = pruning or reference.pruning
+        ways = [None]
+        if reference.pruning is not None:
+            reference.pruning.check_layers(reference.config.num_layers)
+            ways.append(prompt_chunks(len(windows[0])))
+        seen = [observe(reference, windows, chunks) for chunks in ways]
+        return seen, Tokenizer.from_file(str(tokenizer)), reference.pruning
+
+
+def _described(observation: "Observation", tokenizer: "Tokenizer") -> dict:
+    inputs = {name: _layers(seen, observation.windows, tokenizer) for name, seen in observation.inputs.items()}
+    return {"inputs": inputs, "attention_to_start": _start_attention(observation)}
 
 
 def _layers(seen: "InputStatistics", windows: list[list[int]], tokenizer: "Tokenizer") -> list[dict]:
@@ -180,6 +230,20 @@ def _summary(layers: list[dict]) -> dict:
     }
 
 
+def _pruned_summary(schedule: dict, dense: dict, pruned: dict) -> dict:
+    """Compare the layers that see fewer tokens; the one that drops them does so before its MLP."""
+    inputs = {}
+    for i, (name, layers) in enumerate(dense["inputs"].items()):
+        start = schedule["layers"][0] - (i >= 2)
+        if start < len(layers):
+            pair = [layers[start:], pruned["inputs"][name][start:]]
+            inputs[name] = {
+                "largest": [_mean(each["largest"] for each in some) for some in pair],
+                "outlier_channels": [_mean(len(each["outlier_channels"]) for each in some) for some in pair],
+            }
+    return {"schedule": schedule, "inputs": inputs, "attention_to_start": _start_summary(pruned["attention_to_start"])}
+
+
 def _start_summary(start: dict) -> dict:
     means = start["layers"]
     layer = int(np.argmax(means))
@@ -189,6 +253,10 @@ def _start_summary(start: dict) -> dict:
         "layer": layer,
         "layer_mean": means[layer],
     }
+
+
+def _mean(values: Iterable[float]) -> float:
+    return _rounded(np.mean(list(values)))
 
 
 def _rounded(value: float) -> float | None:

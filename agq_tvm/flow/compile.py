@@ -8,7 +8,7 @@ from pathlib import Path
 from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory, sha256_file, write_json
 from agq_tvm.flow.library import LibraryRequest, build_library
-from agq_tvm.flow.packing import Packer, offsets_dtype
+from agq_tvm.flow.packing import Packer, check_overflow, offsets_dtype
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.progress import progress, say
@@ -55,11 +55,6 @@ def compile_checkpoint(
     device = load_device(target)
     source = read_checkpoint(checkpoint)
     context = _context(source, context)
-    if source.scheme.activation == "none":
-        raise AgqError(
-            f"{checkpoint} has float activations, which have no kernels yet: quantize it with "
-            "--activation per-token-group"
-        )
     say(f"compiling {checkpoint} for {device.name} ({device.instruction_set})")
     with fresh_directory(output, "bundle") as directory:
         _build(source, target, device, context, directory, str(debug_dump) if debug_dump else None)
@@ -84,8 +79,9 @@ def _context(checkpoint: Checkpoint, context: int | None) -> int:
 def _build(
     checkpoint: Checkpoint, target: str, device: Device, context: int, directory: Path, dump: str | None
 ) -> None:
-    isa = instruction_set(device.instruction_set)
+    isa = instruction_set(device.instruction_set, checkpoint.scheme.activation)
     offsets = offsets_dtype(checkpoint)
+    check_overflow(checkpoint)
     scratch = directory / "scratch"
     scratch.mkdir()
     request = LibraryRequest(
@@ -101,7 +97,7 @@ def _build(
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
     manifest = _manifest(checkpoint, device, context)
-    manifest["layout"] = {"linears": isa.layout_4bit.name, "tables": isa.layout_8bit.name}
+    manifest["layout"] = {"linears": isa.layout(checkpoint.scheme.weight_bits).name, "tables": isa.layout_8bit.name}
     manifest["caches"] = caches
     manifest["parameters"] = [asdict(parameter) for parameter in parameters]
     manifest["files"] = {
@@ -133,7 +129,7 @@ def _manifest(checkpoint: Checkpoint, device: Device, context: int) -> dict:
         },
         "quantization": {
             "method": scheme.method,
-            "weight_bits": 4,
+            "weight_bits": scheme.weight_bits,
             "group_size": scheme.group_size,
             "activation": scheme.activation,
             "attention": scheme.attention,

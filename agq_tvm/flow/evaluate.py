@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,17 +11,22 @@ import numpy as np
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json
-from agq_tvm.models.decoder import PREFILL_BUCKETS
+from agq_tvm.flow.quantize import Calibration
 from agq_tvm.progress import say
-from agq_tvm.quantize.calibration import encode_text
+from agq_tvm.quantize.calibration import cut_windows, encode_text
 from agq_tvm.quantize.checkpoint import quantization_config, read_checkpoint
 from agq_tvm.quantize.source import Source, open_source
 from agq_tvm.quantize.texts import load_text
-from agq_tvm.runtime.engine import chunks
+from agq_tvm.runtime.engine import prompt_chunks
 from agq_tvm.runtime.perplexity import PROTOCOLS, Score, score, score_suffix, score_survivors
 
 if TYPE_CHECKING:
     from agq_tvm.quantize.reference import ReferenceModel
+
+RELEASE_CALIBRATION = Calibration(samples=10)
+"""The authors' number of windows."""
+SELECTIONS: dict[str, Callable[[int], list[int]]] = {"chunk": prompt_chunks, "prompt": lambda tokens: [tokens]}
+"""In which parts of a prompt the tokens that stay are chosen, each by itself."""
 
 
 def evaluate_reference(
@@ -30,6 +36,7 @@ def evaluate_reference(
     max_tokens: int | None = None,
     activation: str | None = None,
     protocol: str | None = None,
+    selection: str | None = None,
 ) -> Score:
     """Score a text with the torch reference.
 
@@ -47,8 +54,10 @@ def evaluate_reference(
         For a checkpoint: instead of its own way to quantize activations, see
         `ReferenceModel.from_checkpoint`.
     protocol : str, optional
-        See `agq_tvm.runtime.perplexity`; ``"suffix"`` by default for a model that prunes, and else ``"all"``. For
-        ``"suffix"`` a prompt is pruned in the chunks of a compiled model, for ``"paper-protocol"`` as a whole.
+        See `agq_tvm.runtime.perplexity`; ``"suffix"`` by default for a model that prunes, and else ``"all"``.
+    selection : {"chunk", "prompt"}, optional
+        For a model that prunes: whether the tokens that stay are chosen in each chunk of a compiled model by itself
+        (the default), or in the whole prompt, as the paper does (always for ``"paper-protocol"``).
 
     Raises
     ------
@@ -59,15 +68,63 @@ def evaluate_reference(
     with tempfile.TemporaryDirectory() as scratch:
         reference, tokenizer = open_reference(model, Path(scratch), activation)
         tokens = encode_text(tokenizer, text)
+    return score_reference(reference, tokens[:max_tokens], window, protocol, selection)
+
+
+def score_reference(
+    reference: "ReferenceModel",
+    tokens: list[int],
+    window: int,
+    protocol: str | None = None,
+    selection: str | None = None,
+) -> Score:
+    """Score tokens with a model that is in memory; see `evaluate_reference`."""
     if window > reference.config.context_length:
         raise AgqError(f"a window of {window} is more than the model's {reference.config.context_length} tokens")
-    tokens, protocol = tokens[:max_tokens], choose_protocol(protocol, reference.pruning is not None)
+    protocol = choose_protocol(protocol, reference.pruning is not None)
+    cut = _chooser(selection, protocol, reference.pruning is not None)
     if protocol == "all":
         return score(reference.logits, tokens, window)
     if protocol == "suffix":
-        return score_suffix(partial(_suffix_logits, reference), tokens, window)
+        return score_suffix(partial(suffix_logits, reference, cut), tokens, window)
     say("paper-protocol scores only what follows tokens that were not pruned: it does not compare with other scores")
     return score_survivors(partial(_survivors, reference), tokens, window)
+
+
+def evaluate_release(
+    model: str | os.PathLike | Source,
+    checkpoint: str | os.PathLike,
+    data: str | os.PathLike,
+    window: int = 512,
+    max_tokens: int | None = None,
+    calibration: Calibration = RELEASE_CALIBRATION,
+) -> Score:
+    """Score a text with the simulation of the authors' published code, `agq_tvm.quantize.release`.
+
+    Parameters
+    ----------
+    model : str, path-like or Source
+        The float model.
+    checkpoint : path-like
+        Of that model: its weights, see `release_model`.
+    data, window, max_tokens
+        As for `evaluate_reference`.
+    calibration : Calibration
+        What the static scales are found on; windows no longer than the model takes.
+
+    Raises
+    ------
+    AgqError
+        If something cannot be read, or does not fit the rest.
+    """
+    from agq_tvm.quantize.release import release_model
+
+    source, opened = open_source(model), read_checkpoint(checkpoint)
+    tokenizer = opened.path / "tokenizer.json"
+    length = min(calibration.length, source.config.context_length)
+    windows = cut_windows(tokenizer, calibration.text, calibration.samples, length)
+    tokens = encode_text(tokenizer, load_text(data)[0])[:max_tokens]
+    return score(release_model(source, opened, windows).logits, tokens, window)
 
 
 def choose_protocol(protocol: str | None, prunes: bool) -> str:
@@ -88,13 +145,39 @@ def choose_protocol(protocol: str | None, prunes: bool) -> str:
     return protocol
 
 
-def _suffix_logits(reference: "ReferenceModel", prefix: list[int], suffix: list[int]) -> np.ndarray:
+def _chooser(selection: str | None, protocol: str, prunes: bool) -> Callable[[int], list[int]]:
+    """Return what says in which parts of a prompt tokens are chosen, after a check that it fits."""
+    if selection not in (None, *SELECTIONS):
+        raise AgqError(f"unknown selection {selection!r}: choose one of {', '.join(SELECTIONS)}")
+    if selection is not None and not prunes:
+        raise AgqError(f"the model drops no tokens, there are none to select by {selection}: leave that out")
+    if selection == "chunk" and protocol == "paper-protocol":
+        raise AgqError("paper-protocol selects in the whole prompt: choose the protocol suffix to select by chunk")
+    return SELECTIONS[selection or "chunk"]
+
+
+def suffix_logits(
+    reference: "ReferenceModel", cut: Callable[[int], list[int]], prefix: list[int], suffix: list[int]
+) -> np.ndarray:
+    """Predict the tokens after a prompt that is pruned if the model prunes.
+
+    Parameters
+    ----------
+    reference : ReferenceModel
+    cut : callable
+        From the number of tokens of the prompt to the parts in which they are chosen, see `SELECTIONS`.
+    prefix, suffix : list of int
+        The prompt, and the n tokens after it.
+
+    Returns
+    -------
+    float32 array [n, vocab_size]
+    """
     tokens = prefix + suffix
     if reference.pruning is None:
         logits = reference.logits(tokens)
     else:
-        cut = [valid for _, valid in chunks(len(prefix), PREFILL_BUCKETS)]
-        logits = reference.prune(tokens, cut).logits
+        logits = reference.prune(tokens, cut(len(prefix))).logits
     return logits[-1 - len(suffix) : -1]
 
 

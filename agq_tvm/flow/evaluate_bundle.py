@@ -1,5 +1,6 @@
 """Perplexity of a compiled bundle, prefilled in chunks as it would be in use."""
 
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.evaluate import choose_protocol, evaluate_reference
-from agq_tvm.quantize.texts import load_text
+from agq_tvm.quantize.texts import load_text, title
 from agq_tvm.runtime.bundle import MANIFEST, Bundle
 from agq_tvm.runtime.engine import Engine, LocalSession
 from agq_tvm.runtime.perplexity import Score, score, score_suffix
@@ -61,7 +62,7 @@ def evaluate_bundle(
     tokens = load_tokenizer(loaded.path).encode(text, add_special_tokens=False).ids[:max_tokens]
     if protocol == "all":
         return score(partial(_logits, engine), tokens, window)
-    return score_suffix(partial(_suffix_logits, engine), tokens, window)
+    return score_suffix(partial(suffix_logits, engine), tokens, window)
 
 
 def _logits(engine: Engine, tokens: list[int]) -> np.ndarray:
@@ -69,10 +70,11 @@ def _logits(engine: Engine, tokens: list[int]) -> np.ndarray:
     return engine.prefill(tokens, all_logits=True)
 
 
-def _suffix_logits(engine: Engine, prefix: list[int], suffix: list[int]) -> np.ndarray:
+def suffix_logits(engine: Engine, prefix: list[int], suffix: list[int]) -> np.ndarray:
+    """Return the predictions of each token of `suffix` after `prefix`, which may be pruned: float32 [n, V]."""
     engine.reset()
-    first = engine.prefill(prefix)
-    return np.concatenate([first[None], engine.prefill(suffix, all_logits=True)[:-1]])
+    first = engine.prefill(prefix)[None]
+    return first if len(suffix) == 1 else np.concatenate([first, engine.prefill(suffix, all_logits=True)[:-1]])
 
 
 def evaluate(
@@ -81,30 +83,44 @@ def evaluate(
     window: int = 512,
     max_tokens: int | None = None,
     protocol: str | None = None,
+    selection: str | None = None,
 ) -> dict:
     """Score a text with a bundle, a checkpoint or a float model, whichever `model` is.
 
-    `protocol` is one of `agq_tvm.runtime.perplexity.PROTOCOLS`, by default the one that fits the model.
+    `protocol` is one of `agq_tvm.runtime.perplexity.PROTOCOLS`, by default the one that fits the model; for
+    `selection` see `agq_tvm.flow.evaluate.evaluate_reference`.
 
     Returns
     -------
     dict
-        ``perplexity``, ``nll`` and ``nll_stderr`` in nats per token, ``tokens`` scored, ``window``,
-        ``protocol``, and ``text_sha256``.
+        ``perplexity`` and its standard error ``perplexity_stderr``, ``nll`` and ``nll_stderr`` in nats per token
+        (errors are None for a single window), ``tokens`` scored, ``window``, ``protocol``, ``text`` and
+        ``text_sha256``.
 
     Raises
     ------
     AgqError
         See `evaluate_bundle` and `agq_tvm.flow.evaluate.evaluate_reference`.
     """
-    run = evaluate_bundle if is_bundle(model) else evaluate_reference
-    result = run(model, data, window, max_tokens, protocol=protocol)
+    if not is_bundle(model):
+        result = evaluate_reference(model, data, window, max_tokens, protocol=protocol, selection=selection)
+    elif selection is None:
+        result = evaluate_bundle(model, data, window, max_tokens, protocol=protocol)
+    else:
+        raise AgqError(f"{model} is a bundle, which selects tokens by chunk: give a checkpoint to compare selections")
     return {
         "perplexity": result.perplexity,
+        "perplexity_stderr": _if_known(result.perplexity_stderr),
         "nll": result.nll,
-        "nll_stderr": result.nll_stderr,
+        "nll_stderr": _if_known(result.nll_stderr),
         "tokens": result.tokens,
         "window": result.window,
         "protocol": result.protocol,
+        "text": title(data),
         "text_sha256": load_text(data)[1],
     }
+
+
+def _if_known(error: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(error) else error

@@ -25,7 +25,6 @@ from agq_tvm.targets.link import exporter
 
 TENSORS = "tensors.json"
 _STEPS = 11  # decoder, the pipeline's phases, code, link
-_VALUE_LANES = {"avx512vnni": 32}
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,11 @@ def _bar():
     return tqdm(total=_STEPS, desc="compiling", unit="step", file=sys.stderr, leave=False, dynamic_ncols=True)
 
 
+def value_lanes(instruction_set: str) -> int:
+    """Return how many channels of the values attention sums at a time, see `AttentionKernel`."""
+    return 32 if instruction_set == "avx512vnni" else 16
+
+
 def linear_format(scheme: Scheme, offsets: str | None):
     """Return how the layers' linears are stored and computed.
 
@@ -116,8 +120,16 @@ def linear_format(scheme: Scheme, offsets: str | None):
     """
     from agq_tvm.passes.quantize_linears import LinearFormat
 
-    refined = scheme.max_refine > 0
-    return LinearFormat(4, scheme.group_size, scheme.activation, offsets, refined, scheme.four_bit)
+    return LinearFormat(
+        scheme.weight_bits,
+        scheme.group_size,
+        scheme.activation,
+        offsets,
+        refined=scheme.max_refine > 0,
+        four_bit=scheme.four_bit,
+        shifts=scheme.shifts,
+        mixed=scheme.mixed_bits > 0,
+    )
 
 
 def _build(request: LibraryRequest) -> None:
@@ -128,12 +140,12 @@ def _build(request: LibraryRequest) -> None:
     from agq_tvm.tvm_seam import Target, relax
 
     device, checkpoint = load_device(request.target), read_checkpoint(request.checkpoint)
-    isa = instruction_set(device.instruction_set)
+    isa = instruction_set(device.instruction_set, checkpoint.scheme.activation)
     target = Target(device.tvm_target())
     _step("decoder")
-    lanes, scheme = _VALUE_LANES.get(isa.name, 16), checkpoint.scheme
+    scheme = checkpoint.scheme
     book = CODE_BOOKS.get(scheme.attention)
-    module = build_decoder(checkpoint.config, request.context, lanes, scheme.pruning, book)
+    module = build_decoder(checkpoint.config, request.context, value_lanes(isa.name), scheme.pruning, book)
     format = linear_format(checkpoint.scheme, request.offsets)
     dump = Path(request.debug_dump) if request.debug_dump else None
     lowered, tensors = pipeline.run(module, target, format, isa, dump, _step)

@@ -6,7 +6,10 @@ import numpy as np
 
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
+from agq_tvm.kernels.linear import ZERO
 from agq_tvm.quantize.checkpoint import TABLE_GROUP, Checkpoint, QuantizedLinear, QuantizedTable
+from agq_tvm.quantize.mixed_format import BITS, widths
+from agq_tvm.quantize.shifts import block_shifts, channel_order, check_totals
 
 
 def offsets_dtype(checkpoint: Checkpoint) -> str | None:
@@ -22,24 +25,48 @@ def offsets_dtype(checkpoint: Checkpoint) -> str | None:
     return str(np.result_type(*dtypes)) if dtypes else None
 
 
+def check_overflow(checkpoint: Checkpoint) -> None:
+    """Check that no activations can make an accumulator overflow that is shifted.
+
+    Raises
+    ------
+    AgqError
+        Naming the first matrix where some can.
+    """
+    if not checkpoint.scheme.shifts:
+        return
+    config = checkpoint.config
+    for layer in range(config.num_layers):
+        for fused in config.linears:
+            bits = checkpoint.scheme.activation_bits(fused.name)
+            for part, linear in zip(fused.parts, checkpoint.fused(layer, fused.parts), strict=True):
+                name = config.layer_prefix.format(layer=layer) + part
+                check_totals(name, unpack_codes(linear), linear.alpha, bits)
+
+
 def unpack_codes(linear: QuantizedLinear) -> np.ndarray:
-    """Return the 4-bit codes of a matrix, one to a byte: uint8 [N, K]."""
+    """Return the codes of a matrix, one to a byte, as layouts take them: uint8 [N, K], of 8 bits plus 128."""
+    if linear.bits == 8:
+        return linear.qweight.view("uint8") + np.uint8(128)
     pairs = np.stack([linear.qweight & 15, linear.qweight >> 4], axis=2)
     return pairs.reshape(len(linear.qweight), -1)[:, : linear.in_features]
 
 
 def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str | None) -> dict[str, np.ndarray]:
-    """Pack matrices stacked along N: ``w``, ``ws``, and ``wo``, ``bias``, ``refine``, ``act`` where the form has them.
+    """Pack matrices stacked along N: ``w``, ``ws``, and where the form has them ``wo``, ``bias``, ``refine``, ``act``
+    and ``powers``.
 
     A static zero point z becomes part of the bias: b[n] - s_x · z · Σ_k w[n, k]. TRIP's powers of two become
-    part of scales and offsets, and their inverses per channel are ``refine``.
+    part of scales and offsets, and their inverses per channel are ``refine``. Exponents that shift give ``order``
+    (the channel that stands at each place, where ``w`` and ``refine`` have it) and ``shift`` instead.
     """
     parts = tuple(_refined(part) for part in parts)
     first = parts[0]
     codes = np.concatenate([unpack_codes(part) for part in parts])
     scales = np.concatenate([part.scales for part in parts])
+    order = channel_order(first.alpha) if first.is_shifted else slice(None)
     packed = {
-        "w": pack_codes(codes, first.group_size, layout),
+        "w": pack_codes(codes[:, order], first.group_size, layout),
         "ws": layout.pack_columns(scales),
     }
     if offsets:
@@ -50,9 +77,17 @@ def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str
         packed["bias"] = np.ascontiguousarray(layout.pack_columns(constant[:, None])[:, 0])
     if first.alpha is not None:
         inverse = np.exp2(-first.alpha.astype("float32"))
-        packed["refine"] = np.repeat(inverse, first.group_size)[: first.in_features]
+        channels = inverse[order] if first.is_shifted else np.repeat(inverse, first.group_size)[: first.in_features]
+        packed["refine"] = channels
     if first.act_scale is not None:
         packed["act"] = np.concatenate([first.act_scale, first.act_zero]).astype("float32")
+    if first.is_shifted:
+        packed |= {"order": order, "shift": block_shifts(first.alpha)}
+    if first.act_bits is not None:
+        bits, steps = first.act_bits.astype("int64"), first.act_steps.astype("int64")
+        exponents = np.zeros((3, k_blocks(first.in_features, first.group_size) * K_BLOCK))
+        exponents[:, : first.in_features] = -widths(bits, steps), bits - min(BITS), steps
+        packed["powers"] = np.exp2(exponents).astype("float32")
     return packed
 
 
@@ -74,14 +109,17 @@ def pack_table(table: QuantizedTable, layout: Layout) -> dict[str, np.ndarray]:
 
 def _refined(linear: QuantizedLinear) -> QuantizedLinear:
     """Multiply the groups of a linear by their powers of two."""
-    if linear.alpha is None:
+    if linear.alpha is None or linear.is_shifted:
         return linear
     offsets = None if linear.offsets is None else np.ldexp(linear.offsets, linear.alpha)
     return replace(linear, scales=np.ldexp(linear.scales, linear.alpha), offsets=offsets)
 
 
 def _offsets(linear: QuantizedLinear) -> np.ndarray:
-    return linear.offsets if linear.offsets is not None else linear.scales * np.float16(-8)
+    """Return what codes of 0 stand for: float16 or float32 [N, G], exactly."""
+    if linear.offsets is not None:
+        return linear.offsets
+    return linear.scales.astype("float32") * -np.float32(ZERO[linear.bits])
 
 
 def _constant(linear: QuantizedLinear) -> np.ndarray:
@@ -93,12 +131,12 @@ def _constant(linear: QuantizedLinear) -> np.ndarray:
 
 
 def _weight_sums(linear: QuantizedLinear) -> np.ndarray:
-    """Return Σ_k w[n, k], float64 [N]."""
-    codes = unpack_codes(linear).astype("float64")
+    """Return Σ_k w[n, k], float64 [N]; with exponents of channels Σ_k 2^alpha[k] w[n, k]."""
+    powers = np.exp2(linear.alpha, dtype="float64") if linear.is_shifted else np.ones(linear.in_features)
     starts = np.arange(0, linear.in_features, linear.group_size)
-    lengths = np.diff([*starts, linear.in_features])
-    sums = np.add.reduceat(codes, starts, axis=1)
-    return (sums * linear.scales + _offsets(linear).astype("float64") * lengths).sum(1)
+    counts = np.add.reduceat(powers, starts)
+    sums = np.add.reduceat(unpack_codes(linear) * powers, starts, axis=1)
+    return (sums * linear.scales + _offsets(linear).astype("float64") * counts).sum(1)
 
 
 class Packer:
@@ -153,4 +191,5 @@ class Packer:
             return pack_table(table, self.isa.layout_8bit)
         _, layer, role = owner.split(".")
         parts = next(linear.parts for linear in config.linears if linear.name == role)
-        return pack_linear(self.checkpoint.fused(int(layer), parts), self.isa.layout_4bit, self.offsets)
+        layout = self.isa.layout(self.checkpoint.scheme.weight_bits)
+        return pack_linear(self.checkpoint.fused(int(layer), parts), layout, self.offsets)

@@ -15,7 +15,7 @@ _COLUMNS = 500
 _DPI = 110
 
 
-def draw(observation: Observation, title: str, directory: Path) -> None:
+def draw(observation: Observation, title: str, directory: Path, suffix: str = "") -> None:
     """Draw an observation.
 
     Writes ``channels-<linear>.png``, the largest magnitude of every channel in every layer; the chart
@@ -27,19 +27,21 @@ def draw(observation: Observation, title: str, directory: Path) -> None:
     title : str
         The model's name.
     directory : Path
+    suffix : str
+        What the names of the files end with.
     """
     for name, seen in observation.inputs.items():
-        figure = _figure(f"{title}: input of {name}", len(seen.channel_largest))
+        figure = new_figure(f"{title}: input of {name}", len(seen.channel_largest))
         draw_channels(figure.subplots(), seen.channel_largest)
-        figure.savefig(directory / f"channels-{name}.png")
-    figure = _figure(f"{title}: largest channel over median channel", 0)
+        figure.savefig(directory / f"channels-{name}{suffix}.png")
+    figure = new_figure(f"{title}: largest channel over median channel", 0)
     draw_ratios(figure.subplots(), observation)
-    figure.savefig(directory / "outlier-ratio.png")
-    figure = _figure(f"{title}: attention to the first token", len(observation.start_attention))
+    figure.savefig(directory / f"outlier-ratio{suffix}.png")
+    figure = new_figure(f"{title}: attention to the first token", len(observation.start_attention))
     heads, mean = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     draw_start_heads(heads, observation.start_attention)
     draw_start_mean(mean, observation.start_attention)
-    figure.savefig(directory / "attention-to-start.png")
+    figure.savefig(directory / f"attention-to-start{suffix}.png")
 
 
 def draw_channels(axes: Axes, largest: np.ndarray) -> None:
@@ -92,7 +94,7 @@ def draw_start_mean(axes: Axes, attention: np.ndarray) -> None:
     axes.grid(alpha=0.3, axis="x")
 
 
-def _figure(title: str, layers: int) -> Figure:
+def new_figure(title: str, layers: int) -> Figure:
     """Make a figure as high as its number of layers asks for."""
     figure = Figure(figsize=(11, max(4.5, 1.5 + 0.14 * layers)), dpi=_DPI, layout="constrained")
     figure.suptitle(title)

@@ -2,26 +2,34 @@
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory
+from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.progress import progress, say
+from agq_tvm.quantize.calibration_report import CalibrationReport
 from agq_tvm.quantize.checkpoint import (
     QuantizedLinear,
     QuantizedTable,
+    group_count,
     linear_shapes,
     table_shapes,
     vector_shapes,
     write_checkpoint,
 )
+from agq_tvm.quantize.fold import folded
+from agq_tvm.quantize.mixed_format import average_bits
 from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.scheme import GROUP_SIZES, Scheme, check_roles
 from agq_tvm.quantize.source import Source, open_source, quantize_matrix
+from agq_tvm.quantize.texts import load_text, title
 from agq_tvm.quantize.weights import dequantize, quantize_table
+from agq_tvm.runtime.engine import prompt_chunks
 
 KEPT_GROUP = 32
 
@@ -33,23 +41,26 @@ class Calibration:
     Attributes
     ----------
     text : str
-        A name of `agq_tvm.quantize.texts.TEXTS` or a file.
+        See `agq_tvm.quantize.texts.load_text`.
     samples : int
-        Windows taken from it, evenly spread.
+        Windows taken from it.
     length : int
         Tokens of a window.
+    seed : int or None
+        Draws the windows at random; None spreads them evenly.
     """
 
     text: str = "calibration"
     samples: int = 64
     length: int = 512
+    seed: int | None = None
 
 
 def quantize(
     model: str | os.PathLike | Source,
     output: str | os.PathLike,
     method: str | None = None,
-    group_size: int | None = None,
+    group_size: int | str | None = None,
     symmetric: bool = False,
     activation: str = "per-token-group",
     max_refine: int = 0,
@@ -57,6 +68,10 @@ def quantize(
     calibration: Calibration | None = None,
     pruning: PruningSchedule | None = None,
     attention: str = "float",
+    shifts: bool = False,
+    weight_bits: int = 4,
+    mixed_bits: float = 0,
+    fold: bool = False,
 ) -> dict:
     """Quantize a model and write the checkpoint.
 
@@ -67,12 +82,12 @@ def quantize(
     output : path-like
         The directory to write; an earlier checkpoint there is replaced.
     method : {"gptq", "rtn", "keep"}, optional
-        Default: ``"keep"`` if every matrix of the model is 4 bit already, else ``"gptq"``.
-    group_size : int, optional
-        32, 64 or 128. Default: the model's own 32 for ``"keep"``; else 128 if it divides the inner dimension
-        of every matrix, and 64 if not.
+        Default: ``"keep"`` if every matrix of the model is 4 bit already, else ``"gptq"``; ``"rtn"`` for 8 bits.
+    group_size : int or str, optional
+        32, 64, 128, or ``"column"`` for one scale of each output column. Default: the model's own 32 for
+        ``"keep"``; else 128 if it divides the inner dimension of every matrix, and 64 if not.
     symmetric : bool
-        Leave out the offsets; ``"keep"`` takes over what the model has.
+        Leave out the offsets; ``"keep"`` takes over what the model has, and 8-bit weights never have any.
     activation : {"per-token-group", "per-token", "static", "none"}
     max_refine : int
         TRIP's largest exponent, 0 for none; for ``"per-token"`` and ``"static"``.
@@ -81,18 +96,33 @@ def quantize(
     calibration : Calibration, optional
         Used by ``"gptq"``, by static activations, by TRIP and by quantized attention.
     pruning : PruningSchedule, optional
-        Drop tokens of a prompt in some layers; by default none are. Calibration runs without.
+        Drop tokens of a prompt in some layers; by default none are. Calibration drops them, too, in the chunks of a
+        compiled model.
     attention : {"float", "log2", "log2-paper"}
         What probabilities of attention are rounded to, see `agq_tvm.quantize.codebooks.CODE_BOOKS`; unless
         ``"float"``, values are cached as int8.
+    shifts : bool
+        TRIP in the paper's integer-only form, with `group_size` ``"column"``, static activations and `max_refine`.
+    weight_bits : {4, 8}
+        Of the linears' weight codes.
+    mixed_bits : float
+        Not 0: the largest average of bits of an activation, scales included. Channels get codes of 4 to 7 bits
+        by what their errors do to the loss. For ``"per-token-group"``.
+    fold : bool
+        First move powers of two from the norms into the weights that read them, which changes no float. Not with
+        ``"keep"``.
 
     Returns
     -------
     dict
         ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
-        or ``layers`` and ``beta``), ``attention``, ``bytes`` of the weights file, ``bits_per_weight`` of the
-        matrices with their scales and offsets, ``relative_weight_error``
-        (root of the summed squared error over that of the weights), and ``seconds``.
+        or ``layers``, ``beta`` and ``renumber``), ``attention``, ``shifts``, ``weight_bits``, ``mixed_bits``, ``fold``,
+        ``calibration`` (None, or the ``text`` with its ``sha256``, and the ``samples``, ``length`` and ``seed`` of its
+        windows), ``activation_bits`` (the average at the inputs of the layers' linears, scales included; 32 for float
+        ones), ``bytes`` of the weights file, ``bits_per_weight`` of the matrices with scales and offsets,
+        ``relative_weight_error`` (root of the summed squared error over that of the weights), ``clipped`` (None, or for
+        static activations what `agq_tvm.quantize.calibration_report.CalibrationReport.summary` returns; the report
+        itself lies beside the weights), and ``seconds``.
 
     Raises
     ------
@@ -101,8 +131,20 @@ def quantize(
     """
     started = time.perf_counter()
     source = open_source(model)
-    weights = _choose_weights(source, method, group_size, symmetric)
-    scheme = Scheme(*weights, activation, max_refine, tuple(four_bit), pruning, attention)
+    chosen = _choose_weights(source, method, group_size, symmetric, weight_bits)
+    scheme = Scheme(
+        *chosen,
+        activation,
+        max_refine,
+        tuple(four_bit),
+        pruning,
+        attention,
+        shifts=shifts,
+        weight_bits=weight_bits,
+        mixed_bits=mixed_bits,
+        fold=fold,
+    )
+    source = folded(source) if fold else source
     check_roles(source.config, scheme.four_bit)
     if pruning is not None:
         pruning.check_layers(source.config.num_layers)
@@ -110,28 +152,36 @@ def quantize(
     with fresh_directory(output, "checkpoint") as directory:
         source.copy_tokenizer(directory)
         windows = _windows(directory, calibration, scheme, source)
-        say(f"quantizing {source.label}: {scheme.method}, groups of {scheme.group_size}")
-        linears = _linears(source, scheme, windows)
-        tables = {name: _table(source, name) for name in table_shapes(source.config)}
-        vectors = {name: source.tensor(name) for name in vector_shapes(source.config)}
-        error = _relative_error(source, linears)
-        write_checkpoint(directory, source.raw_config, scheme, linears, tables, vectors)
+        looked_at = None if windows is None else _described(calibration, windows)
+        say(f"quantizing {source.label}: {scheme.method}, {scheme.weight_scales}")
+        report = CalibrationReport()
+        weights = _Weights(source, _linears(source, scheme, windows, report))
+        tables = ((name, _table(source, name)) for name in table_shapes(source.config))
+        vectors = ((name, source.tensor(name)) for name in vector_shapes(source.config))
+        write_checkpoint(directory, source.raw_config, scheme, weights, tables, vectors, looked_at)
+        if report.linears:
+            report.write(directory)
         size = (directory / "model.safetensors").stat().st_size
     return {
         **asdict(scheme),
+        "calibration": looked_at,
+        "activation_bits": weights.activation_bits(source.config, scheme),
         "bytes": size,
-        "bits_per_weight": _bits_per_weight(linears),
-        "relative_weight_error": error,
+        "bits_per_weight": weights.bits,
+        "relative_weight_error": weights.relative_error,
+        "clipped": report.summary() or None,
         "seconds": time.perf_counter() - started,
     }
 
 
 def _choose_weights(
-    source: Source, method: str | None, group_size: int | None, symmetric: bool
-) -> tuple[str, int, bool]:
+    source: Source, method: str | None, group_size: int | str | None, symmetric: bool, weight_bits: int
+) -> tuple[str, int | str, bool]:
     """Return method, group size and whether it is symmetric."""
+    if weight_bits == 8:
+        method, symmetric = method or "rtn", True
     method = method or ("keep" if source.is_four_bit else "gptq")
-    if method == "keep":
+    if method == "keep" and weight_bits != 8:
         if not source.is_four_bit:
             raise AgqError(f"{source.label} is not 4 bit, there is no grid to keep: choose gptq or rtn")
         if group_size not in (None, KEPT_GROUP):
@@ -152,35 +202,102 @@ def _windows(directory: Path, calibration: Calibration, scheme: Scheme, source: 
     from agq_tvm.quantize.calibration import cut_windows
 
     length = min(calibration.length, source.config.context_length)
-    return cut_windows(directory / "tokenizer.json", calibration.text, calibration.samples, length)
+    return cut_windows(directory / "tokenizer.json", calibration.text, calibration.samples, length, calibration.seed)
 
 
-def _linears(source: Source, scheme: Scheme, windows: list[list[int]] | None) -> dict[str, QuantizedLinear]:
+def _described(calibration: Calibration, windows: list[list[int]]) -> dict:
+    """Say what was looked at, for the record."""
+    return {
+        "text": title(calibration.text, "train"),
+        "sha256": load_text(calibration.text, "train")[1],
+        "samples": len(windows),
+        "length": len(windows[0]),
+        "seed": calibration.seed,
+    }
+
+
+def _linears(
+    source: Source, scheme: Scheme, windows: list[list[int]] | None, report: CalibrationReport
+) -> Iterable[tuple[str, QuantizedLinear]]:
+    """Quantize the matrices; `report` is told of static activations."""
     if windows is not None:
-        from agq_tvm.quantize.streaming import quantize_layers
+        from agq_tvm.quantize.sensitivity import choose_formats
+        from agq_tvm.quantize.streaming import quantize_layers, with_formats
 
-        return quantize_layers(source, scheme, windows)
+        formats = None
+        if scheme.mixed_bits:
+            formats = choose_formats(source, windows, scheme.group_size, scheme.mixed_bits)
+            if not replace(scheme, mixed_bits=0).is_calibrated:
+                linears = ((name, quantize_matrix(source, name, scheme)) for name in linear_shapes(source.config))
+                return with_formats(source.config, linears, formats)
+        return quantize_layers(source, scheme, windows, prompt_chunks(len(windows[0])), report.add, formats)
     names = progress(linear_shapes(source.config), "quantizing")
-    return {name: quantize_matrix(source, name, scheme) for name in names}
+    return ((name, quantize_matrix(source, name, scheme)) for name in names)
 
 
 def _table(source: Source, name: str) -> QuantizedTable:
     return source.kept_table(name) or quantize_table(source.tensor(f"{name}.weight"))
 
 
-def _relative_error(source: Source, linears: dict[str, QuantizedLinear]) -> float:
-    error = total = 0.0
-    for name, linear in progress(linears.items(), "comparing", total=len(linears)):
-        weight = source.tensor(f"{name}.weight")
-        error += float(np.square(dequantize(linear) - weight, dtype="float64").sum())
-        total += float(np.square(weight, dtype="float64").sum())
-    return float(np.sqrt(error / total)) if total else 0.0
+class _Weights:
+    """Quantized matrices as they are made; what passes is measured, and not kept."""
+
+    def __init__(self, source: Source, linears: Iterable[tuple[str, QuantizedLinear]]) -> None:
+        self._source = source
+        self._linears = linears
+        self._stored_bytes = self._count = 0
+        self._error = self._total = 0.0
+        self._activation_bits: dict[str, np.ndarray] = {}
+
+    def __iter__(self) -> Iterator[tuple[str, QuantizedLinear]]:
+        for name, linear in self._linears:
+            self._measure(name, linear)
+            yield name, linear
+
+    def _measure(self, name: str, linear: QuantizedLinear) -> None:
+        weight = self._source.tensor(f"{name}.weight")
+        arrays = (linear.qweight, linear.scales, linear.offsets)
+        self._stored_bytes += sum(array.nbytes for array in arrays if array is not None)
+        self._count += weight.size
+        if linear.act_bits is not None:
+            self._activation_bits[name] = linear.act_bits
+        difference = dequantize(linear)
+        difference -= weight
+        self._error += _squares(difference)
+        self._total += _squares(weight)
+
+    @property
+    def bits(self) -> float:
+        """Bits of a weight, with its scales and offsets."""
+        return 8 * self._stored_bytes / self._count
+
+    def activation_bits(self, config: DecoderConfig, scheme: Scheme) -> float:
+        """Return the average bits of the activations that the layers' linears read, their scales included."""
+        if not scheme.mixed_bits:
+            return _uniform_bits(config, scheme)
+        prefixes = [config.layer_prefix.format(layer=layer) for layer in range(config.num_layers)]
+        first = [prefix + linear.parts[0] for prefix in prefixes for linear in config.linears]
+        return average_bits([self._activation_bits[name] for name in first], scheme.group_size)
+
+    @property
+    def relative_error(self) -> float:
+        """Root of the summed squared error over that of the weights."""
+        return float(np.sqrt(self._error / self._total)) if self._total else 0.0
 
 
-def _bits_per_weight(linears: dict[str, QuantizedLinear]) -> float:
-    stored = weights = 0
-    for linear in linears.values():
-        stored += linear.qweight.nbytes + linear.scales.nbytes
-        stored += 0 if linear.offsets is None else linear.offsets.nbytes
-        weights += len(linear.qweight) * linear.in_features
-    return 8 * stored / weights
+def _squares(values: np.ndarray) -> float:
+    """Sum the squares of a float32 array [N, K], without a copy of it."""
+    return float(np.einsum("nk,nk->n", values, values).sum(dtype="float64"))
+
+
+def _uniform_bits(config: DecoderConfig, scheme: Scheme) -> float:
+    """Return the average bits of the activations that the layers' linears read, where all have the scheme's."""
+    if scheme.activation == "none":
+        return 32.0
+    stored = channels = 0
+    for linear in config.linears:
+        groups = group_count(linear.in_features, scheme.group_of(linear.in_features))
+        scales = {"per-token": 1, "per-token-group": groups, "static": 0}[scheme.activation]
+        stored += scheme.activation_bits(linear.name) * linear.in_features + 32 * scales
+        channels += linear.in_features
+    return stored / channels

@@ -3,6 +3,9 @@
 Codes are written by k-block, then row, as `linear.py` reads them. For s = max|y| / L over a row or a group:
 q = round half to even of y · (1/s); a row (or group) of zeros has s = 1. Static: q = y / s + z, clipped to -L..L.
 L is 127, or 7 for codes of 4 bits. Two terms: y - s q is quantized again, into as many rows after the first ones.
+For the integer-only product of `linear_shifted.py` channels are gathered in the order of their exponents.
+For float products y is written as it is.
+Mixed: codes of 4 to 7 bits with a zero point for each group of a row, see `agq_tvm.quantize.mixed`.
 """
 
 import math
@@ -19,6 +22,7 @@ from agq_tvm.kernels.emit import (
 )
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
+from agq_tvm.kernels.mixed import quantize_mixed_row
 from agq_tvm.kernels.norm import store_moments, store_sum
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
@@ -39,7 +43,7 @@ class QuantizeKernel:
     group_size : int
         Of that linear's weights.
     mode : str
-        ``"per-token"``, ``"per-token-group"`` or ``"static"``.
+        ``"per-token"``, ``"per-token-group"``, ``"static"``, or ``"none"``: no codes, only y.
     epsilon : float
         Of the norm; unused otherwise.
     refined : bool
@@ -48,6 +52,11 @@ class QuantizeKernel:
         Of the codes, 8 or 4.
     terms : int
         1, or 2 with scales of groups.
+    shifted : bool
+        Whether channels are put into another order, in which the vector stands that they are multiplied with, and
+        the sum of the codes is shifted left before each k-block. For refined static codes of one group.
+    mixed : bool
+        With scales of groups: whether each channel has bits and a step of its own.
     """
 
     source: str
@@ -59,6 +68,8 @@ class QuantizeKernel:
     refined: bool = False
     bits: int = 8
     terms: int = 1
+    shifted: bool = False
+    mixed: bool = False
 
     @property
     def limit(self) -> int:
@@ -79,22 +90,39 @@ class QuantizeKernel:
     def name(self) -> str:
         """E.g. ``rms_norm_quantize_per_token_group_g32_m128_k576``."""
         prefix = "" if self.source == "plain" else f"{self.source}_"
+        if self.mode == "none":
+            return f"{prefix}float_g{self.group_size}_m{self.rows}_k{self.channels}"
         mode = self.mode.replace("-", "_")
         form = f"{mode}{'_refined' if self.refined else ''}{'_4bit' if self.bits == 4 else ''}"
-        form += "_two_terms" if self.terms == 2 else ""
+        form += "_two_terms" if self.terms == 2 else "_mixed" if self.mixed else "_shifted" if self.shifted else ""
         return f"{prefix}quantize_{form}_g{self.group_size}_m{self.rows}_k{self.channels}"
 
     def input_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the float32 inputs: x, by source the norm's gain and bias, the refining vector, static (s, z)."""
+        """Shapes of the float32 inputs.
+
+        x; by source the norm's gain and bias; the refining vector; static (s, z), or the powers of two of mixed codes,
+        see `agq_tvm.kernels.mixed`.
+        """
         M, K = self.rows, self.channels
         vectors = {"rms_norm": 1, "layer_norm": 2}.get(self.source, 0)
         shapes = [(M, 2 * K if self.source == "silu_mul" else K), *[(K,)] * vectors]
         shapes += [(K,)] * self.refined
+        if self.mixed:
+            return [*shapes, (3, self.groups * self.group_size)]
         return [*shapes, (2,)] if self.mode == "static" else shapes
 
+    def index_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the int32 inputs after those: which channel stands at each place, and the shifts of k-blocks."""
+        return [(self.channels,), (k_blocks(self.channels, self.group_size),)] if self.shifted else []
+
     def output_shapes(self, layout: Layout) -> list[tuple[tuple[int, ...], str]]:
-        """Shapes and types of codes [KB, R, S, 2, D], scales [R, G or 1] and sums [R, G]; R is M times the terms."""
+        """Shapes and types of codes [KB, R, S, 2, D], scales [R, G or 1] and sums [R, G]; R is M times the terms.
+
+        Without codes: of y [M, K in whole groups], float32.
+        """
         blocks, rows = k_blocks(self.channels, self.group_size), self.terms * self.rows
+        if self.mode == "none":
+            return [((rows, blocks * K_BLOCK), "float32")]
         return [
             ((blocks, rows, layout.steps, 2, layout.depth), "int8"),
             ((rows, self.scales), "float32"),
@@ -103,35 +131,50 @@ class QuantizeKernel:
 
 
 def build(kernel: QuantizeKernel, layout: Layout):
-    """Return the PrimFunc; inputs as `input_shapes`, outputs as `output_shapes`."""
+    """Return the PrimFunc; inputs as `input_shapes` and `index_shapes`, outputs as `output_shapes`."""
     K, padded = kernel.channels, k_blocks(kernel.channels, kernel.group_size) * K_BLOCK
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(kernel.name)
             T.func_attr({"global_symbol": kernel.name, "tirx.noalias": True})
             inputs = [T.arg(f"in{i}", T.buffer(shape, "float32")) for i, shape in enumerate(kernel.input_shapes())]
-            names = ("codes", "scales", "sums")
+            indices = [
+                T.arg(name, T.buffer(shape, "int32"))
+                for name, shape in zip(("order", "shift"), kernel.index_shapes(), strict=False)
+            ]
+            names = ("y",) if kernel.mode == "none" else ("codes", "scales", "sums")
             outputs = [
                 T.arg(name, T.buffer(shape, dtype))
                 for name, (shape, dtype) in zip(names, kernel.output_shapes(layout), strict=True)
             ]
-            with task_loop("row", kernel.rows, inputs, outputs) as m:
+            with task_loop("row", kernel.rows, [*inputs, *indices], outputs) as m:
                 y = T.sblock_alloc_buffer((padded,), "float32")
                 partial = T.sblock_alloc_buffer((LANES,), "float32")
                 scalar = T.sblock_alloc_buffer((2,), "float32")
                 counts = T.sblock_alloc_buffer((LANES,), "int32")
                 total = T.sblock_alloc_buffer((1,), "int32")
                 SOURCES[kernel.source](kernel, inputs, m, y, partial, scalar)
-                if kernel.refined:
-                    refine = inputs[-2 if kernel.mode == "static" else -1]
+                refine = inputs[-2 if kernel.mode == "static" else -1]
+                if kernel.shifted:
+                    made, y = y, T.sblock_alloc_buffer((padded,), "float32")
+                    store_vector(y, K, lambda k: made[indices[0][k]] * refine[k])
+                elif kernel.refined:
                     store_vector(y, K, lambda k: y[k] * refine[k])
                 if padded > K:
                     with T.serial(padded - K) as k:
                         T.buffer_store(y, float32(0), [K + k])
-                for term in range(kernel.terms):
-                    row = m + term * kernel.rows
-                    more = term + 1 < kernel.terms
-                    _quantize_row(kernel, inputs[-1], row, more, y, partial, scalar, counts, total, outputs, layout)
+                if kernel.mode == "none":
+                    _store_row(outputs[0], m, padded, y)
+                elif kernel.mixed:
+                    quantize_mixed_row(kernel, inputs[-1], m, y, outputs, layout)
+                else:
+                    shift = indices[1] if kernel.shifted else None
+                    for term in range(kernel.terms):
+                        row = m + term * kernel.rows
+                        more = term + 1 < kernel.terms
+                        _quantize_row(
+                            kernel, inputs[-1], shift, row, more, y, partial, scalar, counts, total, outputs, layout
+                        )
     return builder.get()
 
 
@@ -202,7 +245,12 @@ SOURCES = {
 """What can be fused with a quantization, by name."""
 
 
-def _quantize_row(kernel, static, m, more, y, partial, scalar, counts, total, outputs, layout) -> None:
+def _store_row(out, m, extent: int, y) -> None:
+    with T.serial(extent // LANES) as c, T.vectorized(LANES) as j:
+        T.buffer_store(out, y[c * LANES + j], [m, c * LANES + j])
+
+
+def _quantize_row(kernel, static, shift, m, more, y, partial, scalar, counts, total, outputs, layout) -> None:
     codes, scales, sums = outputs
     G, size = kernel.groups, kernel.group_size
     if kernel.mode == "static":
@@ -216,21 +264,23 @@ def _quantize_row(kernel, static, m, more, y, partial, scalar, counts, total, ou
             T.buffer_store(scales, scalar[0], [m, g])
         with T.vectorized(LANES) as j:
             T.buffer_store(counts, tirx.const(0, "int32"), [j])
-        with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
-            k = g * size + c * LANES + j
-            T.buffer_store(counts, counts[j] + _code(kernel, y, static, scalar, k), [j])
+        with T.serial(size // K_BLOCK) as b:
+            if kernel.shifted:
+                with T.vectorized(LANES) as j:
+                    T.buffer_store(counts, T.shift_left(counts[j], shift[b]), [j])
+            with T.serial(K_BLOCK // LANES) as c, T.vectorized(LANES) as j:
+                k = g * size + b * K_BLOCK + c * LANES + j
+                T.buffer_store(counts, counts[j] + _code(kernel, y, static, scalar, k), [j])
         with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
             k = g * size + c * LANES + j
             code = T.Cast("int8", _code(kernel, y, static, scalar, k))
-            T.buffer_store(codes, code, [k // K_BLOCK, m, *_place(k % K_BLOCK, layout)])
+            T.buffer_store(codes, code, [k // K_BLOCK, m, *layout.place(k % K_BLOCK)])
         if more:  # leave to the next term what this one lacks
             with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
                 k = g * size + c * LANES + j
                 rest = y[k] - scalar[0] * T.Cast("float32", _code(kernel, y, static, scalar, k))
                 T.buffer_store(y, rest, [k])
-        T.buffer_store(total, counts[0], [0])
-        for lane in range(1, LANES):
-            T.buffer_store(total, total[0] + counts[lane], [0])
+        reduce_lanes(counts, lambda a, b: a + b, total)
         T.buffer_store(sums, total[0], [m, g])
 
 
@@ -258,9 +308,3 @@ def _code(kernel, y, static, scalar, k):
     if kernel.channels % kernel.group_size:
         return T.Select(k < kernel.channels, q, tirx.const(0, "int32"))
     return q
-
-
-def _place(channel, layout: Layout):
-    """Indices (step, half, i) of a channel inside a k-block."""
-    D = layout.depth
-    return channel // (2 * D), channel // D % 2, channel % D

@@ -11,12 +11,13 @@ from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.intrin.dotprod import DOTPROD
 from agq_tvm.kernels.intrin.generic import GENERIC
 from agq_tvm.kernels.intrin.neon import NEON, NEON_PAPER
+from agq_tvm.kernels.linear_float import float_form
 
 INSTRUCTION_SETS = {isa.name: isa for isa in (AVX512VNNI, AVX2, DOTPROD, NEON, NEON_PAPER, GENERIC)}
 
 
-def instruction_set(name: str) -> InstructionSet:
-    """Return the instruction set of that name.
+def instruction_set(name: str, activation: str = "") -> InstructionSet:
+    """Return the instruction set of that name; its float form where the activation is ``"none"``.
 
     Raises
     ------
@@ -25,4 +26,5 @@ def instruction_set(name: str) -> InstructionSet:
     """
     if name not in INSTRUCTION_SETS:
         raise AgqError(f"no kernels for instruction set {name!r}: there are {', '.join(INSTRUCTION_SETS)}")
-    return INSTRUCTION_SETS[name]
+    isa = INSTRUCTION_SETS[name]
+    return float_form(isa) if activation == "none" else isa

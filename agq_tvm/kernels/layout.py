@@ -58,6 +58,10 @@ class Layout:
         sign = "s" if self.zero else "u"
         return f"{sign}{self.bits}_v{self.vectors}x{self.lanes}_k{self.depth}"
 
+    def place(self, channel) -> tuple:
+        """Indices (step, half, i) of a channel inside a k-block."""
+        return channel // (2 * self.depth), channel // self.depth % 2, channel % self.depth
+
     def tiles(self, columns: int) -> int:
         """Tiles that `columns` output features take."""
         return -(-columns // self.width)
@@ -112,5 +116,5 @@ class Layout:
 
 
 def k_blocks(channels: int, group_size: int) -> int:
-    """K-blocks of the padded inner dimension: whole groups, a short last group filled up."""
-    return -(-channels // group_size) * (group_size // K_BLOCK)
+    """K-blocks of the padded inner dimension: whole groups of whole k-blocks, a short last group filled up."""
+    return -(-channels // group_size) * -(-group_size // K_BLOCK)

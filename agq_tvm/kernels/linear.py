@@ -10,16 +10,20 @@ Weights and their scales come in the tiles of `layout.py`; activation codes come
 `quantize.py` writes them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tvm import te
 
-from agq_tvm.kernels.intrin.base import InstructionSet, intrinsic, nibble, stored_dtype
+from agq_tvm.errors import AgqError
+from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, intrinsic, nibble, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.tvm_seam import Schedule, T
 
 ZERO = {4: 8, 8: 128}
 """The code that stands for 0 in symmetric weights."""
+OPERANDS = ("w", "ws", "wo", "bias")
+"""Packed parameters of a linear that are operands of `define`, in order."""
+_INT32_LIMIT = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,14 @@ class LinearKernel:
     activation_bits: int = 8
     terms: int = 1
 
+    def __post_init__(self) -> None:
+        largest = ((1 << self.bits) - 1) * (ACTIVATION_LIMIT if self.activation_bits == 8 else 7)
+        if self.group_size * largest > _INT32_LIMIT:
+            raise AgqError(
+                f"{self.group_size} products of {self.bits}-bit weights and {self.activation_bits}-bit activations may "
+                f"leave 32 bits: take groups of {_INT32_LIMIT // largest} or fewer"
+            )
+
     @property
     def code_rows(self) -> int:
         """Rows of activation codes."""
@@ -82,6 +94,14 @@ class LinearKernel:
         )
 
 
+def center_of(layout: Layout, less: int, bits: int, offsets: str | None) -> int:
+    """Return what the sum of the activations is multiplied by and added to a dot product.
+
+    It brings multiplied codes, which lack `layout.zero` and `less`, back to q (offsets), or to q - zero (symmetric).
+    """
+    return layout.zero + less - (0 if offsets else ZERO[bits])
+
+
 def define(kernel: LinearKernel, isa: InstructionSet):
     """Return the matrix product as unscheduled TIR.
 
@@ -95,8 +115,7 @@ def define(kernel: LinearKernel, isa: InstructionSet):
     - out float32 [M, NT * V * L]
     """
     layout = isa.layout(kernel.bits)
-    multiply = isa.multiply(kernel.bits, kernel.activation_bits, kernel.packed)
-    less = multiply.center if multiply and not kernel.packed else 0
+    less = isa.center(kernel.bits, kernel.activation_bits, kernel.packed)
     M, R, G, GB = kernel.rows, kernel.code_rows, kernel.groups, kernel.group_size // K_BLOCK
     KB, NT = k_blocks(kernel.channels, kernel.group_size), layout.tiles(kernel.columns)
     S, V, L, D = layout.steps, layout.vectors, layout.lanes, layout.depth
@@ -109,10 +128,11 @@ def define(kernel: LinearKernel, isa: InstructionSet):
     wo = te.placeholder((NT, G, V, L), kernel.offsets, name="wo") if kernel.offsets else None
     bias = te.placeholder((NT, V, L), "float32", name="bias") if kernel.bias else None
 
-    tile = register_tile(kernel, isa)
-    TV = tile.vectors
+    TV = isa.tile(kernel.bits, kernel.packed).vectors
 
     def code(t, kb, s, h, v, j, i):
+        if kernel.bits == 4:
+            return codes[t, v // TV, kb, s, h, v % TV, j, i]
         return w[t, kb, s, h, v, j, i]
 
     if kernel.bits == 4:
@@ -121,10 +141,6 @@ def define(kernel: LinearKernel, isa: InstructionSet):
             lambda t, p, kb, s, h, v, j, i: nibble(w[t, kb, s, p * TV + v, j, i], h, layout, less),
             name="unpack",
         )
-
-        def code(t, kb, s, h, v, j, i):
-            return codes[t, v // TV, kb, s, h, v % TV, j, i]
-
     axes = [te.reduce_axis((0, extent), name) for extent, name in ((GB, "kb"), (S, "s"), (2, "h"), (D, "i"))]
     kb, s, h, i = axes
     dot = te.compute(
@@ -140,12 +156,18 @@ def define(kernel: LinearKernel, isa: InstructionSet):
         return te.compute(values.shape, lambda *at: T.Cast("float32", values(*at)), name=name)
 
     scales = widened(ws, "scales")
-    offsets = widened(wo, "offsets") if kernel.offsets else None
-    # Adds `center` times the sum of activations: multiplied codes back to q (offsets), or to q - zero (symmetric).
-    center = layout.zero + less - (0 if kernel.offsets else ZERO[kernel.bits])
+    center = center_of(layout, less, kernel.bits, kernel.offsets)
+    if kernel.offsets:  # which take the center along, once for all rows: s (q - c) + (o + s c)
+
+        def offset(*at):
+            value = T.Cast("float32", wo(*at))
+            return value + T.Cast("float32", ws(*at)) * T.float32(center) if center else value
+
+        offsets = te.compute(wo.shape, offset, name="offsets")
 
     def term(t, m, v, j, g):
-        total = dot[t, g, m, v, j] if center == 0 else dot[t, g, m, v, j] + xsum[m, g] * center
+        plain = center == 0 or kernel.offsets
+        total = dot[t, g, m, v, j] if plain else dot[t, g, m, v, j] + xsum[m, g] * center
         y = T.Cast("float32", total) * scales[t, g, v, j]
         if kernel.offsets:
             y = y + T.Cast("float32", xsum[m, g]) * offsets[t, g, v, j]
@@ -166,13 +188,6 @@ def define(kernel: LinearKernel, isa: InstructionSet):
     return func.with_attr({"global_symbol": kernel.name, "tirx.noalias": True})
 
 
-def register_tile(kernel: LinearKernel, isa: InstructionSet) -> Layout:
-    layout = isa.layout(kernel.bits)
-    if kernel.bits == 8 or kernel.code_rows == 1 or not isa.tile_vectors:
-        return layout
-    return replace(layout, vectors=isa.tile_vectors)
-
-
 def row_tile(rows: int, limit: int) -> int:
     """Return the largest number of rows up to `limit` that divides `rows`."""
     return next(r for r in range(min(rows, limit), 0, -1) if rows % r == 0)
@@ -184,10 +199,44 @@ def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
     Threads take tiles of columns. Inside a tile the groups run outermost: one row reads nibbles directly; more
     rows share codes that are unpacked once for each group. Scales are applied at group ends.
     """
+    conversions = ["unpack"] if kernel.bits == 4 else []
+    conversions += ["scales", "offsets"] if kernel.offsets else ["scales"]
+    panel = 1 if kernel.code_rows == 1 else row_tile(kernel.groups, max(1, isa.panel // kernel.group_size))
+    return schedule_tiles(func, kernel, isa, "scaled", conversions, isa.tile(kernel.bits, kernel.packed), panel)
+
+
+def schedule_tiles(
+    func,
+    kernel,
+    isa: InstructionSet,
+    total: str,
+    conversions: list[str],
+    tile: Layout,
+    panel: int = 1,
+    shifted: bool = False,
+) -> Schedule:
+    """Schedule a matrix product whose blocks are `conversions`, ``dot``, `total` and ``out``.
+
+    Parameters
+    ----------
+    func : PrimFunc
+    kernel : LinearKernel, or what has the same properties
+    isa : InstructionSet
+    total : str
+        The block that puts the dot products of groups together; its reduction is over the groups.
+    conversions : list of str
+        Blocks that read weights and scales.
+    tile : Layout
+        Of the register tile, as codes are unpacked for it.
+    panel : int
+        Groups that a register tile goes through at a time.
+    shifted : bool
+        See `intrinsic`.
+    """
     layout = isa.layout(kernel.bits)
     rows = row_tile(kernel.code_rows, isa.rows)
     sch = Schedule(func)
-    dot, scaled, out = (sch.get_sblock(name) for name in ("dot", "scaled", "out"))
+    dot, scaled, out = (sch.get_sblock(name) for name in ("dot", total, "out"))
 
     # out: tiles of columns in parallel, then rows.
     m, n = sch.get_loops(out)
@@ -196,22 +245,20 @@ def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
     sch.vectorize(j)
     sch.unroll(v)
     sch.parallel(t)
-    # scaled: inside a tile, panels of groups outermost, then register tiles, which go through the groups of a panel.
+    # total: inside a tile, panels of groups outermost, then register tiles, which go through the groups of a panel.
     sch.compute_at(scaled, t, preserve_unit_loops=True)
     *_, m, v, j, g = sch.get_loops(scaled)
-    vectors = register_tile(kernel, isa).vectors
     m, r = sch.split(m, [None, rows])
-    vo, v = sch.split(v, [None, vectors])
-    panel = row_tile(kernel.groups, max(1, isa.panel // kernel.group_size)) if kernel.code_rows > 1 else 1
+    vo, v = sch.split(v, [None, tile.vectors])
     g, gi = sch.split(g, [None, panel])
     sch.reorder(g, m, vo, gi, r, v, j)
     _vector_tile(sch, r, v, j)
     # dot: one register tile at a time.
     sch.compute_at(dot, gi, preserve_unit_loops=True)
-    _place_conversions(sch, kernel, g)
+    _place_conversions(sch, kernel, conversions, g)
     *_, r, v, j, kb, s, h, i = sch.get_loops(dot)
     sch.reorder(kb, r, v, j, s, h, i)
-    name = intrinsic(isa, kernel.bits, kernel.packed, rows, kernel.activation_bits, register_tile(kernel, isa))
+    name = intrinsic(isa, tile, kernel.packed, rows, kernel.activation_bits, shifted)
     if name is None:
         sch.reorder(kb, s, h, i, r, v, j)
         _vector_tile(sch, r, v, j)
@@ -230,10 +277,8 @@ def _vector_tile(sch: Schedule, r, v, j) -> None:
     sch.vectorize(j)
 
 
-def _place_conversions(sch: Schedule, kernel: LinearKernel, g) -> None:
+def _place_conversions(sch: Schedule, kernel, names: list[str], g) -> None:
     """Unpack codes and widen scales once for each group of a tile, or where they are used if there is one row."""
-    names = ["unpack"] if kernel.bits == 4 else []
-    names += ["scales", "offsets"] if kernel.offsets else ["scales"]
     for name in names:
         block = sch.get_sblock(name)
         if kernel.code_rows == 1:

@@ -120,6 +120,23 @@ def build_gather(rows: int, kept_rows: int, channels: int):
     return builder.get()
 
 
+def build_places(rows: int, context: int):
+    """Return the kernel that gives the rows of a call their places in the cache as positions.
+
+    Buffers, in order: lengths int32 [2], of the segment; places int32 [M], below `context` for padding, too.
+    """
+    name = f"places_m{rows}_c{context}"
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
+            lengths = T.arg("lengths", T.buffer((2,), "int32"))
+            places = T.arg("places", T.buffer((rows,), "int32"))
+            with task_loop("places", 1, [lengths], [places]), T.serial(rows) as m:
+                T.buffer_store(places, tirx.min(lengths[0] + m, tirx.const(context - 1, "int32")), [m])
+    return builder.get()
+
+
 def build_append_positions(rows: int, context: int):
     """Return the kernel that appends the positions of valid rows to those of the rows cached before.
 

@@ -10,6 +10,12 @@ PREFILL_BUCKETS = (8, 16, 32, 64, 128)
 """Row counts that prefill is compiled for."""
 
 
+def filled_tiles(rows: int) -> int:
+    """Return what a number of rows left by pruning is rounded up to, to fill the register tiles of matrix products."""
+    tile = min(PREFILL_BUCKETS)
+    return -(-rows // tile) * tile
+
+
 @dataclass(frozen=True)
 class Linear:
     """One matrix product of a layer: `y = x Wᵀ + bias`, W of several checkpoint matrices stacked along N.

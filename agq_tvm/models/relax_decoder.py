@@ -19,13 +19,11 @@ from agq_tvm.kernels import attention as attention_kernels
 from agq_tvm.kernels import embedding as embedding_kernels
 from agq_tvm.kernels import prune as prune_kernels
 from agq_tvm.kernels.attention import AttentionKernel
-from agq_tvm.models.decoder import PREFILL_BUCKETS, DecoderConfig
+from agq_tvm.models.decoder import PREFILL_BUCKETS, DecoderConfig, filled_tiles
 from agq_tvm.tvm_seam import relax
 
 NUM_INPUTS = 3
 """Arguments before caches and weights."""
-ROW_TILE = min(PREFILL_BUCKETS)
-"""What the rows left by pruning are rounded up to, so that they fill the register tiles of matrix products."""
 _ACTIVATIONS = {
     "silu": relax.op.nn.silu,
     "relu": relax.op.nn.relu,
@@ -35,9 +33,10 @@ _ACTIVATIONS = {
 
 
 class Pruning(Protocol):
-    """After which layers, counted from 1, rows are dropped, and how many are left."""
+    """After which layers, counted from 1, rows are dropped, how many are left, and whether these are counted anew."""
 
     layers: tuple[int, ...]
+    renumber: bool
 
     def counts(self, rows: int) -> tuple[int, ...]:
         """Return how many of so many rows there are at first, and after each of the layers."""
@@ -87,6 +86,7 @@ class _Decoder:
         self.pruned_layers = pruning.layers if pruning else ()
         self.segment, self.segments = 0, 1 + len(self.pruned_layers)
         self.counts = pruning.counts(rows) if pruning else (rows,)
+        self.renumber = pruning is not None and pruning.renumber
         self.attention = AttentionKernel(
             rows,
             config.num_heads,
@@ -136,7 +136,7 @@ class _Decoder:
 
     def _position_caches(self) -> list:
         """Ask for the positions of cached keys, for the segments where places in the cache are not positions."""
-        if not self.attention.alibi:
+        if not self.attention.alibi or self.renumber:
             return []
         names = [f"segments.{segment}.positions" for segment in range(1, self.segments)]
         return [self.param(name, (self.context,), "int32") for name in names]
@@ -213,7 +213,7 @@ class _Decoder:
     def _drop_rows(self, x):
         """Choose the rows of the next segment and return them."""
         rows, emit, channels = self.rows, self.builder.emit, self.config.hidden_size
-        kept = min(rows, -(-self.counts[self.segment + 1] // ROW_TILE) * ROW_TILE)
+        kept = min(rows, filled_tiles(self.counts[self.segment + 1]))
         kernel = prune_kernels.SelectKernel(rows, kept, self.config.num_heads, self.segment, self.segments)
         select, types = self.kernel(prune_kernels.build_select(kernel)), [relax.TensorType((kept,), "int32")] * 2
         chosen, self.positions = emit(
@@ -226,7 +226,12 @@ class _Decoder:
     def _enter_next_segment(self) -> None:
         self.segment += 1
         self.lengths = self._segment_lengths()
-        self.attention = replace(self.attention, pruned=True)
+        self.attention = replace(self.attention, pruned=not self.renumber)
+        if self.renumber and self.config.positions == "rotary":
+            places = self.kernel(prune_kernels.build_places(self.rows, self.context))
+            self.positions = self.builder.emit(
+                relax.call_tir(places, (self.lengths,), relax.TensorType((self.rows,), "int32"))
+            )
         if self.position_caches:
             append = self.kernel(prune_kernels.build_append_positions(self.rows, self.context))
             cache = self.position_caches[self.segment - 1]

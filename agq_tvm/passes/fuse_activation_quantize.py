@@ -62,7 +62,9 @@ class _Fuser(relax.PyExprMutator):
         kernel = dataclasses.replace(kernel, source=source, epsilon=epsilon)
         func = annotate(activation.build(kernel, self.isa.layout_4bit), kernel)
         gvar = self.builder_.add_func(func, kernel.name)
-        return relax.call_tir(gvar, [*inputs, *vectors], list(call.ty_args[0].fields))
+        outputs = call.ty_args[0]
+        outputs = list(outputs.fields) if isinstance(outputs, relax.TupleType) else outputs
+        return relax.call_tir(gvar, [*inputs, *vectors], outputs)
 
     def _producer(self, x):
         """Recognize what makes x: (source, its inputs, epsilon), or None."""

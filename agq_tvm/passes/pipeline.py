@@ -21,21 +21,24 @@ def phases(format: LinearFormat, isa: InstructionSet) -> list[tuple[str, list]]:
         ("legalize", [transform.LegalizeOps()]),
         ("schedule_kernels", [ScheduleKernels(isa)]),
         ("bundle_parameters", [transform.BundleModelParams("packed")]),
-        (
-            "lower",
-            [
-                transform.ToNonDataflow(),
-                transform.RemovePurityChecking(),
-                transform.CallTIRRewrite(),
-                transform.StaticPlanBlockMemory(),
-                transform.LowerAllocTensor(),
-                transform.KillAfterLastUse(),
-                transform.LowerRuntimeBuiltin(),
-                transform.ComputePrimValue(),
-                transform.VMShapeLower(),
-                transform.AttachGlobalSymbol(),
-            ],
-        ),
+        ("lower", lowering()),
+    ]
+
+
+def lowering() -> list:
+    """List the passes from calls of PrimFuncs to what `relax.build` takes without a pipeline of its own."""
+    transform = relax.transform
+    return [
+        transform.ToNonDataflow(),
+        transform.RemovePurityChecking(),
+        transform.CallTIRRewrite(),
+        transform.StaticPlanBlockMemory(),
+        transform.LowerAllocTensor(),
+        transform.KillAfterLastUse(),
+        transform.LowerRuntimeBuiltin(),
+        transform.ComputePrimValue(),
+        transform.VMShapeLower(),
+        transform.AttachGlobalSymbol(),
     ]
 
 

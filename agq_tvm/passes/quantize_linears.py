@@ -4,23 +4,30 @@
     add(matmul(x, permute_dims(w)), bias)   ->  linear(quantize(x), w.w, w.ws, …, w.bias)
     take(embedding, tokens)                 ->  embedding(tokens, embedding.w, embedding.ws)
 
+With float activations ``quantize`` only fills up the last group, and ``linear`` is a float product.
+
 The parameter ``w`` of a function gives way to the packed ones: ``w.w`` codes, ``w.ws`` scales, ``w.wo`` offsets,
-``w.bias`` (a linear's own, and what static activations add), ``w.refine`` (TRIP's inverse powers of two), and
-``w.act`` (scale and zero point of static activations).
+``w.bias`` (a linear's own, and what static activations add), ``w.refine`` (TRIP's inverse powers of two),
+``w.act`` (scale and zero point of static activations), and ``w.powers`` (of activations of mixed bits). Exponents of
+channels add ``w.order`` and ``w.shift``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from agq_tvm.kernels import activation, embedding, linear
+from agq_tvm.kernels import activation, embedding, linear, linear_float, linear_shifted
 from agq_tvm.kernels.activation import QuantizeKernel
 from agq_tvm.kernels.attrs import annotate
 from agq_tvm.kernels.intrin.base import InstructionSet, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear_float import FloatLinearKernel
+from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.tvm_seam import relax, tvm
 
 TABLE_GROUP = 32
 """Group size of the matrices outside the layers."""
+_QUANTIZE_OPERANDS = ("refine", "act", "order", "shift", "powers")
+"""What the quantization of a linear's input reads of its packed parameters, in order."""
 TABLES = ("embedding", "project_in", "project_out", "head")
 
 
@@ -30,10 +37,12 @@ class LinearFormat:
 
     Attributes
     ----------
-    bits, group_size : int
+    bits : int
         Of the weights.
+    group_size : int or str
+        Of the weights; ``"column"`` is the whole inner dimension.
     activation : str
-        ``"per-token"``, ``"per-token-group"`` or ``"static"``.
+        ``"per-token"``, ``"per-token-group"``, ``"static"`` or ``"none"``.
     offsets : str or None
         Type of the group offsets; None for symmetric weights.
     refined : bool
@@ -42,26 +51,38 @@ class LinearFormat:
         Roles of the linears whose inputs have 4-bit codes.
     terms : int
         Of the activations, 1 or 2.
+    shifts : bool
+        Whether exponents are those of channels, and shift integer accumulators.
+    mixed : bool
+        Whether each channel of an activation has a number of bits of its own.
     """
 
     bits: int
-    group_size: int
+    group_size: int | str
     activation: str
     offsets: str | None
     refined: bool = False
     four_bit: tuple[str, ...] = ()
     terms: int = 1
+    shifts: bool = False
+    mixed: bool = False
+
+    def group_of(self, channels: int) -> int:
+        """Return the size of the groups of a matrix, a multiple of a k-block."""
+        return self.group_size if self.group_size != "column" else k_blocks(channels, K_BLOCK) * K_BLOCK
 
 
 TABLE_FORMAT = LinearFormat(8, TABLE_GROUP, "per-token-group", None, terms=2)
 """Outside the layers activations have two 8-bit terms: an error there is not softened by anything after it."""
+FLOAT_TABLE_FORMAT = replace(TABLE_FORMAT, activation="none", terms=1)
 
 
 def packed_parameters(name: str, columns: int, channels: int, format: LinearFormat, isa: InstructionSet, bias: bool):
     """List (name, shape, dtype) of what a linear of [N, K] is packed into, in the order of its operands."""
     layout = isa.layout(format.bits)
-    padded = k_blocks(channels, format.group_size) * K_BLOCK
-    per_group = (layout.tiles(columns), padded // format.group_size, layout.vectors, layout.lanes)
+    group_size = format.group_of(channels)
+    padded = k_blocks(channels, group_size) * K_BLOCK
+    per_group = (layout.tiles(columns), padded // group_size, layout.vectors, layout.lanes)
     codes = "uint8" if format.bits == 4 else stored_dtype(layout)
     parameters = [
         (f"{name}.w", layout.packed_shape(columns, padded), codes),
@@ -75,6 +96,11 @@ def packed_parameters(name: str, columns: int, channels: int, format: LinearForm
         parameters.append((f"{name}.refine", (channels,), "float32"))
     if format.activation == "static":
         parameters.append((f"{name}.act", (2,), "float32"))
+    if format.shifts:
+        parameters.append((f"{name}.order", (channels,), "int32"))
+        parameters.append((f"{name}.shift", (padded // K_BLOCK,), "int32"))
+    if format.mixed:
+        parameters.append((f"{name}.powers", (3, padded), "float32"))
     return parameters
 
 
@@ -121,7 +147,9 @@ class _Quantizer(relax.PyExprMutator):
         return call
 
     def _format(self, weight) -> LinearFormat:
-        return TABLE_FORMAT if weight.name in TABLES else self.format
+        if weight.name not in TABLES:
+            return self.format
+        return FLOAT_TABLE_FORMAT if self.format.activation == "none" else TABLE_FORMAT
 
     def _packed(self, weight):
         if weight not in self.packed:
@@ -135,48 +163,73 @@ class _Quantizer(relax.PyExprMutator):
     def _linear(self, x, weight):
         rows, channels = (int(extent) for extent in x.ty.shape)
         columns, format = int(weight.ty.shape[0]), self._format(weight)
-        operands = self._packed(weight)
-        static = format.activation == "static"
+        if format.activation == "none":
+            return self._float_linear(x, weight, format)
+        operands = {str(var.name).rpartition(".")[2]: var for var in self._packed(weight)}
         layout = self.isa.layout(format.bits)
-        bits = 4 if weight.name.rpartition(".")[2] in format.four_bit else 8
-        extra = static + format.refined  # operands that the quantization reads, not the product
+        quantize, kernel = self._kernels(rows, columns, channels, weight)
+        codes = self._call(
+            annotate(activation.build(quantize, layout), quantize),
+            [x, *(operands[part] for part in _QUANTIZE_OPERANDS if part in operands)],
+            quantize.output_shapes(layout),
+        )
+        module = linear_shifted if format.shifts else linear
+        width = layout.tiles(columns) * layout.width
+        y = self._call(
+            annotate(module.define(kernel, self.isa), kernel),
+            [
+                *(self.builder_.emit(relax.TupleGetItem(codes, i)) for i in range(3)),
+                *(operands[part] for part in module.OPERANDS if part in operands),
+            ],
+            [((rows, width), "float32")],
+        )
+        return _first_columns(y, columns)
+
+    def _kernels(self, rows: int, columns: int, channels: int, weight) -> tuple[QuantizeKernel, LinearKernel]:
+        """Return what quantizes the input of a linear, and what multiplies."""
+        format = self._format(weight)
+        bits, group_size = 4 if weight.name.rpartition(".")[2] in format.four_bit else 8, format.group_of(channels)
+        static = format.activation == "static"
         quantize = QuantizeKernel(
             "plain",
             rows,
             channels,
-            format.group_size,
+            group_size,
             format.activation,
             refined=format.refined,
             bits=bits,
             terms=format.terms,
+            shifted=format.shifts,
+            mixed=format.mixed,
         )
-        codes = self._call(
-            annotate(activation.build(quantize, layout), quantize),
-            [x, *operands[len(operands) - extra :]],
-            quantize.output_shapes(layout),
-        )
+        if format.shifts:
+            return quantize, ShiftedKernel(rows, columns, channels, format.offsets, bits)
         kernel = LinearKernel(
             rows,
             columns,
             channels,
             format.bits,
-            format.group_size,
+            group_size,
             per_group=format.activation == "per-token-group",
             offsets=format.offsets,
             bias=static or weight in self.biases,
             activation_bits=bits,
             terms=format.terms,
         )
-        width = layout.tiles(columns) * layout.width
-        y = self._call(
-            annotate(linear.define(kernel, self.isa), kernel),
-            [
-                *(self.builder_.emit(relax.TupleGetItem(codes, i)) for i in range(3)),
-                *operands[: len(operands) - extra],
-            ],
-            [((rows, width), "float32")],
+        return quantize, kernel
+
+    def _float_linear(self, x, weight, format: LinearFormat):
+        rows, channels = (int(extent) for extent in x.ty.shape)
+        columns, layout = int(weight.ty.shape[0]), self.isa.layout(format.bits)
+        group_size = format.group_of(channels)
+        fill = QuantizeKernel("plain", rows, channels, group_size, "none")
+        kernel = FloatLinearKernel(
+            rows, columns, channels, format.bits, group_size, format.offsets, weight in self.biases
         )
-        return y if width == columns else relax.op.strided_slice(y, [1], [0], [columns])
+        x = self._call(annotate(activation.build(fill, layout), fill), [x], fill.output_shapes(layout))
+        outputs = [((rows, layout.tiles(columns) * layout.width), "float32")]
+        y = self._call(linear_float.build(kernel, self.isa), [x, *self._packed(weight)], outputs)
+        return _first_columns(y, columns)
 
     def _embedding(self, table, tokens):
         columns, channels = (int(extent) for extent in table.ty.shape)
@@ -188,6 +241,11 @@ class _Quantizer(relax.PyExprMutator):
         gvar = self.builder_.add_func(func, str(func.attrs["global_symbol"]))
         types = [relax.TensorType(shape, dtype) for shape, dtype in outputs]
         return self.builder_.emit(relax.call_tir(gvar, arguments, types if len(types) > 1 else types[0]))
+
+
+def _first_columns(y, columns: int):
+    """Leave out the columns that fill up the last tile."""
+    return y if int(y.ty.shape[1]) == columns else relax.op.strided_slice(y, [1], [0], [columns])
 
 
 def _biases(func) -> dict:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from agq_tvm.quantize.grouping import to_groups
+from agq_tvm.quantize.mixed import MixedFormat, mixed_codes
+
 # A row, a group or half a range below this is taken for zeros: the reciprocal of its scale would be infinite.
 SMALLEST = 127 * torch.finfo(torch.float32).tiny
 
@@ -69,12 +72,6 @@ def static_range(low: float, high: float, limit: int = 127) -> tuple[float, int]
     return scale, max(-limit, min(limit, round(-limit - low / scale)))
 
 
-def to_groups(x: Tensor, group_size: int) -> Tensor:
-    """Reshape [T, K] to [T, G, group_size], the last group padded with zeros."""
-    missing = -x.shape[1] % group_size
-    return torch.nn.functional.pad(x, (0, missing)).unflatten(1, (-1, group_size))
-
-
 @dataclass(frozen=True)
 class ActivationQuantizer:
     """How the input of a linear becomes codes.
@@ -92,6 +89,8 @@ class ActivationQuantizer:
         by 2^alpha before it is rounded.
     bits : int
         8 or 4.
+    mixed : MixedFormat, optional
+        For ``"per-token-group"``: a number of bits for each channel, and zero points.
     """
 
     mode: str
@@ -99,6 +98,7 @@ class ActivationQuantizer:
     static: tuple[float, int] | None = None
     alpha: Tensor | None = None
     bits: int = 8
+    mixed: MixedFormat | None = None
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize rows of activations; not for ``"none"``.
@@ -114,6 +114,8 @@ class ActivationQuantizer:
         scales : float32 tensor [T, G] for groups, else [T, 1]
             Without the powers of two of `alpha`.
         """
+        if self.mixed is not None:
+            return mixed_codes(x, self.group_size, self.mixed)
         limit = code_limit(self.bits)
         if self.alpha is not None:
             x = x * self._powers(-self.alpha, x.shape[1])

@@ -1,38 +1,52 @@
 """The quantized checkpoint: what it holds, writing it, and reading it without trusting it."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json, write_json
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.models.registry import describe
+from agq_tvm.quantize.mixed_format import is_valid
 from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.quantize.scheme import Scheme, check_roles
+from agq_tvm.quantize.shifts import BLOCK, is_blocked
+from agq_tvm.quantize.tensor_file import write_tensors
 
 FORMAT_VERSION = 1
 TABLE_GROUP = 32
+_FIELDS = (
+    "qweight",
+    "scales",
+    "offsets",
+    "bias",
+    "act_scale",
+    "act_zero",
+    "alpha",
+    "value_scale",
+    "act_bits",
+    "act_steps",
+)
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A matrix of 4-bit codes: ``w[n, k] = scales[n, k // g] * q[n, k] + offsets[n, k // g]``.
+    """A matrix of 4-bit or 8-bit codes: ``w[n, k] = scales[n, k // g] * q[n, k] + offsets[n, k // g]``.
 
     Attributes
     ----------
-    qweight : uint8 array [N, ceil(K / 2)]
-        Two codes a byte, the even k in the low nibble.
+    qweight : uint8 array [N, ceil(K / 2)], or int8 array [N, K]
+        4 bit: codes 0..15, two to a byte, the even k in the low nibble. 8 bit: codes -127..127.
     scales : float16 array [N, G]
         G is ``ceil(K / group_size)``. A scale may be negative (GGUF's Q4_0 has such).
     offsets : float16 or float32 array [N, G], or None
-        None if symmetric: -8 times the scale.
+        None if symmetric: -8 times the scale for 4 bit, 0 for 8 bit.
     in_features : int
         K.
     group_size : int
@@ -40,11 +54,16 @@ class QuantizedLinear:
     act_scale : float32 array [1] or None
         Static activations only: ``x = act_scale * (code - act_zero)``.
     act_zero : int32 array [1] or None
-    alpha : int8 array [G] or None
-        TRIP's exponents: activations of a group are divided by 2^alpha before they are rounded.
+    alpha : int8 array [G], or [K], or None
+        TRIP's exponents: activations of a group are divided by 2^alpha before they are rounded; with shifts those
+        of a channel (see `agq_tvm.quantize.shifts`).
     value_scale : float32 array [KV] or None
         The matrix that values come from, with quantized attention only: static scale of every KV head's values,
         ``v = value_scale * code``.
+    act_bits : uint8 array [K] or None
+        With a budget of activation bits: those of each channel's codes, see `agq_tvm.quantize.mixed`.
+    act_steps : uint8 array [K] or None
+        The exponent of each channel's step then.
     """
 
     qweight: np.ndarray
@@ -57,6 +76,18 @@ class QuantizedLinear:
     act_zero: np.ndarray | None = None
     alpha: np.ndarray | None = None
     value_scale: np.ndarray | None = None
+    act_bits: np.ndarray | None = None
+    act_steps: np.ndarray | None = None
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether exponents are those of channels, and shift the accumulator."""
+        return self.alpha is not None and len(self.alpha) > self.scales.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """Of a code: 4 or 8."""
+        return 8 if self.qweight.dtype == np.int8 else 4
 
 
 @dataclass(frozen=True)
@@ -131,9 +162,10 @@ def write_checkpoint(
     directory: str | os.PathLike,
     raw_config: Mapping,
     scheme: Scheme,
-    linears: Mapping[str, QuantizedLinear],
-    tables: Mapping[str, QuantizedTable],
-    vectors: Mapping[str, np.ndarray],
+    linears: Iterable[tuple[str, QuantizedLinear]],
+    tables: Iterable[tuple[str, QuantizedTable]],
+    vectors: Iterable[tuple[str, np.ndarray]],
+    calibration: Mapping | None = None,
 ) -> None:
     """Write ``model.safetensors`` and ``config.json`` into an existing directory.
 
@@ -143,27 +175,43 @@ def write_checkpoint(
     raw_config : mapping
         The source model's Hugging Face config.
     scheme : Scheme
-    linears, tables, vectors : mapping
-        By the names of `linear_shapes`, `table_shapes` and `vector_shapes`.
+    linears, tables, vectors : iterable
+        With the names of `linear_shapes`, `table_shapes` and `vector_shapes`; each is written when it comes, and not
+        kept.
+    calibration : mapping, optional
+        What was looked at, for the record.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be written.
     """
-    tensors = {name: np.ascontiguousarray(value, "float32") for name, value in vectors.items()}
-    for name, linear in linears.items():
-        for field in ("qweight", "scales", "offsets", "bias", "act_scale", "act_zero", "alpha", "value_scale"):
+    directory = Path(directory)
+    names = _expected_tensors(describe(dict(raw_config)), scheme)
+    tensors = _tensors(linears, tables, vectors)
+    write_tensors(directory / "model.safetensors", names, tensors, {"format": "agq"})
+    described = {"quant_method": "agq", "format_version": FORMAT_VERSION, **asdict(scheme)}
+    described |= {"table_bits": 8, "table_group_size": TABLE_GROUP}
+    if calibration is not None:
+        described["calibration"] = dict(calibration)
+    write_json(directory / "config.json", {**raw_config, "quantization_config": described})
+
+
+def _tensors(
+    linears: Iterable[tuple[str, QuantizedLinear]],
+    tables: Iterable[tuple[str, QuantizedTable]],
+    vectors: Iterable[tuple[str, np.ndarray]],
+) -> Iterator[tuple[str, np.ndarray]]:
+    for name, linear in linears:
+        for field in _FIELDS:
             value = getattr(linear, field)
             if value is not None:
-                tensors[f"{name}.{field}"] = np.ascontiguousarray(value)
-    for name, table in tables.items():
-        tensors[f"{name}.qweight"] = np.ascontiguousarray(table.qweight)
-        tensors[f"{name}.scales"] = np.ascontiguousarray(table.scales)
-    described = {"quant_method": "agq", "format_version": FORMAT_VERSION, **asdict(scheme)}
-    described |= {"weight_bits": 4, "table_bits": 8, "table_group_size": TABLE_GROUP}
-    directory = Path(directory)
-    try:
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "agq"})
-        os.chmod(directory / "model.safetensors", 0o644)
-    except (SafetensorError, OSError) as error:
-        raise AgqError(f"cannot write {directory / 'model.safetensors'}: {error}") from error
-    write_json(directory / "config.json", {**raw_config, "quantization_config": described})
+                yield f"{name}.{field}", value
+    for name, table in tables:
+        yield f"{name}.qweight", table.qweight
+        yield f"{name}.scales", table.scales
+    for name, value in vectors:
+        yield name, value.astype("float32", copy=False)
 
 
 def read_checkpoint(path: str | os.PathLike) -> "Checkpoint":
@@ -225,17 +273,25 @@ class Checkpoint:
         alpha = self._optional(f"{name}.alpha")
         if alpha is not None and not (alpha.min() >= 0 and alpha.max() <= self.scheme.max_refine):
             raise self._damaged(f"{name} has exponents outside 0..{self.scheme.max_refine}")
+        if self.scheme.shifts and not is_blocked(alpha):
+            raise self._damaged(f"{name} has exponents that are not those of blocks of {BLOCK} channels, the last 0")
+        in_features = linear_shapes(self.config)[name][1]
+        bits, steps = self._optional(f"{name}.act_bits"), self._optional(f"{name}.act_steps")
+        if bits is not None and not is_valid(bits, steps):
+            raise self._damaged(f"{name} has bits or steps of activations out of range")
         return QuantizedLinear(
             qweight=self._read(f"{name}.qweight"),
             scales=self._read(f"{name}.scales"),
             offsets=self._optional(f"{name}.offsets"),
-            in_features=linear_shapes(self.config)[name][1],
-            group_size=self.scheme.group_size,
+            in_features=in_features,
+            group_size=self.scheme.group_of(in_features),
             bias=self._optional(f"{name}.bias"),
             act_scale=act_scale,
             act_zero=act_zero,
             alpha=alpha,
             value_scale=self._optional(f"{name}.value_scale"),
+            act_bits=bits,
+            act_steps=steps,
         )
 
     def fused(self, layer: int, parts: tuple[str, ...]) -> tuple[QuantizedLinear, ...]:
@@ -249,7 +305,7 @@ class Checkpoint:
         """
         prefix = self.config.layer_prefix.format(layer=layer)
         linears = tuple(self.linear(prefix + part) for part in parts)
-        fields = [(linear.act_scale, linear.act_zero, linear.alpha) for linear in linears]
+        fields = [(each.act_scale, each.act_zero, each.alpha, each.act_bits, each.act_steps) for each in linears]
         if len({tuple(None if value is None else value.tobytes() for value in values) for values in fields}) > 1:
             raise self._damaged(f"{', '.join(parts)} of layer {layer} disagree on their shared input")
         return linears
@@ -269,6 +325,10 @@ class Checkpoint:
     def vector(self, name: str) -> np.ndarray:
         """Read what stays float32 (see `vector_shapes`), e.g. ``"model.norm.weight"``."""
         return self._read(name)
+
+    def with_four_bit(self, roles: tuple[str, ...]) -> "Checkpoint":
+        """Return this checkpoint with 4-bit codes at the inputs of these linears, whatever its own scheme says."""
+        return Checkpoint(self.path, self.config, replace(self.scheme, four_bit=roles), self.raw_config, self._file)
 
     def _optional(self, name: str) -> np.ndarray | None:
         return self._read(name) if name in self._names else None
@@ -293,7 +353,7 @@ def _read_scheme(ours: Mapping) -> Scheme:
             f"checkpoint format {version!r} is not format {FORMAT_VERSION}: quantize the model again "
             "with this version of agq"
         )
-    for name, value in (("weight_bits", 4), ("table_bits", 8), ("table_group_size", TABLE_GROUP)):
+    for name, value in (("table_bits", 8), ("table_group_size", TABLE_GROUP)):
         if ours.get(name) != value:
             raise AgqError(f"{name} {ours.get(name)!r} is not supported, only {value} is")
     four_bit = ours.get("four_bit", [])
@@ -301,7 +361,9 @@ def _read_scheme(ours: Mapping) -> Scheme:
         raise AgqError(f"four_bit must be a list of linears, not {four_bit!r}")
     values = (ours.get(name) for name in ("method", "group_size", "symmetric", "activation"))
     pruning, attention = read_schedule(ours.get("pruning")), ours.get("attention", "float")
-    return Scheme(*values, ours.get("max_refine", 0), tuple(four_bit), pruning, attention)
+    names = ("shifts", "weight_bits", "mixed_bits", "fold")
+    more = {name: ours[name] for name in names if name in ours}
+    return Scheme(*values, ours.get("max_refine", 0), tuple(four_bit), pruning, attention, **more)
 
 
 def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
@@ -314,8 +376,9 @@ def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
         expected[f"{name}.qweight"] = (("I8",), (rows, columns))
         expected[f"{name}.scales"] = (("F16",), (rows, group_count(columns, TABLE_GROUP)))
     for name, (rows, columns) in linear_shapes(config).items():
-        groups = (rows, group_count(columns, scheme.group_size))
-        expected[f"{name}.qweight"] = (("U8",), (rows, -(-columns // 2)))
+        groups = (rows, group_count(columns, scheme.group_of(columns)))
+        codes = ("U8", -(-columns // 2)) if scheme.weight_bits == 4 else ("I8", columns)
+        expected[f"{name}.qweight"] = (codes[:1], (rows, codes[1]))
         expected[f"{name}.scales"] = (("F16",), groups)
         if not scheme.symmetric:
             expected[f"{name}.offsets"] = (("F16", "F32"), groups)
@@ -323,7 +386,10 @@ def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
             expected[f"{name}.act_scale"] = (("F32",), (1,))
             expected[f"{name}.act_zero"] = (("I32",), (1,))
         if scheme.max_refine:
-            expected[f"{name}.alpha"] = (("I8",), groups[1:])
+            expected[f"{name}.alpha"] = (("I8",), (columns,) if scheme.shifts else groups[1:])
+        if scheme.mixed_bits:
+            expected[f"{name}.act_bits"] = (("U8",), (columns,))
+            expected[f"{name}.act_steps"] = (("U8",), (columns,))
     return expected
 
 

@@ -93,7 +93,7 @@ class AttentionPositions:
     bias: Tensor | None
 
     def of_rows(self, rows: Tensor) -> "AttentionPositions":
-        """Return what attention among these rows needs, int64 [R], rising; they keep their positions."""
+        """Return what attention among rows at these positions needs, int64 [R], rising."""
         rope = None if self.rope is None else (self.rope[0][rows], self.rope[1][rows])
         return AttentionPositions(rope, None if self.bias is None else self.bias[:, rows][:, :, rows])
 
@@ -202,12 +202,17 @@ def run_layer(steps: LayerSteps, linear: Callable[[str, Tensor], Tensor]) -> Ten
         return stop.value
 
 
-def _residual_steps(config: DecoderConfig, norm: Norm, x: Tensor, branch: Callable[[Tensor], LayerSteps]) -> LayerSteps:
+# What a branch is given makes its input when asked, and a branch names no tensor: a generator that waits would keep
+# it, and calibration has one waiting for every window.
+def _residual_steps(
+    config: DecoderConfig, norm: Norm, x: Tensor, branch: Callable[[Callable[[], Tensor]], LayerSteps]
+) -> LayerSteps:
     if config.norm_placement == "after":
-        return norm(x + (yield from branch(x)))
-    normed = norm(x)
-    residual = normed if config.norm_placement == "shared" else x
-    return residual + (yield from branch(normed))
+        return norm(x + (yield from branch(lambda: x)))
+    if config.norm_placement == "shared":
+        x = norm(x)
+        return x + (yield from branch(lambda: x))
+    return x + (yield from branch(lambda: norm(x)))
 
 
 def _attention_steps(
@@ -216,20 +221,22 @@ def _attention_steps(
     half_cache: bool,
     watch: WatchAttention | None,
     attend: Attend | None,
-    x: Tensor,
+    normed: Callable[[], Tensor],
 ) -> LayerSteps:
-    qkv = yield "qkv", x
-    return (yield "o", _attention(config, qkv, positions, half_cache, watch, attend))
+    return (yield "o", _attention(config, (yield "qkv", normed()), positions, half_cache, watch, attend))
 
 
-def _mlp_steps(config: DecoderConfig, x: Tensor) -> LayerSteps:
-    activation = _ACTIVATIONS[config.activation]
+def _mlp_steps(config: DecoderConfig, normed: Callable[[], Tensor]) -> LayerSteps:
     first, down = config.linears[2:]
-    inner = yield first.name, x
+    return (yield down.name, _activated(config, (yield first.name, normed())))
+
+
+def _activated(config: DecoderConfig, inner: Tensor) -> Tensor:
+    activation = _ACTIVATIONS[config.activation]
     if config.gated:
         gate, up = inner.chunk(2, -1)
-        return (yield down.name, activation(gate) * up)
-    return (yield down.name, activation(inner))
+        return activation(gate) * up
+    return activation(inner)
 
 
 def _attention(
@@ -289,8 +296,17 @@ def start_probabilities(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Ten
     float32 tensor [H, T]
         What every query gives to the first key; 1 for the first query.
     """
+    scores = _scores(q, k, bias)
+    return torch.exp(scores[..., 0] - scores.logsumexp(-1))
+
+
+def attention_map(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the mean over heads of the causal attention maps, float32 [T, T]; see `start_probabilities`."""
+    return _scores(q, k, bias).softmax(-1).mean(0)
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     scores = q @ k.repeat_interleave(len(q) // len(k), 0).mT * q.shape[-1] ** -0.5
     if bias is not None:
         scores = scores + bias
-    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-    return torch.exp(scores[..., 0] - scores.masked_fill(hidden, -torch.inf).logsumexp(-1))
+    return scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -torch.inf)

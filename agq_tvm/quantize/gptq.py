@@ -1,13 +1,15 @@
 """GPTQ (Frantar et al., 2023): round columns one by one and let the later ones make up for the error."""
 
 import numpy as np
+import torch
 
 from agq_tvm.errors import AgqError
 from agq_tvm.quantize.checkpoint import QuantizedLinear, group_count
 from agq_tvm.quantize.weights import assemble, choose_grid, encode
 
 DAMPING = 0.05
-_BLOCK = 128  # a multiple of every group size
+_BLOCK = 128  # a multiple of every group size that is smaller than a row
+_COLUMNS = 1024  # of the factor, made at a time
 
 
 def gptq(
@@ -39,24 +41,26 @@ def gptq(
     weight = weight.astype("float32")  # a copy, updated below
     factor = inverse_factor(hessian)
     if drift is not None:
-        weight += weight @ drift.astype("float32") @ factor.T @ factor
+        weight += weight @ drift.astype("float32", copy=False) @ factor.T @ factor
     weight[:, np.diag(hessian) == 0] = 0
     codes = np.empty((rows, columns), "uint8")
     scales = np.empty((rows, group_count(columns, group_size)), "float32")
     offsets = np.empty_like(scales)
     for start in range(0, columns, _BLOCK):
-        block = weight[:, start : start + _BLOCK]  # a view
-        errors = np.empty_like(block)
-        for i in range(block.shape[1]):
-            k = start + i
+        end = min(start + _BLOCK, columns)
+        block = np.ascontiguousarray(weight[:, start:end].T)  # what is updated column by column lies in a row
+        block_codes, errors = np.empty(block.shape, "uint8"), np.empty_like(block)
+        for i, k in enumerate(range(start, end)):
             g = k // group_size
             if k % group_size == 0:
-                scales[:, g], offsets[:, g] = choose_grid(block[:, i : i + group_size], symmetric)
-            codes[:, k] = encode(block[:, i], scales[:, g], offsets[:, g])
-            rounded = codes[:, k] * scales[:, g] + offsets[:, g]
-            errors[:, i] = (block[:, i] - rounded) / factor[k, k]
-            block[:, i + 1 :] -= np.outer(errors[:, i], factor[k, k + 1 : start + block.shape[1]])
-        weight[:, start + _BLOCK :] -= errors @ factor[start : start + _BLOCK, start + _BLOCK :]
+                group = np.hstack([block[i : i + group_size].T, weight[:, end : k + group_size]])
+                scales[:, g], offsets[:, g] = choose_grid(group, symmetric)
+                scale, offset = scales[:, g].copy(), offsets[:, g].copy()
+            block_codes[i] = encode(block[i], scale, offset)
+            errors[i] = (block[i] - (block_codes[i] * scale + offset)) / factor[k, k]
+            block[i + 1 :] -= np.outer(factor[k, k + 1 : end], errors[i])
+        codes[:, start:end] = block_codes.T
+        weight[:, end:] -= errors.T @ factor[start:end, end:]
     return assemble(codes, scales, offsets, group_size, symmetric)
 
 
@@ -71,17 +75,29 @@ def inverse_factor(hessian: np.ndarray) -> np.ndarray:
     AgqError
         If that does not help or the Hessian is not finite.
     """
-    hessian = hessian.astype("float64")
     if not np.isfinite(hessian).all():
         raise AgqError("the calibration inputs are not finite: the model is damaged")
-    diagonal = np.diag(hessian)
-    hessian[np.diag_indices_from(hessian)] = np.where(diagonal == 0, 1.0, diagonal)
-    mean = np.diag(hessian).mean()
+    diagonal = np.diag(hessian).astype("float64")
+    diagonal[diagonal == 0] = 1.0
     for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
-        damped = hessian + damping * mean * np.eye(len(hessian))
-        try:
-            inverse = np.linalg.inv(np.linalg.cholesky(damped))
-            return np.linalg.cholesky(inverse.T @ inverse, upper=True).astype("float32")
-        except np.linalg.LinAlgError:
-            continue
+        # With W upper triangular and W Wᵀ the damped Hessian, U is the inverse of W; and W is the usual lower
+        # triangular factor with rows and columns in reverse order.
+        reverse = torch.from_numpy(hessian).flip(0, 1).double()
+        reverse.diagonal().copy_(torch.from_numpy(diagonal + damping * diagonal.mean()).flip(0))
+        lower, failed = torch.linalg.cholesky_ex(reverse)
+        del reverse
+        if not failed:
+            return _inverse(lower).numpy()
     raise AgqError("GPTQ cannot invert the calibration inputs: give another text, or use rtn")
+
+
+def _inverse(lower: torch.Tensor) -> torch.Tensor:
+    """Return the inverse, rows and columns in reverse order, of a lower triangular float64 [K, K]; in float32."""
+    size = len(lower)
+    inverse = torch.zeros(size, size)
+    for start in range(0, size, _COLUMNS):
+        # Columns of the inverse are zero above the diagonal, and so need only what is right of and below it.
+        corner = lower[start:, start:]
+        unit = torch.eye(len(corner), min(_COLUMNS, len(corner)), dtype=torch.float64)
+        inverse[start:, start : start + _COLUMNS] = torch.linalg.solve_triangular(corner, unit, upper=False)
+    return inverse.flip(0, 1)

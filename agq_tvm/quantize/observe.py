@@ -4,14 +4,14 @@ Agile-Quant rests on these two (figure 1 of arXiv 2312.05693): a few channels, t
 larger than the rest, make activations hard to quantize, and attention to the start token says which tokens matter.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
 from agq_tvm.progress import progress
-from agq_tvm.quantize.forward import start_probabilities
+from agq_tvm.quantize.forward import attention_map, start_probabilities
 from agq_tvm.quantize.reference import ReferenceModel
 
 
@@ -26,9 +26,9 @@ class InputStatistics:
     channel_largest_later : float32 array [L, K]
         The same without the first token of every window.
     token_largest : float32 array [L, W, T]
-        Over all channels, for each token of each window.
+        Over all channels, for each token of each window; 0 where a token is pruned.
     token_channel : int32 array [L, W, T]
-        The channel that holds it.
+        The channel that holds it; -1 where a token is pruned.
     """
 
     channel_largest: np.ndarray
@@ -48,20 +48,25 @@ class Observation:
         By the name of the linear.
     start_attention : float32 array [L, H]
         Probability that a head gives to the first token: mean over the queries that see more than it.
+    maps : list of float32 arrays [R, R]
+        Of each layer: what each of the R tokens that reach it gives to each, mean over heads, in the first window.
     """
 
     windows: list[list[int]]
     inputs: Mapping[str, InputStatistics]
     start_attention: np.ndarray
+    maps: list[np.ndarray] = field(default_factory=list)
 
 
-def observe(model: ReferenceModel, windows: list[list[int]]) -> Observation:
+def observe(model: ReferenceModel, windows: list[list[int]], chunks: Sequence[int] | None = None) -> Observation:
     """Run windows of one length, 2 tokens or more, through a model and look at what passes.
 
     Parameters
     ----------
     model : ReferenceModel
     windows : list of lists of int
+    chunks : sequence of int, optional
+        Drop tokens as the model does, a window being a prompt cut like this; by default none are dropped.
 
     Raises
     ------
@@ -81,8 +86,25 @@ def observe(model: ReferenceModel, windows: list[list[int]]) -> Observation:
     }
     observation = Observation(windows, inputs, np.zeros((layers, config.num_heads), "float32"))
     for i, window in enumerate(progress(windows, "observing", unit="window")):
-        model.logits(window, observer=_WindowObserver(observation, i))
+        observer = _WindowObserver(observation, i)
+        if chunks is None:
+            model.logits(window, observer=observer)
+        else:
+            _to_positions(model, observation, i, model.prune(window, chunks, observer=observer).kept)
     return observation
+
+
+def _to_positions(model: ReferenceModel, observation: Observation, window: int, kept: Sequence[np.ndarray]) -> None:
+    """Move what was seen of the rows that were left, in order, to their positions in the window."""
+    before_drop = [linear.name for linear in model.config.linears[:2]]
+    for name, seen in observation.inputs.items():
+        for layer in range(model.config.num_layers):
+            number = layer if name in before_drop else layer + 1
+            positions = kept[sum(pruned <= number for pruned in model.pruning.layers)]
+            for values, nothing in ((seen.token_largest, 0), (seen.token_channel, -1)):
+                rows = values[layer, window, : len(positions)].copy()
+                values[layer, window] = nothing
+                values[layer, window, positions] = rows
 
 
 class _WindowObserver:
@@ -100,12 +122,14 @@ class _WindowObserver:
             (seen.channel_largest_later, magnitudes[1:]),
         ):
             np.maximum(total[layer], values.amax(0).numpy(), out=total[layer])
-        seen.token_largest[layer, self._window] = largest.numpy()
-        seen.token_channel[layer, self._window] = channel.numpy()
+        seen.token_largest[layer, self._window, : len(x)] = largest.numpy()
+        seen.token_channel[layer, self._window, : len(x)] = channel.numpy()
 
     def attention(self, layer: int, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
         mean = start_probabilities(q, k, bias)[:, 1:].mean(1)
         self._observation.start_attention[layer] += mean.numpy() / len(self._observation.windows)
+        if self._window == 0:
+            self._observation.maps.append(attention_map(q, k, bias).numpy())
 
 
 def outlier_ratio(channel_largest: np.ndarray) -> np.ndarray:

@@ -5,11 +5,10 @@ channel of a norm up, and the weights that read it down, by the same power of tw
 are unchanged bit for bit, so all that gets worse is quantization.
 """
 
-from pathlib import Path
-
 import numpy as np
 
 from agq_tvm.errors import AgqError
+from agq_tvm.quantize.scaled_norms import ScaledNorms, norm_readers
 from agq_tvm.quantize.source import Source
 
 
@@ -36,39 +35,9 @@ def with_outliers(source: Source, channels: int, shift: int, seed: int = 0) -> S
     AgqError
         If the model has fewer channels, or its norms have no weights or are read by more than linears.
     """
-    norm = source.config.norm
-    if not norm.affine or source.config.norm_placement != "before":
-        raise AgqError(f"{source.label} has norms that cannot be scaled by channel: choose another model for outliers")
     size = source.config.hidden_size
     if not 0 <= channels <= size:
         raise AgqError(f"{source.label} has {size} channels, {channels} of them cannot be outliers: ask for fewer")
-    chosen = np.random.default_rng(seed).choice(size, channels, replace=False)
-    return _OutlierSource(source, chosen, shift)
-
-
-class _OutlierSource(Source):
-    """Scales vectors of norms up, and columns that read them down, as they are read."""
-
-    def __init__(self, source: Source, channels: np.ndarray, shift: int) -> None:
-        super().__init__(source.label, source.raw_config)
-        self._source = source
-        self._exponents = np.zeros(self.config.hidden_size, "int32")
-        self._exponents[channels] = shift
-        config = self.config
-        attention, _, mlp, _ = config.linears  # these read a norm's output
-        prefixes = [config.layer_prefix.format(layer=layer) for layer in range(config.num_layers)]
-        self._norms = {prefix + norm for prefix in prefixes for norm in (config.input_norm, config.mlp_norm)}
-        self._readers = {prefix + part for prefix in prefixes for part in attention.parts + mlp.parts}
-
-    def _tensor(self, name: str) -> np.ndarray:
-        value = self._source.tensor(name)
-        module, kind = name.rsplit(".", 1)
-        if module in self._norms:  # weight and bias alike
-            return np.ldexp(value, self._exponents)
-        if module in self._readers and kind == "weight":
-            return np.ldexp(value, -self._exponents)
-        return value
-
-    def copy_tokenizer(self, directory: Path) -> None:
-        """Write the tokenizer of the model that this one was made of."""
-        self._source.copy_tokenizer(directory)
+    exponents = np.zeros(size, "int32")
+    exponents[np.random.default_rng(seed).choice(size, channels, replace=False)] = shift
+    return ScaledNorms(source, dict.fromkeys(norm_readers(source.config), exponents))

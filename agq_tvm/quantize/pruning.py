@@ -27,10 +27,14 @@ class PruningSchedule:
     beta : float
         Share of the tokens that no longer reach the end of the last of these layers, between 0 and 1; each layer
         drops the same share of what reaches it.
+    renumber : bool
+        Whether tokens that are left count their positions anew, 0 to r - 1, as in the authors' code; otherwise they
+        keep those of the prompt.
     """
 
     layers: tuple[int, ...]
     beta: float
+    renumber: bool = False
 
     def __post_init__(self) -> None:
         layers = self.layers
@@ -41,6 +45,8 @@ class PruningSchedule:
             raise AgqError(f"pruning layers {listed} are not rising numbers from 1 on: list each once, in order")
         if type(self.beta) not in (int, float) or not 0 < self.beta < 1:
             raise AgqError(f"a pruned share of {self.beta!r} is not between 0 and 1: give e.g. 0.5 for half the tokens")
+        if type(self.renumber) is not bool:
+            raise AgqError(f"renumber must be true or false, not {self.renumber!r}")
 
     @property
     def gamma(self) -> float:
@@ -85,7 +91,9 @@ class PruningSchedule:
 
 
 def read_schedule(value) -> PruningSchedule | None:
-    """Read the ``pruning`` of a checkpoint's ``quantization_config`` or a bundle's manifest: null, or layers and beta.
+    """Read the ``pruning`` of a checkpoint's ``quantization_config`` or a bundle's manifest.
+
+    It is null, or has layers, beta and renumber; without the last, positions are kept.
 
     Raises
     ------
@@ -94,9 +102,11 @@ def read_schedule(value) -> PruningSchedule | None:
     """
     if value is None:
         return None
-    if not isinstance(value, dict) or value.keys() != {"layers", "beta"} or not isinstance(value["layers"], list):
+    wanted = {"layers", "beta", "renumber"}
+    known = isinstance(value, dict) and value.keys() | {"renumber"} == wanted and isinstance(value["layers"], list)
+    if not known:
         raise AgqError(f"pruning {value!r} is neither null nor a list of layers and a beta")
-    return PruningSchedule(tuple(value["layers"]), value["beta"])
+    return PruningSchedule(tuple(value["layers"]), value["beta"], value.get("renumber", False))
 
 
 def select(scores: np.ndarray, keep: int, always: Collection[int] = ()) -> np.ndarray:

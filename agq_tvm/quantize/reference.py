@@ -1,7 +1,8 @@
 """The torch reference: what a quantized model means, and the float model that it is measured against."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple, Protocol
 
@@ -30,6 +31,7 @@ from agq_tvm.quantize.operators import (
     FloatLinear,
     Operator,
     QuantizedOperator,
+    ShiftedOperator,
     TableOperator,
     float_linear,
     stacked_weights,
@@ -154,11 +156,18 @@ class ReferenceModel:
         return cls(config, load_layer, entry, exit, half_cache=True, pruning=checkpoint.scheme.pruning)
 
     @classmethod
-    def from_source(cls, source: Source) -> "ReferenceModel":
-        """Take a model as it is, in float32 throughout."""
+    def from_source(cls, source: Source, load_layer: Callable[[int], Layer] | None = None) -> "ReferenceModel":
+        """Take a model as it is, in float32 throughout.
+
+        Parameters
+        ----------
+        source : Source
+        load_layer : callable, optional
+            Makes layers to use instead of the model's own.
+        """
         config = source.config
 
-        def load_layer(layer: int) -> Layer:
+        def own_layer(layer: int) -> Layer:
             prefix = config.layer_prefix.format(layer=layer)
             linears = {
                 linear.name: float_linear(source, [prefix + part for part in linear.parts]) for linear in config.linears
@@ -166,7 +175,20 @@ class ReferenceModel:
             return Layer(read_norms(config, layer, source.tensor), linears)
 
         entry, exit = _ends(config, partial(_weight, source), FloatLinear, source.tensor)
-        return cls(config, load_layer, entry, exit, half_cache=False)
+        return cls(config, load_layer or own_layer, entry, exit, half_cache=False)
+
+    def altered(self, change: Callable[[int, Layer], Layer]) -> "ReferenceModel":
+        """Return a model whose layers are changed, to see what a part costs; this one stays as it is.
+
+        Parameters
+        ----------
+        change : callable
+            From the index of a layer and the layer to what stands in its place.
+        """
+        layer = self._layer
+        model = copy(self)
+        model._layer = cache(lambda index: change(index, layer(index)))
+        return model
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], trace: Trace | None = None, observer: Observer | None = None) -> np.ndarray:
@@ -240,6 +262,11 @@ def float_entry(source: Source) -> Entry:
     return read_entry(source.config, partial(_weight, source), FloatLinear, source.tensor)
 
 
+def float_exit(source: Source) -> Exit:
+    """Return what makes logits of the last layer's output, as the model has it."""
+    return _ends(source.config, partial(_weight, source), FloatLinear, source.tensor)[1]
+
+
 def _ends(
     config: DecoderConfig,
     table: Callable[[str], Tensor],
@@ -255,7 +282,13 @@ def _ends(
 
 
 def _operator(parts: tuple[QuantizedLinear, ...], activation: str, bits: int) -> Operator:
-    return stacked_weights(parts) if activation == "none" else QuantizedOperator(parts, activation, bits)
+    if activation == "none":
+        return stacked_weights(parts)
+    if parts[0].is_shifted and activation == "static":
+        return ShiftedOperator(parts, bits)
+    if parts[0].is_shifted:  # other activations than the checkpoint's own have no exponents of channels
+        parts = tuple(replace(part, alpha=None) for part in parts)
+    return QuantizedOperator(parts, activation, bits)
 
 
 def _weight(source: Source, name: str) -> Tensor:

@@ -49,6 +49,9 @@ class RowPruner:
         Of the rows that are left.
     kept : list of int64 arrays
         The positions that are left at first and after each pruning layer passed, rising.
+    chosen : int64 tensor
+        Of the rows that were left in the pruning layer seen last, those that stay; another pass over the same tokens
+        can drop the others, too.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class RowPruner:
         self.kept = [np.arange(tokens)]
         self._schedule = schedule
         self._chunks = list(chunks)
-        self._scores = np.empty(0)
+        self.chosen = torch.arange(tokens)
 
     def in_layer(
         self, layer: int, watch: WatchAttention | None
@@ -68,26 +71,25 @@ class RowPruner:
             return watch, None
 
         def see(q: Tensor, k: Tensor, bias: Tensor | None) -> None:
-            self._scores = start_probabilities(q, k, bias).sum(0).numpy()
+            self.chosen = torch.from_numpy(self._choose(start_probabilities(q, k, bias).sum(0).numpy()))
             if watch is not None:
                 watch(q, k, bias)
 
         return see, self._drop
 
     def _drop(self, hidden: Tensor) -> Tensor:
-        chosen = self._choose()
-        left = torch.from_numpy(chosen)
-        self.kept.append(self.kept[-1][chosen])
-        self.positions = self.positions.of_rows(left)
+        left = self.chosen
+        self.kept.append(self.kept[-1][left.numpy()])
+        self.positions = self.positions.of_rows(torch.arange(len(left)) if self._schedule.renumber else left)
         return hidden[left]
 
-    def _choose(self) -> np.ndarray:
+    def _choose(self, scores: np.ndarray) -> np.ndarray:
         """Return the rows that stay, of those that are left, and count those of each chunk anew."""
         start, chosen = 0, []
         for i, rows in enumerate(self._chunks):
             always = [0] if i == 0 else []
             always += [rows - 1] if i == len(self._chunks) - 1 else []
             self._chunks[i] = self._schedule.keep(rows)
-            chosen.append(start + select(self._scores[start : start + rows], self._chunks[i], always))
+            chosen.append(start + select(scores[start : start + rows], self._chunks[i], always))
             start += rows
-        return np.concatenate([*chosen, np.arange(start, len(self._scores))])
+        return np.concatenate([*chosen, np.arange(start, len(scores))])

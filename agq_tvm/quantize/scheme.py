@@ -9,8 +9,11 @@ from agq_tvm.quantize.pruning import PruningSchedule
 
 METHODS = ("gptq", "rtn", "keep")
 GROUP_SIZES = (32, 64, 128)
+COLUMN = "column"
+"""The group size of one weight scale for each output column."""
 ACTIVATIONS = ("per-token", "per-token-group", "static", "none")
 ATTENTIONS = ("float", *CODE_BOOKS)
+WEIGHT_BITS = (4, 8)
 LARGEST_REFINE = 8
 """TRIP's exponents are at most this: group scales times two to their power stay far below float16's limit."""
 
@@ -23,8 +26,9 @@ class Scheme:
     ----------
     method : str
         How the weight codes were found: ``"gptq"``, ``"rtn"`` or ``"keep"``.
-    group_size : int
-        Input channels that share a weight scale: 32, 64 or 128; the last group of a row may be shorter.
+    group_size : int or str
+        Input channels that share a weight scale: 32, 64 or 128, where the last group of a row may be shorter, or
+        ``"column"`` for all of them.
     symmetric : bool
         Whether every offset is -8 times its scale (offsets are then not stored).
     activation : str
@@ -38,22 +42,37 @@ class Scheme:
         Which tokens of a prompt are dropped on their way through the layers.
     attention : str
         ``"float"``, or a name in `CODE_BOOKS`: probabilities are powers of two then, and values int8.
+    shifts : bool
+        TRIP in the paper's integer-only form: exponents of channels, not of groups, by which the accumulator is
+        shifted (see `agq_tvm.quantize.shifts`). With scales of columns, static activations and `max_refine`.
+    weight_bits : int
+        Of the linears' weight codes, 4 or 8; codes of 8 bits are symmetric and rounded to nearest.
+    mixed_bits : float
+        Not 0: the largest average of bits of an activation, scales included; every channel gets 4 to 7 of them
+        (`agq_tvm.quantize.mixed`). For ``"per-token-group"``.
+    fold : bool
+        Whether powers of two were moved from norms into the weights that read them (`agq_tvm.quantize.fold`). Not
+        with ``"keep"``.
     """
 
     method: str
-    group_size: int
+    group_size: int | str
     symmetric: bool
     activation: str
     max_refine: int = 0
     four_bit: tuple[str, ...] = ()
     pruning: PruningSchedule | None = None
     attention: str = "float"
+    shifts: bool = False
+    weight_bits: int = 4
+    mixed_bits: float = 0
+    fold: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise AgqError(f"unknown quantization method {self.method!r}: choose one of {', '.join(METHODS)}")
-        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
-            raise AgqError(f"group size {self.group_size!r} is not supported: choose 32, 64 or 128")
+        if self.group_size != COLUMN and (type(self.group_size) is not int or self.group_size not in GROUP_SIZES):
+            raise AgqError(f"group size {self.group_size!r} is not supported: choose 32, 64, 128 or {COLUMN}")
         if type(self.symmetric) is not bool:
             raise AgqError(f"symmetric must be true or false, not {self.symmetric!r}")
         if self.activation not in ACTIVATIONS:
@@ -64,15 +83,58 @@ class Scheme:
             raise AgqError(f"max_refine {self.max_refine!r} is not an integer in 0..{LARGEST_REFINE}")
         if self.max_refine and self.activation not in ("static", "per-token"):
             raise AgqError(f"max_refine is for static and per-token activations: {self.activation} ones need none")
+        self._check_shifts()
         if not all(isinstance(role, str) for role in self.four_bit):
             raise AgqError(f"four_bit must be names of linears, not {self.four_bit!r}")
         if self.four_bit and self.activation == "none":
             raise AgqError("float activations have no 4-bit codes: choose another activation, or leave out four_bit")
+        if type(self.weight_bits) is not int or self.weight_bits not in WEIGHT_BITS:
+            raise AgqError(f"weight_bits {self.weight_bits!r} is not supported: choose 4 or 8")
+        if self.weight_bits == 8 and not (self.method == "rtn" and self.symmetric):
+            raise AgqError("8-bit weights are symmetric and rounded to nearest: choose the method rtn")
+        self._check_mixed()
+        if type(self.fold) is not bool:
+            raise AgqError(f"fold must be true or false, not {self.fold!r}")
+        if self.fold and self.method == "keep":
+            raise AgqError("keep leaves the model's own grid, which has no room for powers of two: choose gptq or rtn")
+
+    def _check_mixed(self) -> None:
+        if type(self.mixed_bits) not in (int, float) or not (self.mixed_bits == 0 or 4 < self.mixed_bits <= 8):
+            raise AgqError(f"{self.mixed_bits!r} bits of activations are not a number above 4 and up to 8")
+        if self.mixed_bits and (self.activation != "per-token-group" or self.four_bit or self.group_size == COLUMN):
+            raise AgqError(
+                "a budget of bits is for per-token-group activations and groups of 32, 64 or 128, without four_bit: "
+                "leave one out"
+            )
+
+    def _check_shifts(self) -> None:
+        if type(self.shifts) is not bool:
+            raise AgqError(f"shifts must be true or false, not {self.shifts!r}")
+        if self.shifts and not (self.group_size == COLUMN and self.activation == "static" and self.max_refine):
+            raise AgqError(
+                f"shifts need group size {COLUMN}, static activations and max_refine of 1 or more: set all three"
+            )
+        if self.shifts and self.weight_bits == 8:
+            raise AgqError("8-bit weights have no kernels that shift: leave out shifts, or choose 4 bits")
+        if self.max_refine and self.group_size == COLUMN and not self.shifts:
+            raise AgqError(
+                f"max_refine needs groups of 32, 64 or 128: choose one of these, or group size {COLUMN} with shifts"
+            )
+
+    def group_of(self, in_features: int) -> int:
+        """Return how many input channels of a matrix share a scale."""
+        return in_features if self.group_size == COLUMN else self.group_size
+
+    @property
+    def weight_scales(self) -> str:
+        """Say in words what shares a weight scale."""
+        return "a scale for each column" if self.group_size == COLUMN else f"groups of {self.group_size}"
 
     @property
     def is_calibrated(self) -> bool:
         """Whether quantizing looks at what passes through the model."""
-        return self.method == "gptq" or self.activation == "static" or self.max_refine > 0 or self.attention != "float"
+        calibrated = (self.activation == "static", self.max_refine, self.attention != "float", self.mixed_bits)
+        return self.method == "gptq" or any(calibrated)
 
     def activation_bits(self, role: str) -> int:
         """Return the bits of the activation codes at the input of the linear of that role."""

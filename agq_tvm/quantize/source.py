@@ -26,7 +26,7 @@ from agq_tvm.quantize.checkpoint import (
 )
 from agq_tvm.quantize.known import KNOWN, fetch_known
 from agq_tvm.quantize.scheme import Scheme
-from agq_tvm.quantize.weights import checked, rtn
+from agq_tvm.quantize.weights import checked, rtn, rtn_8bit
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FLOATS = ("F32", "F16", "BF16")
@@ -303,5 +303,9 @@ def quantize_matrix(source: Source, name: str, scheme: Scheme) -> QuantizedLinea
     """Quantize one matrix by a method that needs no calibration: ``"keep"`` or ``"rtn"``."""
     if scheme.method == "keep":
         return source.kept_linear(name)
-    rounded = rtn(source.tensor(f"{name}.weight"), scheme.group_size, scheme.symmetric)
+    weight = source.tensor(f"{name}.weight")
+    if scheme.weight_bits == 8:
+        rounded = rtn_8bit(weight, scheme.group_of(weight.shape[1]))
+    else:
+        rounded = rtn(weight, scheme.group_of(weight.shape[1]), scheme.symmetric)
     return replace(rounded, bias=source.bias(name))

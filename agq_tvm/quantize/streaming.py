@@ -1,11 +1,12 @@
 """Calibration that walks through a model layer by layer, every window in step with the others.
 
-Memory is that of the windows' hidden states (for GPTQ, in the float model too), one layer's weights in float and
-two matrices of a linear's inner dimension squared.
+Memory is that of the windows' hidden states and the inputs of one linear (for GPTQ, in the float model too), one
+linear's weights in float and four matrices of its inner dimension squared.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,31 +21,60 @@ from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.quantize.forward import Attend, LayerSteps, Norms, attention_positions, layer_steps, read_norms
 from agq_tvm.quantize.gptq import gptq
 from agq_tvm.quantize.log2 import Log2Attention, value_scales
+from agq_tvm.quantize.mixed import MixedFormat
 from agq_tvm.quantize.operators import FloatLinear, float_linear, stacked_weights
 from agq_tvm.quantize.reference import float_entry
+from agq_tvm.quantize.row_pruner import RowPruner
 from agq_tvm.quantize.scheme import Scheme
+from agq_tvm.quantize.shifts import check_totals
 from agq_tvm.quantize.source import Source, quantize_matrix
-from agq_tvm.quantize.trip import refine_per_token, refine_static
-from agq_tvm.quantize.weights import grid_of
+from agq_tvm.quantize.trip import StaticRefinement, refine_blocks, refine_per_token, refine_static
+from agq_tvm.quantize.weights import grid_of, unpack
 
 _SMALLEST_SQUARE = 1e-30
+# Called with a layer, a linear's role, and the static quantizer of its input.
+Watch = Callable[[int, str, StaticRefinement], None]
 
 
 class _Windows:
-    """The hidden states of windows of one length, advanced by one linear at a time."""
+    """The hidden states of windows of one length, advanced by one linear at a time.
 
-    def __init__(self, source: Source, windows: list[list[int]]) -> None:
+    With `pruners`, one for each window, rows are dropped in some layers. Those of a `leader` do as it does.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        windows: list[list[int]],
+        pruners: list[RowPruner] | None = None,
+        leader: "_Windows | None" = None,
+    ) -> None:
         self._config = source.config
         entry = float_entry(source)
-        self._hidden = [entry(window) for window in windows]
+        self._hidden: list[Tensor | None] = [entry(window) for window in windows]
         self._positions = attention_positions(source.config, len(windows[0]))
         self._steps: list[LayerSteps] = []
+        self._pruners = leader._pruners if leader else pruners
+        self._leads = leader is None
 
-    def enter_layer(self, norms: Norms, attend: Attend | None = None) -> list[Tensor]:
-        """Begin a layer; return the inputs [T, K] of its first linear."""
-        common = {"config": self._config, "norms": norms, "positions": self._positions, "attend": attend}
-        self._steps = [layer_steps(hidden=hidden, half_cache=False, **common) for hidden in self._hidden]
+    def enter_layer(self, layer: int, norms: Norms, attend: Attend | None = None) -> list[Tensor]:
+        """Begin a layer, counted from 0; return the inputs [T, K] of its first linear."""
+        common = {"config": self._config, "norms": norms, "half_cache": False, "attend": attend}
+        pruning = [self._pruning(layer, window) for window in range(len(self._hidden))]
+        each = zip(drained(self._hidden), pruning, strict=True)
+        self._steps = [layer_steps(hidden=hidden, **common, **pruning) for hidden, pruning in each]
         return [next(steps)[1] for steps in self._steps]
+
+    def _pruning(self, layer: int, window: int) -> dict:
+        """Return what `layer_steps` is told about positions and rows to drop."""
+        if self._pruners is None:
+            return {"positions": self._positions}
+        pruner = self._pruners[window]
+        watch, drop = pruner.in_layer(layer, None)
+        if drop is not None and not self._leads:
+            # The leader has chosen when it saw queries and keys; it drops its own rows after this.
+            watch, drop = None, lambda hidden: hidden[pruner.chosen]
+        return {"positions": pruner.positions, "watch": watch, "drop": drop}
 
     def advance(self, outputs: Iterator[Tensor]) -> list[Tensor]:
         """Give the outputs of a linear; return the inputs of the next, or nothing after the last."""
@@ -57,12 +87,28 @@ class _Windows:
         return inputs
 
 
+def drained(items: list) -> Iterator:
+    """Yield the items of a list and forget them in it, so that what is made of them can take their memory."""
+    for i in range(len(items)):
+        item, items[i] = items[i], None
+        yield item
+        del item
+
+
 @torch.inference_mode()
-def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) -> dict[str, QuantizedLinear]:
+def quantize_layers(
+    source: Source,
+    scheme: Scheme,
+    windows: list[list[int]],
+    chunks: Sequence[int] = (),
+    watch: Watch | None = None,
+    formats: Mapping[tuple[int, str], MixedFormat] | None = None,
+) -> Iterator[tuple[str, QuantizedLinear]]:
     """Quantize every linear, on inputs that come out of the already quantized ones before it.
 
-    Inputs are rounded as the scheme rounds activations, and attention is the scheme's. GPTQ fits each linear to what
-    the float model gives; linears that share an input share its Hessian.
+    Inputs are rounded as the scheme rounds activations, attention is the scheme's, and tokens are dropped as it says
+    (the paper's F_P(X)). GPTQ fits each linear to what the float model gives for the tokens that are left; linears
+    that share an input share its Hessian.
 
     Parameters
     ----------
@@ -70,31 +116,40 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
     scheme : Scheme
     windows : list of lists of int
         Calibration tokens.
+    chunks : sequence of int
+        For a scheme that prunes: how a window is cut, see `ReferenceModel.prune`; by default it is one chunk.
+    watch : callable, optional
+        Shown every static quantizer.
+    formats : mapping, optional
+        Bits and steps of activations, by layer and name of the linear.
 
-    Returns
-    -------
-    dict
-        By the name of the matrix, with what is calibrated of its input's quantizer, and of the values with quantized
-        attention.
+    Yields
+    ------
+    name : str
+        Of the matrix; they come in the order in which they run.
+    linear : QuantizedLinear
+        With what is calibrated of its input's quantizer, and of the values with quantized attention.
     """
     config = source.config
-    states = _Windows(source, windows)
-    exact = _Windows(source, windows) if scheme.method == "gptq" else None
-    quantized: dict[str, QuantizedLinear] = {}
+    states = _Windows(source, windows, _pruners(config, scheme, windows, chunks))
+    exact = _Windows(source, windows, leader=states) if scheme.method == "gptq" else None
     for layer in progress(range(config.num_layers), "calibrating", unit="layer"):
         prefix = config.layer_prefix.format(layer=layer)
         norms = read_norms(config, layer, source.tensor)
         attend = Log2Attention(CODE_BOOKS[scheme.attention]) if scheme.attention in CODE_BOOKS else None
-        inputs = states.enter_layer(norms, attend)
-        wanted = exact.enter_layer(norms) if exact else inputs
+        inputs = states.enter_layer(layer, norms, attend)
+        wanted = exact.enter_layer(layer, norms) if exact else inputs
         for linear in config.linears:
             names = [prefix + part for part in linear.parts]
             float_operator = float_linear(source, names)
-            quantizer = _quantizer(inputs, float_operator.weight, linear.name, scheme)
-            inputs = [quantizer.rounded(x) for x in inputs]
+            show = partial(watch, layer, linear.name) if watch else None
+            quantizer = _quantizer(inputs, float_operator.weight, linear.name, scheme, show)
+            if formats:
+                quantizer = replace(quantizer, mixed=formats[layer, linear.name])
+            inputs = [quantizer.rounded(x) for x in drained(inputs)]
             if exact:
-                parts = _by_gptq(source, names, linear, inputs, wanted, scheme)
-                wanted = exact.advance(float_operator(x) for x in wanted)
+                parts = _by_gptq(source, names, linear, float_operator, inputs, wanted, scheme)
+                wanted = exact.advance(float_operator(x) for x in drained(wanted))
             else:
                 parts = tuple(quantize_matrix(source, name, scheme) for name in names)
             parts = tuple(_with_quantizer(*each, quantizer) for each in zip(parts, names, strict=True))
@@ -102,17 +157,39 @@ def quantize_layers(source: Source, scheme: Scheme, windows: list[list[int]]) ->
             if attend and linear.name == "qkv":
                 attend.value_scales = _value_scales(config, operator, inputs)
                 parts = (*parts[:-1], replace(parts[-1], value_scale=attend.value_scales.numpy()))
-            quantized |= zip(names, parts, strict=True)
-            inputs = states.advance(operator(x) for x in inputs)
-    return quantized
+            yield from zip(names, parts, strict=True)
+            inputs = states.advance(operator(x) for x in drained(inputs))
 
 
-def _quantizer(inputs: list[Tensor], weight: Tensor, role: str, scheme: Scheme) -> ActivationQuantizer:
+def _pruners(
+    config: DecoderConfig, scheme: Scheme, windows: list[list[int]], chunks: Sequence[int]
+) -> list[RowPruner] | None:
+    if scheme.pruning is None:
+        return None
+    tokens = len(windows[0])
+    positions = attention_positions(config, tokens)
+    return [RowPruner(scheme.pruning, chunks or [tokens], positions, tokens) for _ in windows]
+
+
+def _quantizer(
+    inputs: list[Tensor],
+    weight: Tensor,
+    role: str,
+    scheme: Scheme,
+    show: Callable[[StaticRefinement], None] | None,
+) -> ActivationQuantizer:
     bits = scheme.activation_bits(role)
+    group_size = scheme.group_of(weight.shape[1])
     if scheme.activation == "static":
-        return refine_static(inputs, scheme.group_size, scheme.max_refine, bits).quantizer
-    alpha = refine_per_token(inputs, weight, scheme.group_size, scheme.max_refine) if scheme.max_refine else None
-    return ActivationQuantizer(scheme.activation, scheme.group_size, alpha=alpha, bits=bits)
+        if scheme.shifts:
+            refined = refine_blocks(inputs, scheme.max_refine, bits)
+        else:
+            refined = refine_static(inputs, group_size, scheme.max_refine, bits)
+        if show:
+            show(refined)
+        return refined.quantizer
+    alpha = refine_per_token(inputs, weight, group_size, scheme.max_refine) if scheme.max_refine else None
+    return ActivationQuantizer(scheme.activation, group_size, alpha=alpha, bits=bits)
 
 
 def _value_scales(config: DecoderConfig, qkv: FloatLinear, inputs: list[Tensor]) -> Tensor:
@@ -128,27 +205,60 @@ def _with_quantizer(linear: QuantizedLinear, name: str, quantizer: ActivationQua
     if quantizer.static:
         scale, zero = quantizer.static
         linear = replace(linear, act_scale=np.array([scale], "float32"), act_zero=np.array([zero], "int32"))
+    if quantizer.mixed:
+        linear = _with_format(linear, quantizer.mixed)
     if quantizer.alpha is None:
         return linear
     linear = replace(linear, alpha=quantizer.alpha.numpy().astype("int8"))
+    if linear.is_shifted:
+        check_totals(name, unpack(linear.qweight, linear.in_features), linear.alpha, quantizer.bits)
+        return linear
     for values in grid_of(linear):
         if not np.isfinite((values * np.exp2(linear.alpha, dtype="float32")).astype("float16")).all():
             raise AgqError(f"{name}: scales times 2^{linear.alpha.max()} leave float16's range: lower max_refine")
     return linear
 
 
+def with_formats(
+    config: DecoderConfig,
+    linears: Iterable[tuple[str, QuantizedLinear]],
+    formats: Mapping[tuple[int, str], MixedFormat],
+) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Store bits and steps of activations, by layer and name of the linear, with every matrix that reads them."""
+    prefixes = [config.layer_prefix.format(layer=layer) for layer in range(config.num_layers)]
+    reads = {
+        prefix + part: (layer, linear.name)
+        for layer, prefix in enumerate(prefixes)
+        for linear in config.linears
+        for part in linear.parts
+    }
+    for name, linear in linears:
+        yield name, _with_format(linear, formats[reads[name]])
+
+
+def _with_format(linear: QuantizedLinear, format: MixedFormat) -> QuantizedLinear:
+    bits, steps = (values.numpy().astype("uint8") for values in (format.bits, format.steps))
+    return replace(linear, act_bits=bits, act_steps=steps)
+
+
 def _by_gptq(
-    source: Source, names: list[str], linear: Linear, inputs: list[Tensor], wanted: list[Tensor], scheme: Scheme
+    source: Source,
+    names: list[str],
+    linear: Linear,
+    exact: FloatLinear,
+    inputs: list[Tensor],
+    wanted: list[Tensor],
+    scheme: Scheme,
 ) -> tuple[QuantizedLinear, ...]:
-    hessian = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
+    hessian = torch.zeros(linear.in_features, linear.in_features)
     drift = torch.zeros_like(hessian)
     for x, x_float in zip(inputs, wanted, strict=True):
         weighted = x * token_weights(x)
-        hessian += weighted.T @ x
-        drift += (x_float - x).T @ weighted
-    weight = np.concatenate([source.tensor(f"{name}.weight") for name in names])
+        hessian.addmm_(weighted.T, x)
+        drift.addmm_((x_float - x).T, weighted)
     try:
-        stacked = gptq(weight, hessian.numpy(), scheme.group_size, scheme.symmetric, drift.numpy())
+        group_size = scheme.group_of(linear.in_features)
+        stacked = gptq(exact.weight.numpy(), hessian.numpy(), group_size, scheme.symmetric, drift.numpy())
     except AgqError as error:
         raise AgqError(f"{names[0]}: {error}") from error
     if not np.isfinite(stacked.scales).all():

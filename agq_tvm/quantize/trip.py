@@ -2,7 +2,7 @@
 
 Activations of group g are divided by 2^alpha[g] before they are rounded, and the group's weight scale is multiplied
 by it: exact, and free in the inner loop of a kernel. The paper has an exponent for each channel; here a weight group
-has one, so that integer sums of a group stay what they are.
+has one, so that integer sums of a group stay what they are. The paper's own form is here, too: see `refine_blocks`.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agq_tvm.quantize.activations import ActivationQuantizer, code_limit, static_codes, static_range, to_groups
+from agq_tvm.quantize.activations import ActivationQuantizer, code_limit, static_codes, static_range
+from agq_tvm.quantize.grouping import to_groups
+from agq_tvm.quantize.shifts import BLOCK, channel_order
 
 _SAMPLED_TOKENS = 4096
 _SWEEPS = 8
@@ -47,21 +49,86 @@ def refine_static(inputs: list[Tensor], group_size: int, max_refine: int, bits: 
     bits : int
         Of the codes, 8 or 4.
     """
-    limit, channels = code_limit(bits), inputs[0].shape[1]
+    scale, zero, errors = _static_errors(inputs, max_refine, bits)
+    chosen = to_groups(errors, group_size).sum(-1).argmin(0)  # [G]
+    alpha = chosen if max_refine else None
+    quantizer = ActivationQuantizer("static", group_size, (scale, zero), alpha, bits)
+    steps = scale * torch.exp2(chosen.float()).repeat_interleave(group_size)[: errors.shape[1]]
+    return StaticRefinement(quantizer, _clipped(inputs, steps, zero, code_limit(bits)))
+
+
+def refine_blocks(inputs: list[Tensor], max_refine: int, bits: int) -> StaticRefinement:
+    """Choose scale, zero point and an exponent for each channel, such that blocks of channels have one exponent.
+
+    Every channel would have the exponent of its least squared error, as in the paper. Ordered by that, channels are
+    cut into blocks, and blocks take falling exponents of the least error possible. They are counted from the last
+    one's, which makes it 0 and the scale its step.
+
+    Parameters
+    ----------
+    inputs : list of float32 tensors [T, K]
+    max_refine : int
+        1 or more.
+    bits : int
+        Of the codes, 8 or 4.
+
+    Returns
+    -------
+    StaticRefinement
+        With exponents [K], groups of one channel.
+    """
+    scale, zero, errors = _static_errors(inputs, max_refine, bits)
+    order = torch.from_numpy(channel_order(errors.argmin(0).numpy())).long()
+    falling = _falling_exponents(to_groups(errors[:, order], BLOCK).sum(-1))
+    alpha = torch.empty(len(order), dtype=torch.long)
+    alpha[order] = falling.repeat_interleave(BLOCK)[: len(order)]
+    steps = scale * torch.exp2(alpha.float())
+    quantizer = ActivationQuantizer("static", 1, (scale * 2 ** int(alpha.min()), zero), alpha - alpha.min(), bits)
+    return StaticRefinement(quantizer, _clipped(inputs, steps, zero, code_limit(bits)))
+
+
+def _static_errors(inputs: list[Tensor], max_refine: int, bits: int) -> tuple[float, int, Tensor]:
+    """Return the finest scale, the zero point, and the squared errors of every channel by exponent, float64 [A, K]."""
+    limit = code_limit(bits)
     low, high = min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs)
     full, zero = static_range(low, high, limit)
     scale = full / 2**max_refine
-    errors = torch.zeros(max_refine + 1, channels, dtype=torch.float64)
+    errors = torch.zeros(max_refine + 1, inputs[0].shape[1], dtype=torch.float64)
     for alpha in range(max_refine + 1):
         step = scale * 2**alpha
         for x in inputs:
             codes = static_codes(x, step, zero, limit)
             errors[alpha] += ((codes - zero) * step - x).square().sum(0, dtype=torch.float64)
-    chosen = to_groups(errors, group_size).sum(-1).argmin(0)  # [G]
-    steps = scale * torch.exp2(chosen.float()).repeat_interleave(group_size)[:channels]
-    clipped = sum(((x / steps + zero).abs() > limit + 0.5).sum(0) for x in inputs) / sum(len(x) for x in inputs)
-    alpha = chosen if max_refine else None
-    return StaticRefinement(ActivationQuantizer("static", group_size, (scale, zero), alpha, bits), clipped)
+    return scale, zero, errors
+
+
+def _falling_exponents(errors: Tensor) -> Tensor:
+    """Return exponents that never rise from one block to the next and have the least sum of errors.
+
+    Parameters
+    ----------
+    errors : float64 tensor [A, B]
+        Of every block, by exponent.
+
+    Returns
+    -------
+    int64 tensor [B]
+    """
+    best = [errors[:, 0]]  # of blocks 0..b, the last of which has the exponent
+    for b in range(1, errors.shape[1]):
+        from_above = best[-1].flip(0).cummin(0).values.flip(0)
+        best.append(errors[:, b] + from_above)
+    exponents, lowest = [], 0
+    for sums in reversed(best):
+        lowest += int(sums[lowest:].argmin())
+        exponents.append(lowest)
+    return torch.tensor(exponents[::-1])
+
+
+def _clipped(inputs: list[Tensor], steps: Tensor, zero: int, limit: int) -> Tensor:
+    """Return the share of every channel's values that no code reaches, float32 [K], for the steps of channels."""
+    beyond = sum(((x / steps + zero).abs() > limit + 0.5).sum(0) for x in inputs)
+    return beyond / sum(len(x) for x in inputs)
 
 
 def refine_per_token(inputs: list[Tensor], weight: Tensor, group_size: int, max_refine: int) -> Tensor:

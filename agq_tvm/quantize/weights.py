@@ -1,9 +1,11 @@
-"""Four-bit codes for weights: the grid of a group, rounding to it, and two codes in a byte.
+"""Codes of 4 and 8 bits for weights: the grid of a group, rounding to it, and two 4-bit codes in a byte.
 
 A weight is ``s * q + o`` with q in 0..15. Asymmetric groups put the offset on their smallest weight, as a
 real number and not as an integer multiple of the scale: that uses all sixteen codes of the range. Scales and
 offsets are rounded to float16 first and the codes are chosen for the rounded values, so a file holds exactly
 the grid that the codes were made for.
+
+8-bit codes, of linears and of tables, are symmetric: ``w = s * q`` with q in -127..127.
 """
 
 import numpy as np
@@ -22,7 +24,7 @@ def checked(weight: np.ndarray, name: str) -> np.ndarray:
     AgqError
         Naming the tensor.
     """
-    largest = np.abs(weight).max(initial=0.0)
+    largest = np.maximum(weight.max(initial=0.0), -weight.min(initial=0.0))
     if not np.isfinite(largest):
         raise AgqError(f"tensor {name} has values that are NaN or infinite: the model is damaged")
     if largest > _LARGEST:
@@ -110,16 +112,23 @@ def assemble(
     )
 
 
+def codes_of(linear: QuantizedLinear) -> np.ndarray:
+    """Return the codes of a matrix, one to an element: uint8 0..15 or int8 -128..127, [N, K]."""
+    return linear.qweight if linear.bits == 8 else unpack(linear.qweight, linear.in_features)
+
+
 def grid_of(linear: QuantizedLinear) -> tuple[np.ndarray, np.ndarray]:
     """Return scales and offsets of every group, float32 [N, G] each."""
     scales = linear.scales.astype("float32")
-    return scales, -8 * scales if linear.offsets is None else linear.offsets.astype("float32")
+    if linear.offsets is not None:
+        return scales, linear.offsets.astype("float32")
+    return scales, (-8 if linear.bits == 4 else 0) * scales
 
 
 def dequantize(linear: QuantizedLinear) -> np.ndarray:
     """Return the weights that the codes stand for: float32 [N, K]."""
     scales, offsets = (spread(a, linear.group_size, linear.in_features) for a in grid_of(linear))
-    return unpack(linear.qweight, linear.in_features) * scales + offsets
+    return codes_of(linear) * scales + offsets
 
 
 def spread(per_group: np.ndarray, group_size: int, in_features: int) -> np.ndarray:
@@ -127,22 +136,33 @@ def spread(per_group: np.ndarray, group_size: int, in_features: int) -> np.ndarr
     return np.repeat(per_group, group_size, axis=-1)[..., :in_features]
 
 
+def rtn_8bit(weight: np.ndarray, group_size: int) -> QuantizedLinear:
+    """Round a matrix [N, K] to the nearest symmetric 8-bit codes, group by group."""
+    codes, scales = round_8bit(weight, group_size)
+    return QuantizedLinear(codes, scales, None, in_features=weight.shape[1], group_size=group_size)
+
+
 def quantize_table(weight: np.ndarray) -> QuantizedTable:
     """Round an embedding or output matrix [V, K] to symmetric 8-bit codes -127..127 in groups of 32."""
+    return QuantizedTable(*round_8bit(weight, TABLE_GROUP))
+
+
+def round_8bit(weight: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes -127..127, int8 [N, K], and scales, float16 [N, G], of a finite matrix [N, K]."""
     rows, columns = weight.shape
     codes = np.empty((rows, columns), "int8")
-    scales = np.empty((rows, group_count(columns, TABLE_GROUP)), "float16")
-    for g, start in enumerate(range(0, columns, TABLE_GROUP)):
-        group = weight[:, start : start + TABLE_GROUP]
+    scales = np.empty((rows, group_count(columns, group_size)), "float16")
+    for g, start in enumerate(range(0, columns, group_size)):
+        group = weight[:, start : start + group_size]
         largest = np.abs(group).max(axis=1)
         scale = (largest / 127).astype("float16")
         # Subnormal scales are coarse: one that was rounded down could leave the largest weight out of reach.
         scale = np.where(largest > 127.5 * scale.astype("float32"), np.nextafter(scale, np.float16(np.inf)), scale)
         safe = np.where(scale == 0, 1, scale.astype("float32"))[:, None]
         rounded = np.clip(np.rint(group / safe), -127, 127)
-        codes[:, start : start + TABLE_GROUP] = np.where(scale[:, None] == 0, 0, rounded)
+        codes[:, start : start + group_size] = np.where(scale[:, None] == 0, 0, rounded)
         scales[:, g] = scale
-    return QuantizedTable(codes, scales)
+    return codes, scales
 
 
 def dequantize_table(table: QuantizedTable) -> np.ndarray:

@@ -73,3 +73,36 @@ def bench(
         "decode_tokens_per_second_std": statistics.pstdev(decode[1:]),
         "bytes": loaded.nbytes,
     }
+
+
+def compare_prefill(first: Bundle, second: Bundle, tokens: int, rounds: int = 7) -> tuple[float, float]:
+    """Time prefill of two bundles in turns, so that what else the machine does meets both.
+
+    Parameters
+    ----------
+    first, second : Bundle
+    tokens : int
+        Length of the prompt.
+    rounds : int
+        Timed repetitions, after one that is not.
+
+    Returns
+    -------
+    pair of float
+        Medians in tokens per second.
+
+    Raises
+    ------
+    AgqError
+        If a bundle does not run here, or the prompt does not fit.
+    """
+    engines = [Engine(bundle) for bundle in (first, second)]
+    times: tuple[list[float], list[float]] = ([], [])
+    prompt = [(7 * i + 1) % engines[0].vocab_size for i in range(tokens)]
+    for _ in progress(range(rounds + 1), "timing", unit="round"):
+        for engine, spent in zip(engines, times, strict=True):
+            engine.reset()
+            start = time.perf_counter()
+            engine.prefill(prompt)
+            spent.append(time.perf_counter() - start)
+    return tokens / statistics.median(times[0][1:]), tokens / statistics.median(times[1][1:])

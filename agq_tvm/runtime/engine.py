@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from agq_tvm.errors import AgqError
+from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.runtime.bundle import LIBRARY, Bundle
 from agq_tvm.targets import detect
@@ -35,7 +36,7 @@ class LocalSession:
 
         bundle.check_runs_on(detect.machine(), detect.cpu_features())
         self.threads = threads or bundle.manifest["device"]["threads"]
-        _use_threads(self.threads)
+        use_threads(self.threads)
         self._tensor = tvm.runtime.tensor
         self._arrays = bundle.arrays()  # the tensors below are views of it
         self.library = tvm.runtime.load_module(str(bundle.path / LIBRARY))
@@ -50,7 +51,7 @@ class LocalSession:
         return self._machine[function](*inputs, self._packed).numpy()
 
 
-def _use_threads(count: int) -> None:
+def use_threads(count: int) -> None:
     """Give TVM's thread pool `count` threads on the processors of this process, bound to none of them.
 
     Left alone, TVM takes half the processors of an x86 machine and binds the caller to the first one, and with it
@@ -76,6 +77,11 @@ def chunks(count: int, buckets: tuple[int, ...] | list[int]) -> list[tuple[int, 
         cut.append((rows, min(rows, count)))
         count -= cut[-1][1]
     return cut
+
+
+def prompt_chunks(count: int) -> list[int]:
+    """Return the valid rows of each chunk of a prompt, as compiled models cut it."""
+    return [valid for _, valid in chunks(count, PREFILL_BUCKETS)]
 
 
 class Engine:

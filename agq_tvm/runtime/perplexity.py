@@ -58,6 +58,11 @@ class Score:
         """``exp(nll)``."""
         return math.exp(self.nll)
 
+    @property
+    def perplexity_stderr(self) -> float:
+        """Standard error of `perplexity`, to first order."""
+        return self.perplexity * self.nll_stderr
+
 
 @dataclass(frozen=True)
 class Difference:

@@ -11,7 +11,11 @@ import pytest
 
 from agq_tvm.boards import emulate, tracker
 from agq_tvm.errors import AgqError
+from agq_tvm.flow import compile as compile_flow
+from agq_tvm.flow import library
+from agq_tvm.models import relax_decoder
 from agq_tvm.targets import load_device
+from tests.compiled import FUNCTIONS, ROWS
 
 DEVICES = ("raspberry-pi-4", "snapdragon-870")
 
@@ -74,6 +78,19 @@ def own_state(emulator, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     yield
     emulate.stop_board("all")
+
+
+@pytest.fixture
+def few_functions(monkeypatch):
+    """Compile in this process, and only what the test calls."""
+
+    def build(request: library.LibraryRequest):
+        library._build(request)
+        return library.read_tensors(request)
+
+    monkeypatch.setattr(relax_decoder, "function_names", lambda: FUNCTIONS)
+    monkeypatch.setattr(compile_flow, "PREFILL_BUCKETS", (ROWS,))
+    monkeypatch.setattr(compile_flow, "build_library", build)
 
 
 @pytest.fixture(scope="session")

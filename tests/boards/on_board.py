@@ -7,9 +7,11 @@ import numpy as np
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.layout import K_BLOCK
 from agq_tvm.kernels.linear import ZERO, LinearKernel
+from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.quantize.checkpoint import Checkpoint
 from agq_tvm.quantize.reference import ReferenceModel
+from agq_tvm.quantize.shifts import channel_order
 from agq_tvm.runtime.agreement import Agreement, agreement
 from agq_tvm.runtime.board_session import BoardSession
 from agq_tvm.runtime.bundle import Bundle
@@ -74,28 +76,30 @@ class _Probe:
         """Return int32 [M, G, N] for int8 codes [M, K]."""
         config, scheme = self.checkpoint.config, self.checkpoint.scheme
         linear = next(linear for linear in config.linears if name.endswith(f".{linear.name}"))
+        if scheme.shifts:
+            return self._totals(name, linear, codes)
+        group_size = -(-scheme.group_of(linear.in_features) // K_BLOCK) * K_BLOCK
         kernel = LinearKernel(
             len(codes),
             sum(linear.rows),
             linear.in_features,
-            4,
-            scheme.group_size,
+            scheme.weight_bits,
+            group_size,
             scheme.activation == "per-token-group",
             self.offsets,
             scheme.activation == "static" or linear.bias,
             scheme.activation_bits(linear.name),
         )
-        layout = self.isa.layout_4bit
+        layout = self.isa.layout(kernel.bits)
         M, G, tiles = len(codes), kernel.groups, layout.tiles(kernel.columns)
-        padded = np.zeros((M, G * scheme.group_size), "int8")
+        padded = np.zeros((M, G * group_size), "int8")
         padded[:, : codes.shape[1]] = codes
-        x = padded.reshape(M, -1, layout.steps, 2, layout.depth).transpose(1, 0, 2, 3, 4)
-        assert x.shape[0] * K_BLOCK == padded.shape[1]
+        x = self._blocked(padded)
         per_column = (tiles, G, layout.vectors, layout.lanes)
         scales = [self.on_board(np.ones((M, G if kernel.per_group else 1), "float32"))]
-        weights = self.session.get_function("vm.builtin.tensor_cache.get")(f"param_{self.index[name + '.w']}")
+        weights = self._parameter(f"{name}.w")
         code_sums = padded.reshape(M, G, -1).sum(-1, dtype="int32")
-        operands = [self.on_board(x), *scales, self.on_board(code_sums), weights]
+        operands = [x, *scales, self.on_board(code_sums), weights]
         rest = []
         if self.offsets:
             rest.append(self.on_board(np.zeros(per_column, self.offsets)))
@@ -109,5 +113,47 @@ class _Probe:
             one[:, group] = 1
             function(*operands, self.on_board(one), *rest, out)
             sums[:, group] = out.numpy()[:, : kernel.columns]
-        # Without offsets the kernel counts weights from the code that stands for 0.
-        return sums if self.offsets else sums + ZERO[4] * code_sums[..., None]
+        # Without offsets the kernel counts weights from the code that stands for 0; so do 8-bit ones of checkpoints.
+        return sums if self.offsets or kernel.bits == 8 else sums + ZERO[4] * code_sums[..., None]
+
+    def _parameter(self, name: str):
+        """Return a packed parameter of the bundle as it is on the board."""
+        return self.session.get_function("vm.builtin.tensor_cache.get")(f"param_{self.index[name]}")
+
+    def _blocked(self, codes: np.ndarray):
+        """Put padded codes [M, K] on the board by k-block, then row."""
+        layout = self.isa.layout_4bit
+        x = codes.reshape(len(codes), -1, layout.steps, 2, layout.depth).transpose(1, 0, 2, 3, 4)
+        assert x.shape[0] * K_BLOCK == codes.shape[1]
+        return self.on_board(x)
+
+    def _totals(self, name: str, linear, codes: np.ndarray) -> np.ndarray:
+        """Return the shifted accumulators, int32 [M, 1, N]: the result for scales of 1, below 2^24."""
+        layer, layout = int(name.split(".")[1]), self.isa.layout_4bit
+        alpha = self.checkpoint.fused(layer, linear.parts)[0].alpha
+        kernel = ShiftedKernel(
+            len(codes),
+            sum(linear.rows),
+            linear.in_features,
+            self.offsets,
+            self.checkpoint.scheme.activation_bits(linear.name),
+        )
+        M, tiles = len(codes), layout.tiles(kernel.columns)
+        x = np.zeros((M, kernel.blocks * K_BLOCK), "int8")
+        x[:, : codes.shape[1]] = codes[:, channel_order(alpha)]
+        sums = (codes * np.exp2(alpha, dtype="float64")).sum(1, keepdims=True).astype("int32")
+        ones = np.ones((tiles, 1, layout.vectors, layout.lanes), "float16")
+        out = self.on_board(np.zeros((M, tiles * layout.width), "float32"))
+        self.library.get_function(kernel.name, True)(
+            self._blocked(x),
+            self.on_board(np.ones((M, 1), "float32")),
+            self.on_board(sums),
+            self._parameter(f"{name}.w"),
+            self._parameter(f"{name}.shift"),
+            self.on_board(ones),
+            *([self.on_board(np.zeros(ones.shape, self.offsets))] if self.offsets else []),
+            self.on_board(np.zeros((tiles, layout.vectors, layout.lanes), "float32")),
+            out,
+        )
+        totals = out.numpy()[:, : kernel.columns].astype("int32")
+        return (totals if self.offsets else totals + ZERO[4] * sums)[:, None]

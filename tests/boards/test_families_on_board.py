@@ -1,5 +1,6 @@
 """OPT and BLOOM with log2 attention, and activations of 4 bits, on emulated boards; bundles with few functions."""
 
+import gc
 import re
 import subprocess
 from importlib import resources
@@ -7,31 +8,21 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from agq_tvm.flow import compile as compile_flow
-from agq_tvm.flow import library
 from agq_tvm.flow.compile import compile_checkpoint
 from agq_tvm.flow.quantize import Calibration, quantize
-from agq_tvm.models import relax_decoder
 from agq_tvm.quantize.checkpoint import read_checkpoint
+from agq_tvm.quantize.pruning import PruningSchedule
+from agq_tvm.quantize.reference import ReferenceModel
+from agq_tvm.runtime.agreement import agreement
+from agq_tvm.runtime.board_session import BoardSession
 from agq_tvm.runtime.bundle import Bundle
+from agq_tvm.runtime.engine import Engine
 from tests.boards.on_board import check_bundle
-from tests.compiled import FUNCTIONS, ROWS
+from tests.compiled import ROWS
+from tests.flow.test_compiled_shifts import shifted_checkpoint
 from tests.tiny import write_tiny_model
 
 pytestmark = pytest.mark.emulator
-
-
-@pytest.fixture
-def few_functions(monkeypatch):
-    """Compile in this process, and only what the test calls."""
-
-    def build(request: library.LibraryRequest):
-        library._build(request)
-        return library.read_tensors(request)
-
-    monkeypatch.setattr(relax_decoder, "function_names", lambda: FUNCTIONS)
-    monkeypatch.setattr(compile_flow, "PREFILL_BUCKETS", (ROWS,))
-    monkeypatch.setattr(compile_flow, "build_library", build)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +37,41 @@ def test_tiny_model(boards, tmp_path, few_functions, family, attention, device):
     with boards.session(device) as session:
         same = check_bundle(session, bundle, checkpoint, tokens, steps=4)
     assert same.mean_kl <= 1e-3 and same.top1 >= 0.95
+
+
+def test_shifted_accumulators(boards, tmp_path, few_functions, disassembler):
+    checkpoint = shifted_checkpoint(tmp_path, "llama")
+    compile_checkpoint(checkpoint.path, "raspberry-pi-4", tmp_path / "b", context=64)
+    bundle = Bundle(tmp_path / "b")
+    tokens = np.random.default_rng(1).integers(0, checkpoint.config.vocab_size, 24).tolist()
+    with boards.session("raspberry-pi-4") as session:
+        same = check_bundle(session, bundle, checkpoint, tokens, steps=4)
+    assert same.mean_kl <= 1e-3 and same.top1 >= 0.95
+    listing = subprocess.run([disassembler, "-d", bundle.path / "model.so"], capture_output=True, text=True, check=True)
+    assert re.search(r"\tushl\tv\d+\.4s", listing.stdout)
+
+
+@pytest.mark.parametrize(
+    ("family", "renumber", "device"), [("llama", True, "raspberry-pi-4"), ("bloom", False, "snapdragon-870")]
+)
+def test_a_model_that_prunes(boards, tmp_path, few_functions, family, renumber, device):
+    """A prompt loses tokens in every chunk, then decoding goes on, over caches of different lengths."""
+    schedule = PruningSchedule((1,), 0.5, renumber)
+    quantize(write_tiny_model(tmp_path / "m", family), tmp_path / "c", method="rtn", group_size=64, pruning=schedule)
+    compile_checkpoint(tmp_path / "c", device, tmp_path / "b", context=64)
+    bundle, reference = Bundle(tmp_path / "b"), ReferenceModel.from_checkpoint(read_checkpoint(tmp_path / "c"))
+    tokens = np.random.default_rng(1).integers(0, reference.config.vocab_size, 31).tolist()
+    left = reference.prune(tokens, [ROWS, ROWS, ROWS, 3])
+    assert len(left.kept[1]) == 3 * ROWS // 2 + 2 + 4
+    with boards.session(device) as session:
+        engine = Engine(bundle, BoardSession(bundle, session))
+        rows = [engine.prefill(tokens[:-4]), *(engine.decode(token) for token in tokens[-4:])]
+        del engine
+        gc.collect()
+    same = agreement(left.logits[-5:], np.stack(rows))
+    assert same.mean_kl <= 1e-3 and same.top1 == 1
+    dense = agreement(reference.logits(tokens)[-5:], np.stack(rows))
+    assert dense.mean_kl > 10 * same.mean_kl
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def tile(isa: str, steps: int, packed: bool, **changes):
     isa = INSTRUCTION_SETS[isa]
     form = isa.layout_4bit
     layout = Long(form.bits, form.vectors, form.lanes, form.depth, form.zero, steps)
-    return dot_impl(1, layout, replace(isa.multiply_4x4, **changes), packed)
+    return dot_impl(1, layout, replace(isa.multiply_4x4, **changes), packed, isa.center(4, 4, packed))
 
 
 TILES = {

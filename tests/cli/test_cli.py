@@ -1,6 +1,8 @@
 """The command line as a user meets it: results on standard output, one sentence and code 2 for a mistake."""
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -45,12 +47,25 @@ def test_whole_way(agq, tmp_path, text):
     scores = [
         result_of(agq("eval", what, "--data", text, "--window", "64", "--json")) for what in (bundle, checkpoint, model)
     ]
-    assert all(set(score) >= {"perplexity", "nll", "nll_stderr", "tokens"} for score in scores)
+    names = {"perplexity", "perplexity_stderr", "nll", "nll_stderr", "tokens", "window", "protocol", "text"}
+    assert all(set(score) == names | {"text_sha256"} for score in scores)
+    assert all(0 < score["perplexity_stderr"] < score["perplexity"] for score in scores)
     assert scores[0]["tokens"] == scores[1]["tokens"] == scores[2]["tokens"] > 500
     assert scores[0]["nll"] == pytest.approx(scores[1]["nll"], rel=1e-3)
     assert scores[0]["nll"] != scores[2]["nll"]
     speed = result_of(agq("bench", bundle, "--prefill", "40", "--decode", "5", "--rounds", "1", "--json"))
     assert speed["prefill_tokens_per_second"] > 0 and speed["decode_tokens_per_second"] > 0
+
+
+def test_budget_of_activation_bits(agq, tmp_path):
+    model = write_tiny_llama(tmp_path / "model", seed=3)
+    options = ("--method", "rtn", "--group-size", "32", "--fold", "--activation-bits")
+    told = agq("quantize", model, "-o", tmp_path / "c", *options, "5.0")
+    assert told.returncode == 0, told.stderr
+    assert (
+        "4 to 7 bit, 5.000 on average with scales and zero points" in told.stdout and "norms folded in" in told.stdout
+    )
+    refused(agq("quantize", model, "-o", tmp_path / "d", *options, "4.3"), "4.3 bits are too few", "4.375")
 
 
 def test_targets_and_kernels(agq):
@@ -85,11 +100,17 @@ def test_truncated_checkpoint(agq, tiny_checkpoint, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_float_activations_are_not_compiled(agq, tmp_path):
+def test_options_beside_a_variant_take_precedence(agq, tmp_path):
     model = write_tiny_llama(tmp_path / "model")
-    ckpt = tmp_path / "ckpt"
-    assert agq("quantize", model, "-o", ckpt, "--method", "rtn", "--activation", "none").returncode == 0
-    refused(agq("compile", ckpt, "--target", "host", "-o", tmp_path / "b"), "--activation per-token-group")
+    given = ("--variant", "w8a8", "--group-size", "32", "--activation", "per-token-group", "--json")
+    made = result_of(agq("quantize", model, "-o", tmp_path / "c", *given))
+    assert (made["weight_bits"], made["group_size"], made["activation"]) == (8, 32, "per-token-group")
+
+
+@pytest.mark.parametrize("name,word", [("release", "benchmarks.accuracy"), ("agileq-2", "agileq-4")])
+def test_variants_that_cannot_be_made(agq, tmp_path, name, word):
+    refused(agq("quantize", tmp_path / "model", "-o", tmp_path / "c", "--variant", name), name, word)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("context", ["8", "100000"])
@@ -134,7 +155,10 @@ def test_every_command_has_help(agq):
         "compile",
         "generate",
         "eval",
+        "lm-eval",
         "analyze",
+        "prune-search",
+        "profile",
         "bench",
         "targets",
         "kernels",
@@ -173,5 +197,48 @@ def test_pruning_needs_layers_and_a_share(agq, tmp_path):
     arguments = ("quantize", write_tiny_llama(tmp_path / "model"), "-o", tmp_path / "c", "--method", "rtn")
     refused(agq(*arguments, "--prune-layers", "1,2"), "--prune-beta")
     refused(agq(*arguments, "--prune-layers", "1,9", "--prune-beta", "0.5"), "layer 9 does not exist")
-    made = result_of(agq(*arguments, "--prune-layers", "1,2", "--prune-beta", "0.5", "--json"))
-    assert made["pruning"] == {"layers": [1, 2], "beta": 0.5}
+    refused(agq(*arguments, "--prune-renumber"), "--prune-renumber", "--prune-layers")
+    made = result_of(agq(*arguments, "--prune-layers", "1,2", "--prune-beta", "0.5", "--prune-renumber", "--json"))
+    assert made["pruning"] == {"layers": [1, 2], "beta": 0.5, "renumber": True}
+
+
+def test_shifts_need_columns_and_static_activations(agq, tmp_path, text):
+    arguments = ("quantize", write_tiny_llama(tmp_path / "model"), "-o", tmp_path / "c", "--method", "rtn")
+    arguments += ("--calibration", text, "--max-refine", "3", "--shifts", "--activation", "static")
+    refused(agq(*arguments), "group size column")
+    made = agq(*arguments, "--group-size", "column")
+    assert "group size column" in made.stdout and "static, TRIP up to 2^3 by shifts" in made.stdout
+
+
+def test_eval_says_what_was_scored(agq, tiny_checkpoint, text):
+    arguments = ("eval", tiny_checkpoint, "--data", text, "--window", "64")
+    result = result_of(agq(*arguments, "--json"))
+    lines = dict(line.split(None, 1) for line in agq(*arguments).stdout.splitlines())
+    assert lines["perplexity"] == f"{result['perplexity']:.4f} ± {result['perplexity_stderr']:.4f}"
+    assert lines["tokens"] == f"{result['tokens']} scored, windows of 64, protocol all"
+    sha256 = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert lines["text"] == f"{text} (sha256 {sha256[:12]})" and result["text_sha256"] == sha256
+    one = result_of(agq(*arguments, "--max-tokens", "64", "--json"))
+    assert (one["tokens"], one["nll_stderr"], one["perplexity_stderr"]) == (63, None, None)
+
+
+def test_calibration_is_chosen_and_shown(agq, tmp_path, text):
+    model = write_tiny_llama(tmp_path / "model")
+    options = ("--calibration-samples", "2", "--calibration-length", "30", "--seed", "4", "--calibration")
+    shown = agq("quantize", model, "-o", tmp_path / "c", *options, text)
+    assert f"2 windows of 30, seed 4, of {text} (sha256 " in shown.stdout, shown.stderr
+    (tmp_path / "short").write_text("short")
+    refused(
+        agq("quantize", model, "-o", tmp_path / "d", *options, tmp_path / "short"), "5 tokens", "give a longer text"
+    )
+    assert not (tmp_path / "d").exists()
+
+
+def test_data_sets_by_name(agq, tiny_checkpoint, tmp_path):
+    def scored(**variables):
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), **variables}
+        return agq("eval", tiny_checkpoint, "--data", "ptb", "--window", "64", "--json", env=environment)
+
+    refused(scored(), "no copy of ptb", "AGQ_DATA")
+    (tmp_path / "ptb.test.txt").write_text("made up words for the test \n" * 20)
+    assert result_of(scored(AGQ_DATA=str(tmp_path)))["text"] == "ptb test"

@@ -15,7 +15,12 @@ from agq_tvm.quantize.observe import InputStatistics, Observation
 from tests.tiny import write_tiny_llama, write_tiny_model
 
 INPUTS = {"qkv": 96, "o": 96, "gate_up": 96, "down": 160}
-PICTURES = ["attention-to-start.png", *sorted(f"channels-{name}.png" for name in INPUTS), "outlier-ratio.png"]
+PICTURES = [
+    "attention-maps.png",
+    "attention-to-start.png",
+    *sorted(f"channels-{name}.png" for name in INPUTS),
+    "outlier-ratio.png",
+]
 OUTLIERS = {7: 80.0, 41: 50.0}
 
 

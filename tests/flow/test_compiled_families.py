@@ -24,6 +24,7 @@ PLAIN_OPT = {"layer_norm_elementwise_affine": False, "enable_bias": False, "tie_
 BIASED = {"attention_bias": True, "mlp_bias": True}
 TRIP = {"activation": "per-token", "max_refine": 4}
 STATIC_TRIP = {"activation": "static", "max_refine": 3}
+MIXED = {"activation": "per-token-group", "mixed_bits": 5.2, "fold": True}
 CASES = {  # family, its variant, activations (or more of what `quantize` takes), instruction set
     "llama with biases": ("llama", BIASED, {"attention": "log2"}, HERE),
     "opt": ("opt", {}, "static", "generic"),
@@ -34,7 +35,15 @@ CASES = {  # family, its variant, activations (or more of what `quantize` takes)
     "opt, static TRIP": ("opt", {}, STATIC_TRIP, HERE),
     "bloom, static TRIP, 4 bit": ("bloom", {}, STATIC_TRIP | {"four_bit": ("qkv", "down")}, "generic"),
     "llama, 4 bit": ("llama", {}, {"activation": "per-token-group", "four_bit": ("o", "gate_up", "down")}, HERE),
+    "llama, columns": ("llama", {"intermediate_size": 150}, {"activation": "per-token", "group_size": "column"}, HERE),
+    "llama, mixed bits": ("llama", {}, MIXED, HERE),
+    "opt, mixed bits": ("opt", {}, MIXED, "generic"),
     "bloom with residuals after norms": ("bloom", {"apply_residual_connection_post_layernorm": True}, "static", HERE),
+    "llama, 8-bit weights": ("llama", {}, {"activation": "per-token", "weight_bits": 8}, HERE),
+    "llama, float activations": ("llama", {}, "none", HERE),
+    "opt like opt-350m, float activations": ("opt", OPT_350M, {"activation": "none", "attention": "log2"}, "generic"),
+    "bloom, float activations and 8-bit weights": ("bloom", {}, {"activation": "none", "weight_bits": 8}, HERE),
+    "opt, 8-bit weights": ("opt", {}, STATIC_TRIP | {"weight_bits": 8, "four_bit": ("o",)}, "generic"),
 }
 
 
@@ -43,18 +52,22 @@ def test_the_compiled_model_is_the_reference(tmp_path, monkeypatch, case):
     family, overrides, activation, isa = CASES[case]
     source = write_tiny_model(tmp_path / "m", family, 3, **overrides)
     settings = activation if isinstance(activation, dict) else {"activation": activation}
-    quantize(source, tmp_path / "c", method="rtn", group_size=64, calibration=FEW, **settings)
+    settings = {"method": "rtn", "group_size": 64, "calibration": FEW} | settings
+    quantize(source, tmp_path / "c", **settings)
     checkpoint = read_checkpoint(tmp_path / "c")
     model = CompiledModel(checkpoint, isa, 64, monkeypatch)
     reference = ReferenceModel.from_checkpoint(checkpoint)
     tokens = np.random.default_rng(5).integers(3, 259, 40).tolist()
-    check_accumulators(model, model, model, checkpoint, reference, tokens[:9])
+    if checkpoint.scheme.activation != "none":
+        check_accumulators(model, model, model, checkpoint, reference, tokens[:9])
     engine = Engine(model, model)
     rows = [engine.prefill(tokens[:26], all_logits=True), *(engine.decode(token)[None] for token in tokens[26:39])]
     rows.append(engine.prefill(tokens[39:])[None])
     values = watch_values(reference) if checkpoint.scheme.attention in CODE_BOOKS else []
     same = agreement(reference.logits(tokens), np.concatenate(rows))
     assert same.mean_kl <= 1e-3 and same.top1 >= 0.97
+    if checkpoint.scheme.activation == "none" and not values:
+        np.testing.assert_allclose(np.concatenate(rows), reference.logits(tokens), rtol=0, atol=0.01)
     for layer, (v,) in enumerate(values):
         codes = value_codes(v, torch.from_numpy(checkpoint.value_scale(layer))).numpy()
         distance = abs(model.cache(f"layers.{layer}.values")[:, :40] - codes)

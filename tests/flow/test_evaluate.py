@@ -50,6 +50,19 @@ def test_the_papers_protocol_scores_survivors_and_says_so(models, capsys):
     assert "does not compare" in capsys.readouterr().err
 
 
+def test_tokens_are_chosen_by_chunk_or_in_the_whole_prompt(models):
+    """Of 48 tokens in chunks of 32 and 16; a prompt of one chunk leaves no choice."""
+
+    def scored(window, selection):
+        options = {"window": window, "max_tokens": 200, "selection": selection}
+        return evaluate_reference(models / "pruned", "persuasion", **options).losses
+
+    chunk, prompt = scored(64, "chunk"), scored(64, "prompt")
+    np.testing.assert_array_equal(scored(64, None), chunk)
+    assert chunk.shape == prompt.shape and np.abs(chunk - prompt).mean() > 1e-3
+    np.testing.assert_array_equal(scored(10, "chunk"), scored(10, "prompt"))
+
+
 def test_tells_checkpoints_from_models(models):
     assert is_checkpoint(models / "quantized") and is_checkpoint(str(models / "quantized"))
     assert not is_checkpoint(models / "float")
@@ -68,6 +81,9 @@ def test_tells_checkpoints_from_models(models):
         ({"model": "pruned", "protocol": "prefix"}, "unknown protocol"),
         ({"model": "quantized", "protocol": "paper-protocol"}, "models that prune"),
         ({"model": "quantized", "data": "absent.txt"}, "no text"),
+        ({"model": "pruned", "selection": "half"}, "unknown selection"),
+        ({"model": "quantized", "selection": "prompt"}, "drops no tokens"),
+        ({"model": "pruned", "protocol": "paper-protocol", "selection": "chunk"}, "choose the protocol suffix"),
     ],
 )
 def test_mistakes_are_one_sentence(models, arguments, words):

@@ -48,6 +48,18 @@ def test_parts_are_stacked(isa):
     np.testing.assert_array_equal(offsets[40:], -8 * parts[1].scales.astype("float32"))
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS.values(), ids=lambda isa: isa.name)
+def test_8bit_codes_are_packed_as_those_of_tables(isa):
+    rng = np.random.default_rng(4)
+    codes = rng.integers(-127, 128, (40, 70)).astype("int8")
+    scales = rng.standard_normal((40, 2)).astype("float16")
+    static = (np.array([0.03], "float32"), np.array([-7], "int32"))
+    packed = pack_linear((QuantizedLinear(codes, scales, None, 70, 64, None, *static),), isa.layout_8bit, None)
+    np.testing.assert_array_equal(isa.layout_8bit.unpack(packed["w"].view("uint8"), 40, 70), codes.astype(int) + 128)
+    weights = codes * scales.astype("float64")[:, np.arange(70) // 64]
+    np.testing.assert_allclose(packed["bias"].reshape(-1)[:40], 0.03 * 7 * weights.sum(1), rtol=1e-5, atol=1e-5)
+
+
 def test_static_zero_point_becomes_bias():
     linear = random_linear(20, 70, 32, "float16", static=True)
     packed = pack_linear((linear,), INSTRUCTION_SETS["generic"].layout_4bit, "float16")
@@ -70,3 +82,22 @@ def test_a_bias_is_packed_with_or_without_static_activations():
     packed = pack_linear((replace(plain, bias=own),), isa.layout_4bit, "float16")
     np.testing.assert_array_equal(packed["bias"].reshape(-1)[:20], own)
     assert "act" not in packed
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS.values(), ids=lambda isa: isa.name)
+def test_channels_are_packed_in_the_order_of_their_exponents(isa):
+    linear = random_linear(20, 70, 70, "float16", static=True)
+    alpha = np.random.default_rng(1).permutation(np.repeat([3, 1, 0], [32, 32, 6])).astype("int8")
+    linear = replace(linear, alpha=alpha)
+    packed = pack_linear((linear,), isa.layout_4bit, "float16")
+    order = packed["order"]
+    assert order.dtype == packed["shift"].dtype == np.int32
+    np.testing.assert_array_equal(alpha[order], np.repeat([3, 1, 0], [32, 32, 6]))
+    np.testing.assert_array_equal(packed["shift"], [0, 2, 1])
+    codes = unpack_codes(linear)
+    np.testing.assert_array_equal(isa.layout_4bit.unpack(packed["w"], 20, 70), codes[:, order])
+    np.testing.assert_array_equal(packed["refine"], np.exp2(-alpha[order], dtype="float32"))
+    columns = packed["ws"].transpose(0, 2, 3, 1).reshape(-1, 1)
+    np.testing.assert_array_equal(columns[:20], linear.scales)
+    weights = (linear.scales.astype("float64") * codes + linear.offsets) * np.exp2(alpha, dtype="float64")
+    np.testing.assert_allclose(packed["bias"].reshape(-1)[:20], 0.03 * 7 * weights.sum(1), rtol=1e-5, atol=1e-4)

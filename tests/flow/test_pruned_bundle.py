@@ -9,6 +9,7 @@ from agq_tvm.flow.evaluate_bundle import evaluate, evaluate_bundle
 from agq_tvm.flow.quantize import quantize
 from agq_tvm.models import relax_decoder
 from agq_tvm.quantize.pruning import PruningSchedule
+from agq_tvm.runtime.bench import compare_prefill
 from agq_tvm.runtime.bundle import Bundle
 from agq_tvm.runtime.perplexity import compare
 from tests.compiled import FUNCTIONS, ROWS
@@ -50,8 +51,21 @@ def test_a_bundle_scores_what_the_reference_scores(pruned):
 
 def test_a_bundle_says_how_it_prunes(pruned):
     bundle = Bundle(pruned / "bundle")
-    assert bundle.manifest["pruning"] == {"layers": [1], "beta": 0.5}
+    assert bundle.manifest["pruning"] == {"layers": [1], "beta": 0.5, "renumber": False}
     assert [cache for cache in bundle.caches if cache[2] == "int32"] == [("segments.1.positions", (64,), "int32")]
+
+
+def test_two_bundles_are_timed_in_turns(pruned):
+    bundle = Bundle(pruned / "bundle")
+    assert all(10 < speed < 1e7 for speed in compare_prefill(bundle, bundle, 24, rounds=2))
+    with pytest.raises(AgqError, match="do not fit the context of 64"):
+        compare_prefill(bundle, bundle, 65)
+
+
+def test_a_bundle_selects_by_chunk(pruned):
+    with pytest.raises(AgqError, match="selects tokens by chunk: give a checkpoint"):
+        evaluate(pruned / "bundle", **TEXT, selection="prompt")
+    assert evaluate(pruned / "checkpoint", **TEXT, selection="prompt")["tokens"] == 40
 
 
 @pytest.mark.parametrize(("protocol", "words"), [("paper-protocol", "is for checkpoints"), ("all", "choose the pro")])

@@ -1,9 +1,12 @@
+import hashlib
 import json
+import weakref
 
 import pytest
 
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.quantize import Calibration, quantize
+from agq_tvm.quantize import checkpoint
 from agq_tvm.quantize.checkpoint import read_checkpoint
 from tests.tiny import write_tiny_llama
 
@@ -26,6 +29,13 @@ def test_the_summary_is_what_was_written(tmp_path, method):
     groups = 2 * weights[96] + 3 * weights[160]
     total = 96 * weights[96] + 160 * weights[160]
     assert result["bits_per_weight"] == pytest.approx(4 + 32 * groups / total)
+
+
+def test_8bit_weights_are_rounded_to_nearest(tmp_path):
+    write_tiny_llama(tmp_path / "m")
+    result = quantize(tmp_path / "m", tmp_path / "out", weight_bits=8)
+    assert (result["method"], result["weight_bits"], result["symmetric"]) == ("rtn", 8, True)
+    assert 8.2 < result["bits_per_weight"] < 8.5 and result["relative_weight_error"] < 0.01
 
 
 def test_gptq_is_the_default_for_float_models(tmp_path):
@@ -64,8 +74,12 @@ def test_an_earlier_checkpoint_is_replaced_and_nothing_else(tmp_path):
         ({"method": "rtn", "activation": "none", "four_bit": ("o",)}, "float activations have no 4-bit codes"),
         ({"method": "rtn", "attention": "log3"}, "attention 'log3'"),
         ({"method": "keep"}, "not 4 bit"),
+        ({"method": "rtn", "weight_bits": 6}, "weight_bits 6 .* choose 4 or 8"),
+        ({"method": "gptq", "weight_bits": 8}, "8-bit weights .* choose the method rtn"),
+        ({"method": "keep", "weight_bits": 8}, "8-bit weights .* choose the method rtn"),
         ({"method": "gptq", "calibration": Calibration(text="absent.txt")}, "no text absent.txt"),
         ({"method": "gptq", "calibration": Calibration(samples=0)}, "1 or more"),
+        ({"method": "gptq", "calibration": Calibration(text=__file__, length=0)}, "less than one window of 0"),
     ],
 )
 def test_mistakes_leave_nothing_behind(tmp_path, arguments, words):
@@ -75,9 +89,56 @@ def test_mistakes_leave_nothing_behind(tmp_path, arguments, words):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+def test_what_was_looked_at_is_on_record(tmp_path):
+    write_tiny_llama(tmp_path / "m")
+    (tmp_path / "t").write_text("It was a dark and stormy night. " * 20)
+
+    def made(**calibration):
+        result = quantize(
+            tmp_path / "m", tmp_path / "out", method="gptq", calibration=Calibration(str(tmp_path / "t"), **calibration)
+        )
+        recorded = read_checkpoint(tmp_path / "out").raw_config["quantization_config"]["calibration"]
+        assert recorded == result["calibration"]
+        return recorded, (tmp_path / "out" / "model.safetensors").read_bytes()
+
+    spread, weights = made(samples=3, length=40)
+    sha256 = hashlib.sha256((tmp_path / "t").read_bytes()).hexdigest()
+    assert spread == {"text": str(tmp_path / "t"), "sha256": sha256, "samples": 3, "length": 40, "seed": None}
+    drawn, other = made(samples=3, length=40, seed=5)
+    assert drawn == spread | {"seed": 5} and other != weights
+    assert made(samples=3, length=40, seed=5)[1] == other
+    assert made(samples=1000, length=1000)[0]["samples"] == 2  # 640 tokens, windows of the model's 256
+    result = quantize(tmp_path / "m", tmp_path / "out", method="rtn")
+    assert result["calibration"] is None
+    assert "calibration" not in read_checkpoint(tmp_path / "out").raw_config["quantization_config"]
+
+
 def test_the_same_model_gives_the_same_bytes(tmp_path):
     write_tiny_llama(tmp_path / "m")
     for name in ("a", "b"):
         quantize(tmp_path / "m", tmp_path / name, method="rtn", activation="static", calibration=FEW)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
     assert first == second
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_matrices_are_written_and_forgotten(tmp_path, monkeypatch, method):
+    """Of 28 matrices only those that share an input, and the ones before them, are there at a time."""
+    seen, alive = [], []
+    write = checkpoint.write_tensors
+
+    def watched(path, names, tensors, metadata):
+        def passing():
+            for name, value in tensors:
+                if name.endswith(".qweight") and "layers" in name:
+                    seen.append(weakref.ref(value))
+                    alive.append(sum(ref() is not None for ref in seen))
+                yield name, value
+                del value
+
+        write(path, names, passing(), metadata)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", watched)
+    write_tiny_llama(tmp_path / "m", num_hidden_layers=4)
+    quantize(tmp_path / "m", tmp_path / "out", method=method, calibration=FEW)
+    assert len(alive) == 28 and max(alive) <= 5

@@ -80,6 +80,17 @@ def test_a_second_term_has_the_codes_of_what_the_first_left():
     assert abs(both - x).max() <= abs(x).max() / 127 / 2 / 127
 
 
+@pytest.mark.parametrize("source", activation.SOURCES)
+def test_values_for_float_products(source):
+    kernel = QuantizeKernel(source, 3, 150, 64, "none", 1e-5)
+    rng = np.random.default_rng(6)
+    inputs = [rng.standard_normal(shape).astype("float32") * 3 for shape in kernel.input_shapes()]
+    out = tvm.runtime.tensor(np.full((3, 192), 99, "float32"))
+    compiled(activation.build(kernel, LAYOUT), "generic")(*map(tvm.runtime.tensor, inputs), out)
+    np.testing.assert_allclose(out.numpy()[:, :150], made_by(source, inputs, kernel), rtol=2e-6, atol=2e-6)
+    assert (out.numpy()[:, 150:] == 0).all()
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("source", ["plain", "silu_mul", "layer_norm"])
 def test_refined_values_and_codes_of_4_bits(source, mode):

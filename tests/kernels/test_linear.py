@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tvm
 
+from agq_tvm.errors import AgqError
 from agq_tvm.kernels import linear
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.kernels.linear import LinearKernel
@@ -24,6 +25,8 @@ FORMS = [
     LinearKernel(8, 97, 100, 8, 32, True, None, False),
     LinearKernel(1, 97, 100, 8, 32, True, None, False, terms=2),
     LinearKernel(3, 65, 100, 8, 32, True, None, True, terms=2),
+    LinearKernel(1, 65, 190, 8, 64, False, None, True),
+    LinearKernel(6, 65, 300, 8, 128, False, None, False, 4),
 ]
 
 
@@ -116,6 +119,14 @@ def test_4bit_activations_take_the_same_kernel_where_there_is_none_better(isa, r
     assert narrow.name == kernel.name.replace("w4a8", "w4a4")
     func = linear.build(narrow, isa).with_attr("global_symbol", kernel.name)
     tvm.ir.assert_structural_equal(func, linear.build(kernel, isa))
+
+
+@pytest.mark.parametrize("bits,activation_bits,longest", [(4, 8, 1127288), (8, 8, 66311), (8, 4, 1203072)])
+def test_sums_that_could_leave_32_bits_are_refused(bits, activation_bits, longest):
+    """255 x 127 x 66311 = 2147481735 < 2^31, as stored codes are unsigned on some instruction sets."""
+    form = LinearKernel(1, 64, longest, bits, longest, True, None, False, activation_bits)
+    with pytest.raises(AgqError, match=f"groups of {longest} or fewer"):
+        replace(form, group_size=longest + 1)
 
 
 def test_accumulators_stay_in_registers():

@@ -5,7 +5,7 @@ import pytest
 import tvm
 
 from agq_tvm.kernels.attention import AttentionKernel, build_attention
-from agq_tvm.kernels.prune import SelectKernel, build_append_positions, build_gather, build_select
+from agq_tvm.kernels.prune import SelectKernel, build_append_positions, build_gather, build_places, build_select
 from agq_tvm.quantize.pruning import select
 from tests.kernels.operands import compiled
 
@@ -67,6 +67,13 @@ def test_gather_fills_with_zeros():
     chosen = np.array([1, 2, 4, -1], "int32")
     compiled(build_gather(5, 4, 36), "generic")(tvm.runtime.tensor(x), tvm.runtime.tensor(chosen), out)
     np.testing.assert_array_equal(out.numpy(), np.concatenate([x[[1, 2, 4]], np.zeros((1, 36))]))
+
+
+@pytest.mark.parametrize(("cached", "expected"), [(0, [0, 1, 2, 3]), (12, [12, 13, 14, 15]), (14, [14, 15, 15, 15])])
+def test_places_stay_inside_the_context(cached, expected):
+    places = tvm.runtime.tensor(np.full(4, 77, "int32"))
+    compiled(build_places(4, 16), "generic")(tvm.runtime.tensor(np.array([cached, 2], "int32")), places)
+    np.testing.assert_array_equal(places.numpy(), expected)
 
 
 def test_only_valid_positions_are_appended():

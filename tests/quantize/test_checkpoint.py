@@ -10,7 +10,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.quantize.checkpoint import linear_shapes, read_checkpoint, table_shapes, vector_shapes
 from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.source import open_source
-from agq_tvm.quantize.weights import dequantize, dequantize_table, rtn
+from agq_tvm.quantize.weights import dequantize, dequantize_table, rtn, rtn_8bit
 
 Q = "model.layers.0.self_attn.q_proj"
 K = "model.layers.0.self_attn.k_proj"
@@ -107,6 +107,44 @@ def test_changed_tensors_are_refused(static, change, words):
     assert str(static) in str(error.value)
 
 
+@pytest.mark.parametrize("change", [lambda a: a + 1, lambda a: np.eye(1, len(a), 3)[0]])
+def test_exponents_of_channels_are_those_of_blocks(quantized, tmp_path, change):
+    made = quantized(group_size="column", activation="static", max_refine=2, shifts=True)
+    path = Path(shutil.copytree(made, tmp_path / "shifts"))
+    name, valid = "model.layers.0.mlp.down_proj", np.append(np.zeros(96), np.full(64, 1)).astype("int8")
+    change_tensors(path, lambda tensors: tensors.update({f"{name}.alpha": valid}))
+    assert read_checkpoint(path).scheme.shifts and read_checkpoint(path).linear(name).is_shifted
+    change_tensors(path, lambda tensors: tensors.update({f"{name}.alpha": change(valid[:-1]).astype("int8")}))
+    with pytest.raises(AgqError, match=r"alpha is I8 \[159\], not I8 \[160\]"):
+        read_checkpoint(path)
+    wrong = valid.copy()
+    wrong[:-1] = change(wrong[:-1])
+    change_tensors(path, lambda tensors: tensors.update({f"{name}.alpha": wrong}))
+    with pytest.raises(AgqError, match="not those of blocks of 32 channels"):
+        read_checkpoint(path).linear(name)
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_reads_back_8bit_weights(quantized, tmp_path, group_size):
+    path = quantized(group_size=group_size, weight_bits=8)
+    checkpoint = read_checkpoint(path)
+    source = open_source(path.parent / "source")
+    assert checkpoint.scheme == Scheme("rtn", group_size, True, "per-token-group", weight_bits=8)
+    for name in linear_shapes(source.config):
+        linear, expected = checkpoint.linear(name), rtn_8bit(source.tensor(f"{name}.weight"), group_size)
+        np.testing.assert_array_equal(linear.qweight, expected.qweight)
+        np.testing.assert_array_equal(linear.scales, expected.scales)
+    damaged = Path(shutil.copytree(path, tmp_path / "damaged"))
+    change_config(damaged, lambda config: config["quantization_config"].update(weight_bits=4))
+    with pytest.raises(AgqError, match=r"qweight is I8 .* not U8"):
+        read_checkpoint(damaged)
+
+
+def test_checkpoints_that_do_not_say_have_4_bits(static):
+    change_config(static, lambda config: config["quantization_config"].pop("weight_bits"))
+    assert read_checkpoint(static).scheme.weight_bits == 4
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, np.inf])
 def test_scales_of_values_are_positive_numbers(quantized, tmp_path, scale):
     path = Path(shutil.copytree(quantized(attention="log2"), tmp_path / "log2"))
@@ -128,6 +166,9 @@ def test_checkpoints_from_before_there_was_a_choice_have_float_attention(static)
         ("group_size", 96, "group size 96"),
         ("group_size", 64, r"scales is F16"),
         ("group_size", "32", "group size '32'"),
+        ("group_size", "column", "max_refine needs groups"),
+        ("shifts", True, "shifts need group size column"),
+        ("shifts", 1, "shifts must be true or false"),
         ("symmetric", 1, "symmetric"),
         ("symmetric", True, "unexpected tensor"),
         ("method", "awq", "method 'awq'"),
@@ -145,6 +186,8 @@ def test_checkpoints_from_before_there_was_a_choice_have_float_attention(static)
         ("format_version", 2, "format 2"),
         ("format_version", None, "format None"),
         ("weight_bits", 3, "weight_bits 3"),
+        ("weight_bits", 8, "symmetric and rounded to nearest"),
+        ("weight_bits", 8.0, r"weight_bits 8\.0"),
         ("table_group_size", 64, "table_group_size 64"),
         ("quant_method", "gptq", "not a quantized checkpoint"),
     ],

@@ -47,19 +47,19 @@ def start_scores(model: ReferenceModel, tokens: list[int]) -> np.ndarray:
     return watcher.scores
 
 
-def by_hand(path, tokens: list[int], layers: tuple[int, ...], keeps: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Prune with transformers' modules, one layer after the other; return logits and positions of the rows left."""
+def by_hand(path, tokens: list[int], schedule: PruningSchedule, keeps: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Prune with transformers' modules, one layer after the other; return logits and which tokens are left."""
     config = LlamaConfig(**tiny_config(num_hidden_layers=4), attn_implementation="eager")
     theirs = LlamaForCausalLM(config).eval()
     tensors = {name: torch.from_numpy(value) for name, value in load_file(path / "model.safetensors").items()}
     theirs.load_state_dict(tensors, strict=False)
     hidden, positions, keeps = theirs.model.embed_tokens(torch.tensor([tokens])), torch.arange(len(tokens)), [*keeps]
     for i, layer in enumerate(theirs.model.layers):
-        rope = theirs.model.rotary_emb(hidden, positions[None])
+        rope = theirs.model.rotary_emb(hidden, (torch.arange(len(positions)) if schedule.renumber else positions)[None])
         mask = torch.full((len(positions),) * 2, -torch.inf).triu(1)[None, None]
         attended, maps = layer.self_attn(layer.input_layernorm(hidden), rope, mask)
         hidden = hidden + attended
-        if i + 1 in layers:
+        if i + 1 in schedule.layers:
             assert maps.shape == (1, 6, len(positions), len(positions))
             importance = maps[0, :, :, 0].sum(0).numpy()
             ranked = sorted(range(1, len(positions) - 1), key=lambda row: -importance[row])
@@ -69,12 +69,13 @@ def by_hand(path, tokens: list[int], layers: tuple[int, ...], keeps: list[int]) 
     return theirs.lm_head(theirs.model.norm(hidden))[0].numpy(), positions.numpy()
 
 
-def test_whole_prompt_by_hand(tmp_path):
+@pytest.mark.parametrize("renumber", [False, True])
+def test_whole_prompt_by_hand(tmp_path, renumber):
     path = write_tiny_model(tmp_path / "m", "llama", 6, num_hidden_layers=4)
     model = ReferenceModel.from_source(open_source(path))
-    model.pruning = PruningSchedule((2, 3), 0.6)
+    model.pruning = PruningSchedule((2, 3), 0.6, renumber)
     with torch.inference_mode():
-        expected, positions = by_hand(path, TOKENS, (2, 3), [32, 21])
+        expected, positions = by_hand(path, TOKENS, model.pruning, [32, 21])
     found = model.prune(TOKENS, [len(TOKENS)])
     assert [len(kept) for kept in found.kept] == [50, 32, 21]
     np.testing.assert_array_equal(found.kept[-1], positions)
@@ -118,6 +119,21 @@ def test_what_comes_later_does_not_change_what_was_dropped(model):
         np.testing.assert_array_equal(many, [*few, *range(40, 50)])
     rows = len(alone.logits)
     np.testing.assert_allclose(longer.logits[:rows], alone.logits, atol=2e-5 * np.abs(alone.logits).max())
+
+
+def test_positions_counted_anew_show_where_attention_knows_distances(model):
+    """Learned positions enter once; the same first choice of tokens, then other logits of all others."""
+    kept, anew = [], []
+    for renumber, logits in ((False, kept), (True, anew)):
+        model.pruning = PruningSchedule((1,), 0.5, renumber)
+        left = model.prune(TOKENS, [32, 8])
+        logits += [left.kept[1].tolist(), left.logits]
+    assert kept[0] == anew[0] != [*range(len(kept[0]))]
+    if model.config.positions == "learned":
+        np.testing.assert_array_equal(anew[1], kept[1])
+    else:
+        far = np.abs(anew[1] - kept[1]).max(1) > 1e-3 * np.abs(kept[1]).max()
+        assert not far[0] and far[-10:].all()
 
 
 @pytest.mark.parametrize("tokens", [TOKENS[:1], TOKENS[:2]])

@@ -86,7 +86,26 @@ def test_a_layer_beyond_the_model():
         schedule.check_layers(12)
 
 
-@pytest.mark.parametrize("value", [[], 5, {"layers": [1]}, {"layers": "12", "beta": 0.5}, {"layers": [], "beta": 0.5}])
+def test_positions_are_kept_unless_a_checkpoint_says_otherwise():
+    value = {"layers": [1], "beta": 0.5}
+    assert read_schedule(value) == PruningSchedule((1,), 0.5, False)
+    assert read_schedule(value | {"renumber": True}) == PruningSchedule((1,), 0.5, True)
+    with pytest.raises(AgqError, match="renumber must be true or false, not 1"):
+        read_schedule(value | {"renumber": 1})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [],
+        5,
+        {"layers": [1]},
+        {"layers": [1], "renumber": True},
+        {"layers": [1], "beta": 0.5, "more": 1},
+        {"layers": "12", "beta": 0.5},
+        {"layers": [], "beta": 0.5},
+    ],
+)
 def test_what_is_no_schedule(value):
     with pytest.raises(AgqError):
         read_schedule(value)
@@ -116,7 +135,11 @@ def test_a_checkpoint_keeps_its_schedule(quantized, tmp_path):
     assert read_checkpoint(path).scheme.pruning == schedule
     assert read_checkpoint(quantized()).scheme.pruning is None
     raw = json.loads((path / "config.json").read_text())
-    assert raw["quantization_config"]["pruning"] == {"layers": [1, 2], "beta": 0.25}
+    assert raw["quantization_config"]["pruning"] == {
+        "layers": [1, 2],
+        "beta": 0.25,
+        "renumber": False,
+    }
     for pruning, words in (({"layers": [3], "beta": 0.5}, "layer 3 does not exist"), (7, "neither null")):
         raw["quantization_config"]["pruning"] = pruning
         (tmp_path / "config.json").write_text(json.dumps(raw))

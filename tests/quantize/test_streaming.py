@@ -1,3 +1,5 @@
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ from agq_tvm.quantize.gptq import gptq
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.source import open_source
-from agq_tvm.quantize.streaming import quantize_layers, token_weights
+from agq_tvm.quantize.streaming import drained, quantize_layers, token_weights
 from agq_tvm.quantize.weights import dequantize, quantize_table, rtn
+from tests.tiny import write_tiny_model
 
 WINDOWS = [np.random.default_rng(i).integers(3, 259, 64).tolist() for i in range(24)]
 SCHEME = Scheme("gptq", 64, False, "none")
@@ -24,7 +27,7 @@ def source(tiny_llama):
 
 @pytest.fixture(scope="module")
 def by_gptq(source):
-    return quantize_layers(source, SCHEME, WINDOWS)
+    return dict(quantize_layers(source, SCHEME, WINDOWS))
 
 
 def inputs_by_hand(source, weight_of, stop_layer: int, stop_linear: str) -> list[torch.Tensor]:
@@ -68,7 +71,7 @@ def test_every_linear_is_gptq_on_what_comes_out_of_the_quantized_ones(source, by
 def test_inputs_are_rounded_as_the_scheme_says(source, activation):
     """With activations of the scheme, the first linear sees the rounded inputs and later ones what follows."""
     scheme = Scheme("gptq", 64, False, activation)
-    linears = quantize_layers(source, scheme, WINDOWS[:4])
+    linears = dict(quantize_layers(source, scheme, WINDOWS[:4]))
     quantizer = ActivationQuantizer(activation, 64)
     found = inputs_by_hand(source, lambda part: source.tensor(f"{part}.weight"), 0, "qkv")[:4]
     rounded = [quantizer.rounded(x) for x in found]
@@ -114,11 +117,11 @@ def test_gptq_names_the_linear_that_fails(source, monkeypatch):
 
     monkeypatch.setattr("agq_tvm.quantize.streaming.gptq", refuse)
     with pytest.raises(AgqError, match=r"layers\.0\.self_attn\.q_proj: cannot invert"):
-        quantize_layers(source, SCHEME, WINDOWS[:1])
+        dict(quantize_layers(source, SCHEME, WINDOWS[:1]))
 
 
 def test_static_ranges_hold_the_smallest_and_the_largest_input(source):
-    linears = quantize_layers(source, Scheme("rtn", 64, False, "static"), WINDOWS)
+    linears = dict(quantize_layers(source, Scheme("rtn", 64, False, "static"), WINDOWS))
     assert linears.keys() == linear_shapes(source.config).keys()
     assert linears["model.layers.0.self_attn.k_proj"].act_scale.dtype == np.float32
     assert linears["model.layers.0.self_attn.k_proj"].act_zero.dtype == np.int32
@@ -138,3 +141,23 @@ def test_static_calibration_uses_the_kept_embedding(quantized):
     np.testing.assert_array_equal(checkpoint.table("model.embed_tokens").qweight, table.qweight)
     q, k = (checkpoint.linear(f"model.layers.0.self_attn.{name}_proj") for name in "qk")
     assert q.act_scale == k.act_scale and q.act_zero == k.act_zero
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom"])
+def test_layers_that_wait_keep_nothing_but_the_residual(tmp_path, family):
+    """Calibration has a layer waiting for every window: what one keeps is kept as often."""
+    source = open_source(write_tiny_model(tmp_path / "m", family))
+    config, hidden = source.config, torch.ones(5, source.config.hidden_size)
+    steps = layer_steps(config, read_norms(config, 0, source.tensor), hidden, attention_positions(config, 5), False)
+    (_, x), kept = next(steps), []
+    for linear in config.linears[:-1]:
+        given, made = weakref.ref(x), torch.ones(5, sum(linear.rows))
+        kept += [given, weakref.ref(made)]
+        _, x = steps.send(made)
+        del made
+        assert [ref for ref in kept if ref() is not None] == []
+
+
+def test_drained_lists_are_left_with_nothing():
+    items = [[1], [2], [3]]
+    assert [item for item in drained(items) if items.count(None) == item[0]] == [[1], [2], [3]]

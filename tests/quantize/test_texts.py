@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 
 import pytest
 from tokenizers import Tokenizer
@@ -54,6 +55,28 @@ def test_windows_are_spread_and_do_not_overlap(tmp_path, tokenizer):
     assert cut_windows(tokenizer, tmp_path / "t", 4, 10) == [ids[i : i + 10] for i in (0, 20, 40, 60)]
     everything = cut_windows(tokenizer, tmp_path / "t", 100, 10)
     assert [token for window in everything for token in window] == ids
+
+
+def test_a_seed_draws_windows_that_do_not_overlap(tmp_path, tokenizer):
+    (tmp_path / "t").write_text("".join(chr(33 + i) for i in range(90)))
+    ids = encode_text(tokenizer, (tmp_path / "t").read_text())
+    drawn = {seed: cut_windows(tokenizer, tmp_path / "t", 5, 10, seed) for seed in range(200)}
+    assert drawn[3] == cut_windows(tokenizer, tmp_path / "t", 5, 10, 3)
+    starts = {seed: [ids.index(window[0]) for window in windows] for seed, windows in drawn.items()}
+    assert len({tuple(places) for places in starts.values()}) > 150
+    for places in starts.values():
+        assert all(later - earlier >= 10 for earlier, later in itertools.pairwise(places))
+    assert {min(places) for places in starts.values()} >= {0, 1, 2, 3}
+    assert max(max(places) for places in starts.values()) == 80
+    assert starts[7] == [2, 16, 33, 51, 66]
+
+
+def test_a_short_text_gives_fewer_windows_and_says_so(tmp_path, tokenizer, capsys):
+    (tmp_path / "t").write_text("x" * 35)
+    assert len(cut_windows(tokenizer, tmp_path / "t", 4, 10)) == 3
+    assert "35 tokens: 3 windows of 10 instead of 4" in capsys.readouterr().err
+    assert len(cut_windows(tokenizer, tmp_path / "t", 3, 10, seed=0)) == 3
+    assert capsys.readouterr().err == ""
 
 
 def test_a_text_shorter_than_a_window_is_refused(tmp_path, tokenizer):

@@ -15,6 +15,7 @@ from agq_tvm.quantize.weights import (
     pack,
     quantize_table,
     rtn,
+    rtn_8bit,
     spread,
     unpack,
 )
@@ -77,6 +78,19 @@ def test_scales_are_rounded_before_codes_are_chosen():
     linear = rtn(weight, 64, symmetric=False)
     scale, offset = grid_of(linear)
     np.testing.assert_array_equal(unpack(linear.qweight, 64), encode(weight, scale, offset))
+
+
+@settings(max_examples=40, deadline=None)
+@given(MATRICES, st.sampled_from([32, 64, 128]))
+@example(np.array([[0.0, 0.0]], "float32"), 32)
+def test_8bit_codes_are_within_half_a_step(weight, group_size):
+    linear = rtn_8bit(weight, group_size)
+    assert linear.bits == 8 and linear.offsets is None and linear.qweight.min(initial=0) >= -127
+    scales, offsets = (spread(a, group_size, weight.shape[1]) for a in grid_of(linear))
+    assert (offsets == 0).all()
+    np.testing.assert_array_equal(dequantize(linear), scales * linear.qweight)
+    error = np.abs(dequantize(linear) - weight)
+    assert (error <= scales / 2 + 2.0**-11 * np.abs(weight).max() + 1e-6).all()
 
 
 @settings(max_examples=40, deadline=None)

@@ -16,7 +16,8 @@ struct options {
   const char *custom_addr;  /* address that clients are told, or NULL: the one that the tracker sees */
   const char *tracker_host; /* NULL: no tracker */
   const char *tracker_port;
-  int port; /* port to listen on; once listening, the real one */
+  int port;     /* port to listen on; once listening, the real one */
+  int emulated; /* whether this is no real board, so that its time means nothing */
 };
 
 /* net.c: all return 0, or -1 after an error, a time-out or the end of the stream. */
@@ -35,10 +36,10 @@ int tracker_holds(int tracker, const char *match_key); /* 1: nobody has asked fo
 
 /* session.c */
 int session_accept(int connection, const char *key, const char *match_key, double *time_limit);
-int session_run(int connection, double time_limit, int signals); /* 1: told to stop */
+int session_run(int connection, double time_limit, int signals, int emulated); /* 1: told to stop */
 
 /* functions.c: what a session offers beside TVM's runtime. */
-int register_functions(const char *folder);
+int register_functions(const char *folder, int emulated);
 int call_runtime(const char *name, int socket, const char *message); /* message may be NULL */
 
 #endif

@@ -8,6 +8,7 @@
 #include <tvm/ffi/c_api.h>
 
 static const char *session_folder;
+static int is_emulated;
 
 static TVMFFIByteArray bytes(const char *text) { return (TVMFFIByteArray){text, strlen(text)}; }
 
@@ -110,6 +111,13 @@ static int cpu_features(void *self, const TVMFFIAny *arguments, int32_t count, T
   return return_text(text, result);
 }
 
+/* Whether the board was started as an emulated one: nothing inside an emulator can tell for sure. */
+static int emulated(void *self, const TVMFFIAny *arguments, int32_t count, TVMFFIAny *result) {
+  (void)self, (void)arguments, (void)count;
+  *result = (TVMFFIAny){.type_index = kTVMFFIBool, .v_int64 = is_emulated};
+  return 0;
+}
+
 static void print_raised(const char *what) {
   TVMFFIObjectHandle error = NULL;
   TVMFFIErrorMoveFromRaised(&error);
@@ -129,12 +137,14 @@ static int set_function(const char *name, TVMFFISafeCallType call) {
   return TVMFFIObjectDecRef(function);
 }
 
-int register_functions(const char *folder) {
+int register_functions(const char *folder, int is_emulated_board) {
   session_folder = folder;
+  is_emulated = is_emulated_board;
   return set_function("tvm.rpc.server.workpath", work_path) ||
          set_function("tvm.rpc.server.load_module", load_module) ||
          set_function("tvm.rpc.server.listdir", list_folder) ||
-         set_function("agq.board.cpu_features", cpu_features);
+         set_function("agq.board.cpu_features", cpu_features) ||
+         set_function("agq.board.emulated", emulated);
 }
 
 /* Calls one of the runtime's functions with a socket and, unless it is NULL, a message. */

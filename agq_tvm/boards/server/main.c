@@ -25,7 +25,7 @@ struct board {
 static void fail(const char *what, const char *value) {
   fprintf(stderr, "board-server: %s%s\n", what, value);
   fprintf(stderr, "usage: board-server --key KEY [--tracker HOST:PORT] [--host 127.0.0.1] [--port 0] "
-                  "[--custom-addr ADDRESS]\n");
+                  "[--custom-addr ADDRESS] [--emulated]\n");
   exit(2);
 }
 
@@ -50,6 +50,11 @@ static struct options parse(int count, char **arguments) {
   for (int i = 1; i < count; i += 2) {
     const char *name = arguments[i];
     char *value = i + 1 < count ? arguments[i + 1] : NULL;
+    if (!strcmp(name, "--emulated")) {
+      options.emulated = 1;
+      --i; /* it has no value */
+      continue;
+    }
     if (!value) fail("a value is missing after ", name);
     if (!strcmp(name, "--key")) {
       options.key = plain(value);
@@ -133,7 +138,7 @@ static int serve_one(struct board *board) {
     return 0;
   }
   printf("session begins\n");
-  stop = session_run(connection, time_limit, board->signals);
+  stop = session_run(connection, time_limit, board->signals, board->options.emulated);
   close(connection);
   printf("session ended\n");
   if (board->tracker >= 0) offer(board);

@@ -55,12 +55,12 @@ static int remove_one(const char *path, const struct stat *status, int kind, str
 }
 
 /* The child: never returns. */
-static void serve(int connection, const char *folder) {
+static void serve(int connection, const char *folder, int emulated) {
   sigset_t none;
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, NULL);
   prctl(PR_SET_PDEATHSIG, SIGKILL);
-  int failed = chdir(folder) || register_functions(folder) ||
+  int failed = chdir(folder) || register_functions(folder, emulated) ||
                call_runtime("rpc.ServerLoop", connection, NULL);
   fflush(NULL);
   _exit(failed ? 1 : 0);
@@ -120,7 +120,7 @@ static void tell_end(int connection, int how, int status, double time_limit) {
   drain(connection);
 }
 
-int session_run(int connection, double time_limit, int signals) {
+int session_run(int connection, double time_limit, int signals, int emulated) {
   const char *root = getenv("TMPDIR");
   char folder[256];
   snprintf(folder, sizeof folder, "%s/agq-board-XXXXXX", root && *root ? root : "/tmp");
@@ -130,7 +130,7 @@ int session_run(int connection, double time_limit, int signals) {
   }
   fflush(NULL);
   pid_t child = fork();
-  if (child == 0) serve(connection, folder);
+  if (child == 0) serve(connection, folder, emulated);
   if (child < 0) call_runtime("rpc.ReturnException", connection, "the board cannot start a process");
   int status = 0, how = ENDED;
   if (child > 0) {

@@ -2,10 +2,10 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from agq_tvm.kernels.layout import Layout
+from agq_tvm.kernels.layout import K_BLOCK, Layout
 from agq_tvm.tvm_seam import IRBuilder, T, TensorIntrin, tirx
 
 ACTIVATION_LIMIT = 127
@@ -39,6 +39,9 @@ class Multiply:
     unroll : bool
         Whether the steps of a k-block are unrolled. LLVM moves many small instructions of an unrolled block apart
         until it runs out of registers; a loop keeps them together.
+    by_lane : bool
+        Whether activations are read 16 bytes at a time and repeated from a lane: `sdot` does that itself, and
+        a broadcast from memory would need an address for each step. Otherwise they are broadcast from memory.
     """
 
     instruction: str
@@ -50,7 +53,7 @@ class Multiply:
     center: int = 0
     offset: int = 0
     unroll: bool = True
-    lane_operand: bool = False
+    by_lane: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,10 @@ class InstructionSet:
     multiply_4x4 : Multiply or None
         For 4-bit weights and activations -7..7. Where it is None they take `multiply_4bit`, whose range holds them;
         so do packed codes if it has a `center`, which would have to be subtracted whenever they are read.
+    tile_vectors : int
+        Vectors of the register tile in prefill; 0 for those of the layout.
+    panel : int
+        Channels that a register tile goes through with its sums in registers; their codes are unpacked together.
     """
 
     name: str
@@ -80,7 +87,7 @@ class InstructionSet:
     multiply_8bit: Multiply | None = None
     multiply_4x4: Multiply | None = None
     tile_vectors: int = 0
-    panel: int = 0
+    panel: int = K_BLOCK
 
     def layout(self, bits: int) -> Layout:
         """Return the packed layout for 4 or 8 bits."""
@@ -92,6 +99,16 @@ class InstructionSet:
             return self.multiply_8bit
         narrow = self.multiply_4x4 if activation_bits == 4 else None
         return self.multiply_4bit if narrow is None or (packed and narrow.center) else narrow
+
+    def tile(self, bits: int, packed: bool) -> Layout:
+        """Return the weights of a register tile: unpacked codes may have fewer vectors than a tile of columns."""
+        layout = self.layout(bits)
+        return layout if packed or bits == 8 or not self.tile_vectors else replace(layout, vectors=self.tile_vectors)
+
+    def center(self, bits: int, activation_bits: int, packed: bool) -> int:
+        """Return what is subtracted from codes when they are unpacked; those multiplied as they are stored keep it."""
+        multiply = self.multiply(bits, activation_bits, packed)
+        return multiply.center if multiply and bits == 4 and not packed else 0
 
 
 def stored_dtype(layout: Layout, center: int = 0) -> str:
@@ -111,43 +128,60 @@ def nibble(byte, half, layout: Layout, center: int = 0):
     return T.shift_right(T.Cast("int8", T.shift_left(byte, T.uint8(4) - shift)), T.int8(4))
 
 
-def _signature(rows: int, layout: Layout, packed: bool, center: int):
+def _signature(rows: int, layout: Layout, packed: bool, center: int, shifted: bool):
     """Declare the operands of a tile: R rows by one tile of columns by one k-block.
 
     Buffers: x int8 [R, S, 2, D]; w [S, V, L, D] nibbles, or [S, 2, V, L, D] bytes (signed where a center was
-    subtracted); c int32 [R, V, L].
+    subtracted); if `shifted` d int32 [1], else None; c int32 [R, V, L].
     Without the dimension of rows for R = 1: TVM drops loops of one round before it compares.
     """
     S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
     lead = () if rows == 1 else (rows,)
     w_shape, w_dtype = ((S, V, L, D), "uint8") if packed else ((S, 2, V, L, D), stored_dtype(layout, center))
-    handles = [T.arg(name, T.handle()) for name in "xwc"]
-    x = T.match_buffer(handles[0], (*lead, S, 2, D), "int8", offset_factor=1)
-    w = T.match_buffer(handles[1], w_shape, w_dtype, offset_factor=1)
-    c = T.match_buffer(handles[2], (*lead, V, L), "int32", offset_factor=1)
-    return x, w, c
+    forms = {"x": ((*lead, S, 2, D), "int8"), "w": (w_shape, w_dtype)}
+    forms |= {"d": ((1,), "int32")} if shifted else {}
+    forms |= {"c": ((*lead, V, L), "int32")}
+    handles = {name: T.arg(name, T.handle()) for name in forms}
+    buffers = {name: T.match_buffer(handles[name], *form, offset_factor=1) for name, form in forms.items()}
+    return buffers["x"], buffers["w"], buffers.get("d"), buffers["c"]
 
 
 def _all(buffer):
     return buffer[tuple(slice(0, extent) for extent in buffer.shape)]
 
 
-def dot_desc(rows: int, layout: Layout, packed: bool, center: int = 0):
-    """Specify the product of a tile as plain loops; `center` was subtracted from unpacked codes."""
+def _reads(x, w, d, c) -> list:
+    """Return what a tile's product reads, in the order in which TVM lists it for the loops of `dot_desc`."""
+    return [_all(buffer) for buffer in (c, d, x, w) if buffer is not None]
+
+
+def shifted_before(total, bits, first):
+    """Return what a product is added to: the total, shifted left where the first product of a k-block comes."""
+    return T.Select(first, T.shift_left(total, bits), total)
+
+
+def dot_desc(rows: int, layout: Layout, packed: bool, center: int = 0, shifted: bool = False):
+    """Specify the product of a tile as plain loops; `center` was subtracted from unpacked codes.
+
+    c = c + dot or, if `shifted`, c = (c << d) + dot.
+    """
     S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
     lead, kinds = ((), "SSRRR") if rows == 1 else ((rows,), "SSSRRR")
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("desc")
-            x, w, c = _signature(rows, layout, packed, center)
+            x, w, d, c = _signature(rows, layout, packed, center, shifted)
             with T.sblock("root"):
-                T.reads(_all(c), _all(x), _all(w))
+                T.reads(*_reads(x, w, d, c))
                 T.writes(_all(c))
                 with T.grid(*lead, V, L, S, 2, D) as loops, T.sblock("dot"):
                     *r, v, j, s, h, i = T.axis.remap(kinds, loops)
                     code = nibble(w[s, v, j, i], h, layout) if packed else w[s, h, v, j, i]
                     product = T.Cast("int32", x[(*r, s, h, i)]) * T.Cast("int32", code)
-                    T.buffer_store(c, c[(*r, v, j)] + product, [*r, v, j])
+                    total = c[(*r, v, j)]
+                    if shifted:
+                        total = shifted_before(total, d[0], T.And(s == 0, T.And(h == 0, i == 0)))
+                    T.buffer_store(c, total + product, [*r, v, j])
     return builder.get()
 
 
@@ -172,7 +206,7 @@ def vector_nibbles(packed, half: int, layout: Layout):
     return T.shift_right(tirx.reinterpret(f"int8x{lanes}", shifted), T.broadcast(T.int8(4), lanes))
 
 
-def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool):
+def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, center: int = 0, shifted: bool = False):
     """Implement `dot_desc`: everything unrolled, totals in registers.
 
     A load of weights feeds R multiplies and a broadcast of activations feeds V; LLVM merges the repeats.
@@ -190,7 +224,7 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool):
         return w.vload([s, h, v, 0, 0], f"{w.dtype}x{L * D}")
 
     def activations(x, r, s, h):
-        if multiply.lane_operand:
+        if multiply.by_lane:
             # One load holds the words of several steps.
             words, dtype = 16 // D, {2: "int16", 4: "int32"}[D]
             word = 2 * s + h
@@ -224,6 +258,12 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool):
             total = sum((weights(w, s, h, v) for s in range(S) for h in range(2)), T.broadcast(T.uint8(0), L * D))
             T.buffer_store(sums, total, [v, byte_lanes])
 
+    def shift(d, c):
+        with T.If(d[0] != 0), T.Then():
+            for r, v in tile:
+                value = T.shift_left(c.vload(at(r, v, 0), f"int32x{L}"), T.broadcast(d[0], L))
+                T.buffer_store(c, value, at(r, v, slice(0, L)))
+
     def narrow(x, w, c):
         totals = T.sblock_alloc_buffer((rows, V, lanes), multiply.total)
         sums = T.sblock_alloc_buffer((V, L * D), "uint8") if multiply.offset else None
@@ -242,41 +282,56 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool):
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("impl")
-            x, w, c = _signature(rows, layout, packed, multiply.center)
+            x, w, d, c = _signature(rows, layout, packed, center, shifted)
+            reads = _reads(x, w, d, c)
             with T.sblock("root"):
-                T.reads(_all(c), _all(x), _all(w))
+                T.reads(*reads)
                 T.writes(_all(c))
+                if shifted:
+                    shift(d, c)
                 if not multiply.fold:
                     multiply_tile(x, w, c, at)
                 else:
                     # A block of its own: tensorize drops what the outer one allocates.
                     with T.sblock("narrow"):
-                        T.reads(_all(c), _all(x), _all(w))
+                        T.reads(*reads)
                         T.writes(_all(c))
                         narrow(x, w, c)
     return builder.get()
 
 
-def intrinsic(isa: InstructionSet, bits: int, packed: bool, rows: int, activation_bits: int = 8, layout: Layout | None = None) -> str | None:
+def intrinsic(
+    isa: InstructionSet,
+    tile: Layout,
+    packed: bool,
+    rows: int,
+    activation_bits: int = 8,
+    shifted: bool = False,
+) -> str | None:
     """Register an intrinsic if need be and return its name, or None where LLVM has the loops.
 
     Parameters
     ----------
-    bits : int
-        Bits of the weights, 4 or 8.
+    tile : Layout
+        The weights of a tile: the layout of the instruction set, or one of fewer vectors.
     packed : bool
         Whether two 4-bit codes share a byte; unpacked codes have one each.
     rows : int
-        R, the rows of its tile.
+        R, the rows of a tile.
     activation_bits : int
         8 or 4. Where the instruction set has no multiply of its own for 4, the intrinsic is the one for 8.
+    shifted : bool
+        Whether the totals are shifted left before the k-block's products are added.
     """
-    multiply, layout = isa.multiply(bits, activation_bits, packed), layout or isa.layout(bits)
+    bits = tile.bits
+    multiply = isa.multiply(bits, activation_bits, packed)
     if multiply is None:
         return None
     activations = ".a4" if multiply is isa.multiply_4x4 else ""
-    name = f"agq.dot.{isa.name}.{layout.name}{activations}.{'packed' if packed else 'bytes'}.m{rows}"
+    operation = "shift_dot" if shifted else "dot"
+    name = f"agq.{operation}.{isa.name}.{tile.name}{activations}.{'packed' if packed else 'bytes'}.m{rows}"
     if TensorIntrin.get(name, allow_missing=True) is None:
-        desc = dot_desc(rows, layout, packed, 0 if packed or bits == 8 else multiply.center)
-        TensorIntrin.register(name, desc, dot_impl(rows, layout, multiply, packed))
+        center = isa.center(bits, activation_bits, packed)
+        desc = dot_desc(rows, tile, packed, center, shifted)
+        TensorIntrin.register(name, desc, dot_impl(rows, tile, multiply, packed, center, shifted))
     return name

@@ -20,6 +20,6 @@ DOTPROD = InstructionSet(
     rows=4,
     tile_vectors=2,
     panel=2048,
-    multiply_4bit=Multiply("sdot", sdot, lane_operand=True, center=8),
-    multiply_8bit=Multiply("sdot", sdot, lane_operand=True),
+    multiply_4bit=Multiply("sdot", sdot, by_lane=True, center=8),
+    multiply_8bit=Multiply("sdot", sdot, by_lane=True),
 )

@@ -96,7 +96,7 @@ NEON = InstructionSet(
         total="int16",
         total_lanes=16,
         fold=add_neighbours,
-        lane_operand=True,
+        by_lane=True,
         center=8,
     ),
     multiply_8bit=Multiply(

@@ -1,0 +1,1 @@
+"""What quantization costs in perplexity: every way to quantize, on every model, paired on the same tokens."""

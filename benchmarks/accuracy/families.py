@@ -1,0 +1,134 @@
+"""Every variant on one model, paired with the float model and with the same weights at float activations."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from agq_tvm.flow.evaluate import RELEASE_CALIBRATION, score_reference
+from agq_tvm.flow.quantize import Calibration
+from agq_tvm.quantize.calibration import cut_windows
+from agq_tvm.quantize.checkpoint import Checkpoint
+from agq_tvm.quantize.pruning import PruningSchedule
+from agq_tvm.quantize.reference import ReferenceModel
+from agq_tvm.quantize.release import release_model
+from agq_tvm.quantize.variants import VARIANTS
+from benchmarks.accuracy.scoring import Row, Subject, Workshop
+
+OURS_LIMIT, OURS_4_LIMIT = 0.005, 0.06
+# Layers of 30 after which tokens go, and shares gone in the end; other depths take the same parts of theirs.
+PRUNED_AFTER = (15, 20, 25)
+BETAS = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a checkpoint is made and read.
+
+    Attributes
+    ----------
+    name : str
+        What the table calls it.
+    settings : dict
+        Arguments of `quantize`.
+    paired : bool
+        Whether to score the same weights with float activations too.
+    limit : float or None
+        How much the perplexity may grow from there, mean and two standard errors.
+    """
+
+    name: str
+    settings: dict
+    paired: bool = False
+    limit: float | None = None
+
+
+CALIBRATION = Calibration(samples=24)
+_PAPER = VARIANTS["agileq-8"]
+W4A16 = Variant("W4A16, GPTQ", VARIANTS["w4a16"])
+AGILEQ_8 = Variant("agileq-8", _PAPER)
+FIXED = (
+    Variant("W4A16, round to nearest", {"method": "rtn", "activation": "none"}),
+    W4A16,
+    Variant("W8A8", VARIANTS["w8a8"]),
+    Variant("agileq-8 without TRIP", {**_PAPER, "max_refine": 0}),
+    AGILEQ_8,
+    Variant("agileq-8, integers only", {**_PAPER, "group_size": "column", "shifts": True}),
+    Variant("agileq-4", VARIANTS["agileq-4"]),
+)
+
+
+def ours(subject: Subject) -> tuple[Variant, Variant]:
+    """Return what is best at W4A8 and at W4A4: a model that is 4 bit already keeps its grid, others are folded."""
+    kept = subject.source.is_four_bit
+    name, fold = ("", {}) if kept else (", folded", {"fold": True})
+    return (
+        Variant(f"ours, W4A8{name}", VARIANTS["ours"] | fold, True, OURS_LIMIT),
+        Variant(f"ours, W4A4{name}", VARIANTS["ours-4"] | fold, True, OURS_4_LIMIT if kept else None),
+    )
+
+
+def rows(workshop: Workshop, subject: Subject, text: str) -> Iterator[Row]:
+    """Measure every variant of a model on one text."""
+    exact = workshop.score(subject, text, "float", partial(ReferenceModel.from_source, subject.source))
+    yield Row("float", exact, exact)
+    yield Row(
+        "release, simulated", workshop.score(subject, text, "release", partial(_release, workshop, subject)), exact
+    )
+    for variant in (*FIXED, *ours(subject)):
+        checkpoint = _checkpoint(workshop, subject, variant)
+        score = workshop.score(subject, text, variant.name, partial(ReferenceModel.from_checkpoint, checkpoint))
+        baseline = None
+        if variant.paired:
+            name = f"{variant.name}, float activations"
+            floats = partial(ReferenceModel.from_checkpoint, checkpoint, "none")
+            baseline = workshop.score(subject, text, name, floats)
+            yield Row(name, baseline, exact)
+        yield Row(variant.name, score, exact, baseline)
+
+
+def pruned_rows(workshop: Workshop, subject: Subject, text: str) -> Iterator[Row]:
+    """Measure pruning at three sparsities, all on the last quarter of each window."""
+    layers = subject.source.config.num_layers
+    after = tuple(layers * part // 30 for part in PRUNED_AFTER)
+    schedules = [None, *(PruningSchedule(after, beta) for beta in BETAS)]
+    exact = None
+    for variant in (None, AGILEQ_8, ours(subject)[0]):
+        for schedule in schedules:
+            name = variant.name if variant else "float"
+            score = workshop.keep(
+                subject,
+                text,
+                f"{name} {'dense' if schedule is None else schedule.beta}",
+                "suffix",
+                lambda tokens, variant=variant, schedule=schedule: score_reference(
+                    _prunes(workshop, subject, variant, schedule), tokens, subject.window, "suffix"
+                ),
+            )
+            exact = exact or score
+            rows = subject.window * 3 // 4
+            sparsity = 0.0 if schedule is None else schedule.sparsity(rows, layers)
+            yield Row(name, score, exact, note=f"{100 * sparsity:.0f} %")
+
+
+def _release(workshop: Workshop, subject: Subject) -> ReferenceModel:
+    """Simulate the published code on the weights of W4A16."""
+    checkpoint = _checkpoint(workshop, subject, W4A16)
+    length = min(RELEASE_CALIBRATION.length, subject.source.config.context_length)
+    tokenizer = checkpoint.path / "tokenizer.json"
+    windows = cut_windows(tokenizer, RELEASE_CALIBRATION.text, RELEASE_CALIBRATION.samples, length)
+    return release_model(subject.source, checkpoint, windows)
+
+
+def _prunes(
+    workshop: Workshop, subject: Subject, variant: Variant | None, schedule: PruningSchedule | None
+) -> ReferenceModel:
+    if variant is None:
+        model = ReferenceModel.from_source(subject.source)
+    else:
+        model = ReferenceModel.from_checkpoint(_checkpoint(workshop, subject, variant))
+    model.pruning = schedule
+    return model
+
+
+def _checkpoint(workshop: Workshop, subject: Subject, variant: Variant) -> Checkpoint:
+    return workshop.checkpoint(subject, variant.name, variant.settings | {"calibration": CALIBRATION})
