@@ -26,6 +26,7 @@ from agq_tvm.kernels.mixed import quantize_mixed_row
 from agq_tvm.kernels.norm import store_moments, store_sum
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
+_MAGNITUDE_BITS = 0x7FFFFFFF
 SMALLEST_MAXIMUM = 127 * 2.0**-126
 """Below it a row counts as zeros, so that 1/s stays finite."""
 
@@ -172,9 +173,7 @@ def build(kernel: QuantizeKernel, layout: Layout):
                     for term in range(kernel.terms):
                         row = m + term * kernel.rows
                         more = term + 1 < kernel.terms
-                        _quantize_row(
-                            kernel, inputs[-1], shift, row, more, y, partial, scalar, counts, total, outputs, layout
-                        )
+                        _quantize_row(kernel, inputs[-1], shift, row, more, y, scalar, counts, total, outputs, layout)
     return builder.get()
 
 
@@ -250,17 +249,17 @@ def _store_row(out, m, extent: int, y) -> None:
         T.buffer_store(out, y[c * LANES + j], [m, c * LANES + j])
 
 
-def _quantize_row(kernel, static, shift, m, more, y, partial, scalar, counts, total, outputs, layout) -> None:
+def _quantize_row(kernel, static, shift, m, more, y, scalar, counts, total, outputs, layout) -> None:
     codes, scales, sums = outputs
     G, size = kernel.groups, kernel.group_size
     if kernel.mode == "static":
         T.buffer_store(scales, static[0], [m, 0])
     elif kernel.mode == "per-token":
-        _scale_of(kernel, y, 0, G * size, partial, scalar)
+        _scale_of(kernel, y, 0, G * size, counts, total, scalar)
         T.buffer_store(scales, scalar[0], [m, 0])
     with T.serial(G) as g:
         if kernel.mode == "per-token-group":
-            _scale_of(kernel, y, g * size, size, partial, scalar)
+            _scale_of(kernel, y, g * size, size, counts, total, scalar)
             T.buffer_store(scales, scalar[0], [m, g])
         with T.vectorized(LANES) as j:
             T.buffer_store(counts, tirx.const(0, "int32"), [j])
@@ -270,11 +269,9 @@ def _quantize_row(kernel, static, shift, m, more, y, partial, scalar, counts, to
                     T.buffer_store(counts, T.shift_left(counts[j], shift[b]), [j])
             with T.serial(K_BLOCK // LANES) as c, T.vectorized(LANES) as j:
                 k = g * size + b * K_BLOCK + c * LANES + j
-                T.buffer_store(counts, counts[j] + _code(kernel, y, static, scalar, k), [j])
-        with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
-            k = g * size + c * LANES + j
-            code = T.Cast("int8", _code(kernel, y, static, scalar, k))
-            T.buffer_store(codes, code, [k // K_BLOCK, m, *layout.place(k % K_BLOCK)])
+                code = _code(kernel, y, static, scalar, k)
+                T.buffer_store(counts, counts[j] + code, [j])
+                T.buffer_store(codes, T.Cast("int8", code), [k // K_BLOCK, m, *layout.place(k % K_BLOCK)])
         if more:  # leave to the next term what this one lacks
             with T.serial(size // LANES) as c, T.vectorized(LANES) as j:
                 k = g * size + c * LANES + j
@@ -284,17 +281,21 @@ def _quantize_row(kernel, static, shift, m, more, y, partial, scalar, counts, to
         T.buffer_store(sums, total[0], [m, g])
 
 
-def _scale_of(kernel, y, start, extent: int, partial, scalar) -> None:
-    """Store s = max|y| / L and 1/s over a stretch of a row into `scalar`."""
+def _scale_of(kernel, y, start, extent: int, peaks, peak, scalar) -> None:
+    """Store s = max|y| / L and 1/s over a stretch of a row into `scalar`.
+
+    Floats that are not negative are ordered as their bits are, so that each value takes one integer maximum, `peaks`
+    int32 [LANES] and `peak` int32 [1], where floats take a comparison and a choice.
+    """
     with T.vectorized(LANES) as j:
-        T.buffer_store(partial, float32(0), [j])
+        T.buffer_store(peaks, tirx.const(0, "int32"), [j])
     with T.serial(extent // LANES) as c, T.vectorized(LANES) as j:
-        value = y[start + c * LANES + j]
-        magnitude = tirx.max(value, float32(0) - value)
-        T.buffer_store(partial, tirx.max(partial[j], magnitude), [j])
-    reduce_lanes(partial, tirx.max, scalar)
-    scale = scalar[0] / float32(kernel.limit)
-    T.buffer_store(scalar, T.Select(scalar[0] < float32(SMALLEST_MAXIMUM), float32(1), scale), [0])
+        magnitude = T.bitwise_and(tirx.reinterpret("int32", y[start + c * LANES + j]), _MAGNITUDE_BITS)
+        T.buffer_store(peaks, tirx.max(peaks[j], magnitude), [j])
+    reduce_lanes(peaks, tirx.max, peak)
+    largest = tirx.reinterpret("float32", peak[0])
+    scale = largest / float32(kernel.limit)
+    T.buffer_store(scalar, T.Select(largest < float32(SMALLEST_MAXIMUM), float32(1), scale), [0])
     T.buffer_store(scalar, float32(1) / scalar[0], [1])
 
 
