@@ -17,14 +17,16 @@ from agq_tvm.errors import AgqError
 from agq_tvm.quantize.checkpoint import Checkpoint
 from agq_tvm.quantize.source import open_source
 from benchmarks.accuracy import families, outliers, softmax, static_trip
+from benchmarks.accuracy.claims import claims
 from benchmarks.accuracy.page import Section, write_page
 from benchmarks.accuracy.scoring import Subject, Workshop
 from benchmarks.tables import RESULTS, report, write_report
 
 REAL = "smollm2-135m-instruct"
 WINDOW, WINDOWS = 512, 16
-FEWER, LONG_WINDOW = 8, 1024
+FEWER = 8
 """Windows where differences are large or rows are many."""
+PRUNED_LENGTHS = (1024, 128)
 OUTLIER_SHIFT = 6
 PARTS = ("families", "pruning", "static", "outliers", "softmax")
 
@@ -35,10 +37,12 @@ def main() -> int:
         workshop = Workshop(Path(arguments.work or scratch))
         sections = [section for part in arguments.only for section in PARTS_BY_NAME[part](workshop, arguments)]
     commits = sorted(workshop.commits)
-    write_page(arguments.page, sections, commits)
+    answers = [claim.cells() for claim in claims(sections)]
+    write_page(arguments.page, sections, answers, commits)
     contents = [section.as_dict() for section in sections]
     write_report(
-        arguments.output, report("benchmarks.accuracy", ("torch", "numpy"), commits=commits, sections=contents)
+        arguments.output,
+        report("benchmarks.accuracy", ("torch", "numpy"), commits=commits, claims=answers, sections=contents),
     )
     return 0 if all(bound.met for section in sections for bound in section.bounds()) else 1
 
@@ -69,24 +73,30 @@ def subjects(models: Path | None) -> list[Subject]:
 
 
 def _families(workshop: Workshop, arguments: argparse.Namespace) -> list[Section]:
+    found = subjects(arguments.models)
+    cases = [(subject, text, families.every(subject)) for subject in found for text in subject.texts]
+    shifted = [outliers.with_shift(subject, OUTLIER_SHIFT) for subject in found]
+    cases += [(subject, subject.texts[0], families.with_outliers(subject)) for subject in shifted]
     sections = []
-    for plain in subjects(arguments.models):
-        for subject in (plain, outliers.with_shift(plain, OUTLIER_SHIFT)):
-            limits = {variant.name: variant.limit for variant in families.ours(subject) if variant.limit}
-            for text in plain.texts[: 1 if subject is not plain else None]:
-                rows = tuple(families.rows(workshop, subject, text))
-                sections.append(Section(subject, text, "Variants", rows, limits))
+    for subject, text, variants in cases:
+        limits = {variant.name: variant.limit for variant in variants if variant.limit}
+        rows = list(families.rows(workshop, subject, text, variants))
+        if subject.source.is_four_bit:
+            limits[families.COMPILED] = families.COMPILED_LIMIT
+            rows.append(families.compiled_row(workshop, subject, text, rows[0].score))
+        sections.append(Section(subject, text, "Variants", tuple(rows), limits))
     return sections
 
 
-def _long(subject: Subject) -> Subject:
-    window = min(LONG_WINDOW, subject.source.config.context_length)
-    return replace(subject, window=window, windows=WINDOW * WINDOWS // window)
-
-
 def _pruning(workshop: Workshop, arguments: argparse.Namespace) -> list[Section]:
-    found = [_long(subject) for subject in subjects(arguments.models)]
-    return [Section(s, "persuasion", "Pruning", tuple(families.pruned_rows(workshop, s, "persuasion"))) for s in found]
+    sections = []
+    for plain in subjects(arguments.models):
+        for length in PRUNED_LENGTHS:
+            window = min(length, plain.source.config.context_length)
+            subject = replace(plain, window=window, windows=WINDOW * WINDOWS // window)
+            rows = tuple(families.pruned_rows(workshop, subject, "persuasion"))
+            sections.append(Section(subject, "persuasion", f"Pruning, inputs of {window} tokens", rows))
+    return sections
 
 
 def _kept(workshop: Workshop, arguments: argparse.Namespace) -> tuple[Subject, Checkpoint]:

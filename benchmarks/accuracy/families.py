@@ -1,10 +1,12 @@
 """Every variant on one model, paired with the float model and with the same weights at float activations."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from agq_tvm.flow.compile import compile_checkpoint
 from agq_tvm.flow.evaluate import RELEASE_CALIBRATION, score_reference
+from agq_tvm.flow.evaluate_bundle import evaluate_bundle
 from agq_tvm.flow.quantize import Calibration
 from agq_tvm.quantize.calibration import cut_windows
 from agq_tvm.quantize.checkpoint import Checkpoint
@@ -12,9 +14,11 @@ from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.release import release_model
 from agq_tvm.quantize.variants import VARIANTS
+from agq_tvm.runtime.perplexity import Score
 from benchmarks.accuracy.scoring import Row, Subject, Workshop
 
-OURS_LIMIT, OURS_4_LIMIT = 0.005, 0.06
+OURS_LIMIT, OURS_4_LIMIT, TRIP_LIMIT = 0.005, 0.06, 0.03
+COMPILED, COMPILED_LIMIT = "ours, W4A8, compiled", 0.002
 # Layers of 30 after which tokens go, and shares gone in the end; other depths take the same parts of theirs.
 PRUNED_AFTER = (15, 20, 25)
 BETAS = (0.25, 0.5, 0.75)
@@ -57,6 +61,10 @@ FIXED = (
 )
 
 
+WITH_OUTLIERS = (FIXED[0], W4A16, AGILEQ_8)
+"""What is measured of versions with outlier channels, beside ours."""
+
+
 def ours(subject: Subject) -> tuple[Variant, Variant]:
     """Return what is best at W4A8 and at W4A4: a model that is 4 bit already keeps its grid, others are folded."""
     kept = subject.source.is_four_bit
@@ -67,14 +75,49 @@ def ours(subject: Subject) -> tuple[Variant, Variant]:
     )
 
 
-def rows(workshop: Workshop, subject: Subject, text: str) -> Iterator[Row]:
-    """Measure every variant of a model on one text."""
+KEPT = (
+    Variant("kept grid, per token", {"method": "keep", "activation": "per-token"}),
+    Variant(
+        "kept grid, per token, TRIP up to 2^4",
+        {"method": "keep", "activation": "per-token", "max_refine": 4},
+        limit=TRIP_LIMIT,
+    ),
+)
+"""What a model that is 4 bit already can show without new weights."""
+
+
+def every(subject: Subject) -> tuple[Variant, ...]:
+    """Return all variants."""
+    return (*FIXED, *(KEPT if subject.source.is_four_bit else ()), *ours(subject))
+
+
+def compiled_row(workshop: Workshop, subject: Subject, text: str, exact: Score) -> Row:
+    """Measure ours at W4A8 compiled for this machine, held against its reference."""
+    variant = ours(subject)[0]
+    checkpoint = _checkpoint(workshop, subject, variant)
+    bundle = checkpoint.path.with_name("bundle")
+    if not bundle.exists():
+        compile_checkpoint(checkpoint.path, "host", bundle)
+    tokens = subject.windows * subject.window
+    score = workshop.keep(
+        subject, text, COMPILED, "all", lambda _: evaluate_bundle(bundle, text, subject.window, tokens)
+    )
+    reference = workshop.score(subject, text, variant.name, partial(ReferenceModel.from_checkpoint, checkpoint))
+    return Row(COMPILED, score, exact, reference)
+
+
+def with_outliers(subject: Subject) -> tuple[Variant, ...]:
+    """Return those for a version with outlier channels."""
+    return (*WITH_OUTLIERS, ours(subject)[0])
+
+
+def rows(workshop: Workshop, subject: Subject, text: str, variants: Iterable[Variant]) -> Iterator[Row]:
+    """Measure variants of a model on one text."""
     exact = workshop.score(subject, text, "float", partial(ReferenceModel.from_source, subject.source))
     yield Row("float", exact, exact)
-    yield Row(
-        "release, simulated", workshop.score(subject, text, "release", partial(_release, workshop, subject)), exact
-    )
-    for variant in (*FIXED, *ours(subject)):
+    release = workshop.score(subject, text, "release", partial(_release, workshop, subject))
+    yield Row("release, simulated", release, exact)
+    for variant in variants:
         checkpoint = _checkpoint(workshop, subject, variant)
         score = workshop.score(subject, text, variant.name, partial(ReferenceModel.from_checkpoint, checkpoint))
         baseline = None

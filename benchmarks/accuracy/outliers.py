@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+from agq_tvm.flow.quantize import Calibration
 from agq_tvm.quantize.outliers import with_outliers
 from agq_tvm.quantize.reference import ReferenceModel
 from benchmarks.accuracy.scoring import Row, Subject, Workshop
 
 CHANNELS = 8
 SHIFTS = (0, 2, 4, 6)
-_WEIGHTS = {"method": "rtn", "group_size": 32}
+_WEIGHTS = {"method": "rtn", "group_size": 32, "calibration": Calibration(samples=8)}
 FORMS = {
-    "static, up to 2^4": {"activation": "static", "max_refine": 4},
+    "static, up to 2^6": {"activation": "static", "max_refine": 6},
     "per token": {"activation": "per-token"},
     "per token, up to 2^4": {"activation": "per-token", "max_refine": 4},
     "per token and group": {"activation": "per-token-group"},

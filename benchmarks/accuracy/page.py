@@ -73,7 +73,7 @@ class Section:
             f"{scored} token scored: {score.tokens}.",
             "",
             "```text",
-            aligned([_HEADER, *map(_cells, self.rows)]),
+            aligned(_without_empty_columns([_HEADER, *map(_cells, self.rows)])),
             *(_verdict(bound) for bound in self.bounds()),
             "```",
             "",
@@ -81,7 +81,12 @@ class Section:
         return "\n".join(lines)
 
 
-_HEADER = ("variant", "", "perplexity", "% of float", "± SE", "% of its weights", "± SE")
+_HEADER = ("variant", "", "perplexity", "change %", "± SE", "of its weights %", "± SE")
+
+
+def _without_empty_columns(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    return [tuple(row[i] for i in kept) for row in rows]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -112,10 +117,15 @@ def _as_dict(row: Row) -> dict:
     return found
 
 
-def write_page(path: Path, sections: Sequence[Section], commits: Sequence[str]) -> None:
-    """Write the page."""
-    head = _HEAD.format(machine=cpu_name(), commits=", ".join(commits))
-    path.write_text(head + "\n" + "\n".join(section.as_markdown() for section in sections), encoding="utf-8")
+def write_page(
+    path: Path, sections: Sequence[Section], claims: Sequence[tuple[str, ...]], commits: Sequence[str]
+) -> None:
+    """Write the page: claims of the paper with their answers, then the tables."""
+    parts = [_HEAD.format(machine=cpu_name(), commits=", ".join(commits))]
+    if claims:
+        table = aligned([("claim", "found", "figure"), *claims])
+        parts.append(f"## The paper's claims\n\n```text\n{table}\n```\n")
+    path.write_text("\n".join([*parts, *(section.as_markdown() for section in sections)]), encoding="utf-8")
 
 
 _HEAD = """# Accuracy
@@ -126,6 +136,11 @@ SmolLM2 comes as 4 bit already (GGUF Q4_1), so "float" is that model unpacked, a
 else makes new weights. The small OPT and BLOOM were given to the command: trained for minutes on public-domain
 novels, they are nearly blind to quantization and show that the families work, not which method is better. Outlier
 versions have 8 channels scaled up by 2^6 in every norm and down in the weights that read them, which leaves floats as
-they are. Differences are paired, token by token; "% of its weights" is against the same weights with float
-activations. Texts ship with the package; calibration uses another one.
+they are. Differences are paired, token by token, with the float model or with the same weights and float
+activations ("of its weights"). Texts ship with the package; calibration uses another one: 24 windows of 512 tokens for
+variants, 8 where activations alone are looked at.
+
+Static scales, four-bit softmax and `release` are simulated, since what they are compared with (exponents of channels
+under scales of groups, a first token in float, even steps) is in no compiled model; everything else is what a
+checkpoint's reference computes, to which compiled models are held bit for bit in the integers.
 """
