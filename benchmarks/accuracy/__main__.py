@@ -26,7 +26,8 @@ REAL = "smollm2-135m-instruct"
 WINDOW, WINDOWS = 512, 16
 FEWER = 8
 """Windows where differences are large or rows are many."""
-PRUNED_LENGTHS = (1024, 128)
+PRUNED_LENGTHS = {1024: 8, 128: 32}
+"""Windows of each length."""
 OUTLIER_SHIFT = 6
 PARTS = ("families", "pruning", "static", "outliers", "softmax")
 
@@ -91,9 +92,9 @@ def _families(workshop: Workshop, arguments: argparse.Namespace) -> list[Section
 def _pruning(workshop: Workshop, arguments: argparse.Namespace) -> list[Section]:
     sections = []
     for plain in subjects(arguments.models):
-        for length in PRUNED_LENGTHS:
+        for length, windows in PRUNED_LENGTHS.items():
             window = min(length, plain.source.config.context_length)
-            subject = replace(plain, window=window, windows=WINDOW * WINDOWS // window)
+            subject = replace(plain, window=window, windows=windows)
             rows = tuple(families.pruned_rows(workshop, subject, "persuasion"))
             sections.append(Section(subject, "persuasion", f"Pruning, inputs of {window} tokens", rows))
     return sections

@@ -37,12 +37,16 @@ def rows(workshop: Workshop, subject: Subject, text: str) -> Iterator[Row]:
     """Measure every form at every size of the outliers."""
     exact = workshop.score(subject, text, "float", partial(ReferenceModel.from_source, subject.source))
     for shift in SHIFTS:
+        shown = None
         shifted = with_shift(subject, shift)
         for name, settings in FORMS.items():
             checkpoint = workshop.checkpoint(shifted, f"rtn g32, {name}", {**_WEIGHTS, **settings})
             floats = partial(ReferenceModel.from_checkpoint, checkpoint, "none")
-            folded = "folded" if settings.get("fold") else "as they are"
-            baseline = workshop.score(shifted, text, f"rtn g32 {folded}, float activations", floats)
+            folded = ", outliers folded back" if settings.get("fold") else ""
+            baseline = workshop.score(shifted, text, f"rtn g32{folded}, float activations", floats)
+            if folded != shown:
+                yield Row(f"2^{shift}: float activations{folded}", baseline, exact)
+                shown = folded
             score = workshop.score(
                 shifted, text, f"rtn g32, {name}", partial(ReferenceModel.from_checkpoint, checkpoint)
             )
