@@ -15,10 +15,11 @@ VARIANTS = MappingProxyType(
         # Weights alone, and the plain 8-bit form of both.
         "w4a16": {"method": "gptq", "activation": "none"},
         "w8a8": {"weight_bits": 8, "activation": "per-token"},
-        # The best found at W4A8: a model's own 4-bit grid is kept, others take GPTQ.
-        "ours": {"activation": "per-token-group"},
+        # The best found at W4A8: a model's own 4-bit grid is kept, others take GPTQ; small groups, whose scales both
+        # weights and activations have.
+        "ours": {"group_size": 32, "activation": "per-token-group"},
         # Activations of 4 to 7 bits, 5 on average with their scales.
-        "ours-4": {"activation": "per-token-group", "mixed_bits": 5.0},
+        "ours-4": {"group_size": 32, "activation": "per-token-group", "mixed_bits": 5.0},
     }
 )
 """Arguments of `agq_tvm.flow.quantize.quantize`, by name."""
