@@ -25,7 +25,7 @@ from agq_tvm.quantize.checkpoint import (
 from agq_tvm.quantize.fold import folded
 from agq_tvm.quantize.mixed_format import average_bits
 from agq_tvm.quantize.pruning import PruningSchedule
-from agq_tvm.quantize.scheme import GROUP_SIZES, Scheme, check_roles
+from agq_tvm.quantize.scheme import GROUP_SIZES, Scheme, check_roles, roles_of
 from agq_tvm.quantize.source import Source, open_source, quantize_matrix
 from agq_tvm.quantize.texts import load_text, title
 from agq_tvm.quantize.weights import dequantize, quantize_table
@@ -92,7 +92,8 @@ def quantize(
     max_refine : int
         TRIP's largest exponent, 0 for none; for ``"per-token"`` and ``"static"``.
     four_bit : tuple of str
-        The linears, e.g. ``("o", "gate_up", "down")``, whose inputs get 4-bit codes.
+        The linears, e.g. ``("o", "gate_up", "down")``, whose inputs get 4-bit codes; ``"gate_up"`` and ``"up"`` are
+        the same, whether there is a gate or not.
     calibration : Calibration, optional
         Used by ``"gptq"``, by static activations, by TRIP and by quantized attention.
     pruning : PruningSchedule, optional
@@ -136,7 +137,7 @@ def quantize(
         *chosen,
         activation,
         max_refine,
-        tuple(four_bit),
+        roles_of(source.config, four_bit),
         pruning,
         attention,
         shifts=shifts,

@@ -1,5 +1,6 @@
 """How a checkpoint is quantized: the choices, and which of them go together."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from agq_tvm.errors import AgqError
@@ -139,6 +140,12 @@ class Scheme:
     def activation_bits(self, role: str) -> int:
         """Return the bits of the activation codes at the input of the linear of that role."""
         return 4 if role in self.four_bit else 8
+
+
+def roles_of(config: DecoderConfig, roles: Iterable[str]) -> tuple[str, ...]:
+    """Name linears as a model has them: what reads the second norm is ``gate_up`` with a gate, and ``up`` without."""
+    inner = config.linears[2].name
+    return tuple(inner if role in ("gate_up", "up") else role for role in roles)
 
 
 def check_roles(config: DecoderConfig, roles: tuple[str, ...]) -> None:

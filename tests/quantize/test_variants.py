@@ -7,7 +7,7 @@ from agq_tvm.flow.quantize import quantize
 from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.variants import VARIANTS, variant_settings
 from tests.quantize.conftest import FEW
-from tests.tiny import write_tiny_llama
+from tests.tiny import write_tiny_llama, write_tiny_model
 
 WANTED = {  # method, weight bits, activation, TRIP, roles with 4-bit inputs, attention
     "agileq-8": ("gptq", 4, "static", True, (), "log2-paper"),
@@ -31,6 +31,12 @@ def test_a_variant_is_what_it_is_called(tmp_path, name):
     found = (scheme.method, scheme.weight_bits, scheme.activation, scheme.max_refine > 0, scheme.four_bit)
     assert (*found, scheme.attention) == WANTED[name]
     assert scheme.mixed_bits == (5 if name == "ours-4" else 0)
+
+
+def test_a_model_without_gate_has_up_for_gate_up(tmp_path):
+    write_tiny_model(tmp_path / "m", "opt")
+    quantize(tmp_path / "m", tmp_path / "c", calibration=FEW, **variant_settings("agileq-4"))
+    assert read_checkpoint(tmp_path / "c").scheme.four_bit == ("o", "up", "down")
 
 
 def test_settings_are_the_callers_own():
