@@ -60,8 +60,8 @@ def _verdict(gain: float, error: float) -> str:
 def _pruning(section: Section) -> Iterator[Claim]:
     """Compare what quantizing costs with and without pruning."""
     by_name = {(row.variant, row.note): row.score for row in section.rows}
-    dense = min({note for _, note in by_name}, key=lambda note: float(note.split()[0]))
-    for note in sorted({note for _, note in by_name} - {dense}):
+    dense, *pruned = sorted({note for _, note in by_name}, key=lambda note: float(note.split()[0]))
+    for note in pruned:
         cost = {each: _difference(by_name["agileq-8", each], by_name["float", each]) for each in (dense, note)}
         gain = cost[dense] - cost[note]
         means = gain.mean(axis=1)

@@ -45,9 +45,9 @@ def rows(workshop: Workshop, subject: Subject, text: str) -> Iterator[Row]:
             folded = ", outliers folded back" if settings.get("fold") else ""
             baseline = workshop.score(shifted, text, f"rtn g32{folded}, float activations", floats)
             if folded != shown:
-                yield Row(f"2^{shift}: float activations{folded}", baseline, exact)
+                yield Row(f"channels x 2^{shift}: float activations{folded}", baseline, exact)
                 shown = folded
             score = workshop.score(
                 shifted, text, f"rtn g32, {name}", partial(ReferenceModel.from_checkpoint, checkpoint)
             )
-            yield Row(f"2^{shift}: {name}", score, exact, baseline)
+            yield Row(f"channels x 2^{shift}: {name}", score, exact, baseline)
