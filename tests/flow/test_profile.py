@@ -261,10 +261,10 @@ def test_quantize_takes_bits_from_a_profile(made, tmp_path, capsys):
     assert read_checkpoint(tmp_path / "c").scheme.four_bit == ("o",)
     assert main([*command, "--four-bit", "down"]) == 2
     assert "--bits-from and --four-bit" in capsys.readouterr().err
-    values = json.loads(json.dumps(made.as_dict()).replace('"o"', '"up"'))
+    values = json.loads(json.dumps(made.as_dict()).replace('"o"', '"fc9"'))
     (tmp_path / "p").write_text(json.dumps(values))
     assert main(command) == 2
-    assert "no linear 'up'" in capsys.readouterr().err
+    assert "no linear 'fc9'" in capsys.readouterr().err
 
 
 def test_bits_from_an_emulated_board_are_refused(made, tmp_path):
