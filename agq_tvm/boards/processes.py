@@ -3,6 +3,7 @@
 A process is known by its number and its start time, so that one that got the number later is never touched.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -188,7 +189,5 @@ def _group_runs(group: int) -> bool:
 
 def _reap(pid: int) -> None:
     """Take note of the end of a process if it is a child of this one."""
-    try:
+    with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        pass

@@ -17,8 +17,8 @@ def analyze(subparsers) -> None:
         rows = [("INPUT OF", "LARGEST / MEDIAN", "WITHOUT FIRST TOKEN", "LAYER", "CHANNEL", "OUTLIER CHANNELS")]
         for name, most in result["inputs"].items():
             ratios = (most["ratio"], most["ratio_without_first_token"])
-            numbers = (most["layer"], most["channel"], most["outlier_channels"])
-            rows.append((name, *("-" if ratio is None else f"{ratio:.1f}" for ratio in ratios), *map(str, numbers)))
+            where = (most["layer"], most["channel"], most["outlier_channels"])
+            rows.append((name, *("-" if ratio is None else f"{ratio:.1f}" for ratio in ratios), *map(str, where)))
         print_result(args, result, rows)
         if not args.json:
             start = result["attention_to_start"]
