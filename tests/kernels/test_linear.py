@@ -14,7 +14,7 @@ from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.kernels.linear import LinearKernel
 from tests.kernels.operands import compiled, corner_operands, random_operands, runs_here, target_of
 
-NATIVE = ("avx512vnni", "avx2", "generic")
+NATIVE = ("avx512vnni", "avxvnni", "avx2", "generic")
 # K and N are no multiples of any tile or group.
 FORMS = [
     LinearKernel(1, 100, 150, 4, 32, True, "float16", False),
@@ -82,7 +82,7 @@ def test_instruction_is_in_the_code(isa, rows, bits):
     isa = INSTRUCTION_SETS[isa]
     kernel = LinearKernel(rows, 64, 128, bits, 32, True, None, False)
     assembly = assembly_of(kernel, isa)
-    instruction = isa.multiply(bits, 8, kernel.packed).instruction
+    instruction = isa.multiply(bits, 8, kernel.packed, rows).instruction
     assert re.search(rf"\b{instruction}\b", assembly)
     if "neon" in isa.name:
         # Upper halves of vectors are multiplied where they are, without an instruction to fetch them.
