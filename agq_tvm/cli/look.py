@@ -144,13 +144,22 @@ def kernels(subparsers) -> None:
     """Add `agq kernels`."""
 
     def run(args) -> None:
-        from agq_tvm.kernels.table import as_dicts
+        from agq_tvm.kernels.table import as_dicts, as_markdown
 
+        if args.markdown:
+            print(as_markdown(), end="")
+            return
         rows = as_dicts()
         if args.json:
             print(json.dumps({"kernels": rows}))
             return
-        header = tuple(name.upper().replace("_", " ") for name in rows[0])
-        print(as_table([header, *(tuple(row.values()) for row in rows)]))
+        sets = {row["instruction_set"]: tuple(", ".join(row[key]) for key in ("features", "devices")) for row in rows}
+        columns = [name for name in rows[0] if name not in ("features", "devices")]
+        header = tuple(name.upper().replace("_", " ") for name in columns)
+        print(as_table([header, *(tuple(row[name] for name in columns) for row in rows)]))
+        print()
+        print(as_table([("INSTRUCTION SET", "FEATURES", "DEVICES"), *((name, *text) for name, text in sets.items())]))
 
-    json_option(command(subparsers, "kernels", "list the matrix-product kernels", run))
+    parser = command(subparsers, "kernels", "list the kernels, what they need, and which devices choose them", run)
+    json_option(parser)
+    parser.add_argument("--markdown", action="store_true", help="the table as it stands in docs/kernels.md")

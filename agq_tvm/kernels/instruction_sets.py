@@ -7,13 +7,15 @@ Those without a `multiply_4x4` run 4-bit activations in their kernels for 8-bit 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels.intrin.avx2 import AVX2
 from agq_tvm.kernels.intrin.avx512vnni import AVX512VNNI
+from agq_tvm.kernels.intrin.avxvnni import AVXVNNI
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.intrin.dotprod import DOTPROD
 from agq_tvm.kernels.intrin.generic import GENERIC
+from agq_tvm.kernels.intrin.i8mm import I8MM
 from agq_tvm.kernels.intrin.neon import NEON, NEON_PAPER
 from agq_tvm.kernels.linear_float import float_form
 
-INSTRUCTION_SETS = {isa.name: isa for isa in (AVX512VNNI, AVX2, DOTPROD, NEON, NEON_PAPER, GENERIC)}
+INSTRUCTION_SETS = {isa.name: isa for isa in (AVX512VNNI, AVXVNNI, AVX2, I8MM, DOTPROD, NEON, NEON_PAPER, GENERIC)}
 
 
 def instruction_set(name: str, activation: str = "") -> InstructionSet:

@@ -8,8 +8,8 @@ from agq_tvm.errors import AgqError
 
 # Best first. Names of the device files; the features that they need are in the files.
 _CANDIDATES = {
-    "x86_64": ("x86-64-avx512vnni", "x86-64-avx2", "generic-x86-64"),
-    "aarch64": ("raspberry-pi-5", "raspberry-pi-4", "generic-aarch64"),
+    "x86_64": ("x86-64-avx512vnni", "x86-64-avxvnni", "x86-64-avx2", "generic-x86-64"),
+    "aarch64": ("snapdragon-8-gen-1", "raspberry-pi-5", "raspberry-pi-4", "generic-aarch64"),
 }
 
 

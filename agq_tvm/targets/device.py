@@ -49,7 +49,7 @@ class Device:
     features : tuple[str, ...]
         LLVM's ``-mattr``, each with its sign, on top of what `cpu` implies.
     instruction_set : str
-        Which kernels to use: ``avx512vnni``, ``avx2``, ``neon``, ``dotprod`` or ``generic``.
+        Which kernels to use, a name in `known.INSTRUCTION_SETS`.
     required_features : tuple[str, ...]
         What compiled code may use, in Linux's names (``/proc/cpuinfo``); code for this device runs on every
         machine of its architecture that has all of them.
@@ -165,18 +165,20 @@ class _Checker:
         self.keys("the file", values, Device, optional={"emulator"})
         triple = self.choice(values, "triple", known.TRIPLES)
         machine = known.TRIPLES[triple]
+        isa = self.choice(values, "instruction_set", known.INSTRUCTION_SETS[machine])
+        emulators = known.EMULATORS_OF.get(isa, known.EMULATORS[machine])
         device = Device(
             name=self.pattern(values, "name", r"[a-z0-9][a-z0-9-]{0,63}", "lower-case letters, digits and dashes"),
             description=self.text(values, "description"),
             triple=triple,
             cpu=self.choice(values, "cpu", known.CPUS[machine]),
             features=self.features(values, machine),
-            instruction_set=self.choice(values, "instruction_set", known.INSTRUCTION_SETS[machine]),
+            instruction_set=isa,
             required_features=self.names(values, "required_features", known.LINUX_FEATURES[machine]),
             clusters=self.clusters(values["clusters"], machine),
             memory_gib=self.memory(values["memory_gib"]),
             glibc=self.pattern(values, "glibc", r"2\.[0-9]{1,2}", 'a version such as "2.28"'),
-            emulator=self.choice(values, "emulator", known.EMULATORS[machine]) if "emulator" in values else None,
+            emulator=self.choice(values, "emulator", emulators) if "emulator" in values else None,
         )
         missing = known.INSTRUCTION_SET_NEEDS[device.instruction_set] - set(device.required_features)
         if missing:

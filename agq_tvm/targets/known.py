@@ -5,14 +5,16 @@ lists.
 """
 
 INSTRUCTION_SETS = {
-    "x86_64": ("avx512vnni", "avx2", "generic"),
-    "aarch64": ("dotprod", "neon", "neon-paper", "generic"),
+    "x86_64": ("avx512vnni", "avxvnni", "avx2", "generic"),
+    "aarch64": ("i8mm", "dotprod", "neon", "neon-paper", "generic"),
 }
 
 # The features (Linux names) without which the kernels of an instruction set die on their first instruction.
 INSTRUCTION_SET_NEEDS = {
     "avx512vnni": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c"},
+    "avxvnni": {"avx_vnni", "avx2", "fma", "f16c"},
     "avx2": {"avx2", "fma", "f16c"},
+    "i8mm": {"asimd", "asimddp", "i8mm"},
     "dotprod": {"asimd", "asimddp"},
     "neon": {"asimd"},
     "neon-paper": {"asimd"},
@@ -68,10 +70,13 @@ LINUX_FEATURES = {
     ),
 }
 
-# The CPU models that qemu-aarch64 7.2 knows. `max` is left out: it runs every instruction and proves nothing.
+# The CPU models that qemu-aarch64 7.2 knows. `max` runs every instruction and proves nothing about which ones code
+# uses, so it is there for those alone that no other model has.
 EMULATORS = {
     "x86_64": frozenset(),
     "aarch64": frozenset(
         ("a64fx", "cortex-a35", "cortex-a53", "cortex-a57", "cortex-a72", "cortex-a76", "neoverse-n1")
     ),
 }
+EMULATORS_OF = {"i8mm": frozenset(("max",))}
+"""For instruction sets that none of those runs."""

@@ -18,6 +18,8 @@ from agq_tvm.targets import load_device
 from tests.compiled import FUNCTIONS, ROWS
 
 DEVICES = ("raspberry-pi-4", "snapdragon-870")
+BOARDS = (*DEVICES, "snapdragon-8-gen-1")
+"""What is emulated; whole models are run on `DEVICES`."""
 
 
 @dataclass
@@ -65,7 +67,7 @@ def boards(emulator, tmp_path_factory):
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         try:
             address = emulate.start_tracker().tracker
-            for name in DEVICES:
+            for name in BOARDS:
                 emulate.start_board(load_device(name), address)
             yield Boards(address)
         finally:

@@ -23,7 +23,7 @@ FORMS = [
 BOUND = [at_the_bound(rows)[0] for rows in (1, 2)]
 
 
-@pytest.fixture(scope="module", params=["neon", "neon-paper", "dotprod"])
+@pytest.fixture(scope="module", params=["neon", "neon-paper", "dotprod", "i8mm"])
 def library(request, tmp_path_factory):
     """The instruction set, and a library with all its products."""
     isa = INSTRUCTION_SETS[request.param]

@@ -10,7 +10,7 @@ from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_float import float_form
 from agq_tvm.targets import load_device
 from tests.boards import kernels
-from tests.boards.conftest import DEVICES
+from tests.boards.conftest import BOARDS
 from tests.kernels.operands import corner_operands, random_operands
 from tests.kernels.test_linear_float import FORMS as FLOAT_FORMS
 from tests.kernels.test_linear_float import check
@@ -26,7 +26,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", BOARDS)
 def test_whole_products(boards, tmp_path, device):
     """Integers are exact at the ends of all ranges, too; float products are those of the dequantized weights."""
     isa = instruction_set(load_device(device).instruction_set)

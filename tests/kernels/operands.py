@@ -9,17 +9,22 @@ from agq_tvm.flow.packing import pack_codes
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.layout import K_BLOCK, Layout
 from agq_tvm.kernels.linear import LinearKernel
-from agq_tvm.targets import load_device
+from agq_tvm.targets import Device, load_device
 from agq_tvm.targets.detect import cpu_features, machine, missing_features
 
 DEVICES = {
     "avx512vnni": "x86-64-avx512vnni",
+    "avxvnni": "x86-64-avxvnni",
     "avx2": "x86-64-avx2",
     "generic": "generic-x86-64",
     "neon": "raspberry-pi-4",
     "neon-paper": "raspberry-pi-4",
     "dotprod": "snapdragon-870",
+    "i8mm": "snapdragon-8-gen-1",
 }
+
+STAND_INS = {"avxvnni": "x86-64-avx512vnni"}
+"""Devices that run the kernels of an instruction set in another encoding of the same instructions."""
 
 LIMIT = {8: 127, 4: 7}
 """The largest activation code, by its bits."""
@@ -30,15 +35,23 @@ def target_of(isa: str) -> tvm.target.Target:
     return tvm.target.Target(load_device(DEVICES[isa]).tvm_target())
 
 
+def device_here(isa: str) -> Device | None:
+    """Return the device of an instruction set, or its stand-in, whichever this machine is like; None for neither."""
+    names = (DEVICES[isa], STAND_INS.get(isa, DEVICES[isa]))
+    devices = [load_device(name) for name in names]
+    return next((device for device in devices if not missing_features(device, cpu_features(), machine())), None)
+
+
 def runs_here(isa: str) -> bool:
     """Tell whether this machine executes an instruction set."""
-    return not missing_features(load_device(DEVICES[isa]), cpu_features(), machine())
+    return device_here(isa) is not None
 
 
 def compiled(func, isa: str):
-    """Compile one PrimFunc and return it as something to call."""
+    """Compile one PrimFunc for this machine and return it as something to call."""
     name = str(func.attrs["global_symbol"])
-    return tvm.compile(tvm.IRModule({name: func}), target=target_of(isa))[name]
+    target = tvm.target.Target(device_here(isa).tvm_target())
+    return tvm.compile(tvm.IRModule({name: func}), target=target)[name]
 
 
 @dataclass

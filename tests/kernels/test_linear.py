@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -41,9 +42,8 @@ def native(isa: str):
     return INSTRUCTION_SETS[isa]
 
 
-@pytest.mark.parametrize("form", ["tensorized", "plain"])
+@pytest.mark.parametrize("isa,form", [*product(NATIVE, ("tensorized", "plain")), ("avxvnni", "tensorized")])
 @pytest.mark.parametrize("kernel", FORMS, ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize("isa", NATIVE)
 def test_exact_in_integers(isa, kernel, form):
     isa = native(isa)
     plain = form == "plain"
@@ -82,7 +82,7 @@ def test_instruction_is_in_the_code(isa, rows, bits):
     isa = INSTRUCTION_SETS[isa]
     kernel = LinearKernel(rows, 64, 128, bits, 32, True, None, False)
     assembly = assembly_of(kernel, isa)
-    instruction = isa.multiply(bits, 8, kernel.packed).instruction
+    instruction = isa.multiply(bits, 8, kernel.packed, rows).instruction
     assert re.search(rf"\b{instruction}\b", assembly)
     if "neon" in isa.name:
         # Upper halves of vectors are multiplied where they are, without an instruction to fetch them.

@@ -11,7 +11,6 @@ from agq_tvm.kernels.embedding import build_embedding, build_last_row
 from agq_tvm.kernels.emit import erf, exp, store_vector, task_loop
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.kernels.norm import LayerNormKernel, build_layer_norm
-from agq_tvm.kernels.table import kernel_table
 from agq_tvm.quantize.checkpoint import QuantizedTable
 from agq_tvm.tvm_seam import IRBuilder, T
 from tests.kernels.operands import compiled
@@ -79,17 +78,3 @@ def test_last_row_is_the_last_valid_one(valid):
     lengths = tvm.runtime.tensor(np.array([5, valid], "int32"))
     compiled(build_last_row(8, 20), "generic")(tvm.runtime.tensor(x), lengths, out)
     np.testing.assert_array_equal(out.numpy()[0], x[valid - 1])
-
-
-def test_table_names_every_kernel_once():
-    rows = kernel_table()
-    assert len({(row.name, row.bits) for row in rows}) == len(rows) == 14 * len(INSTRUCTION_SETS)
-
-
-def test_table_tells_what_multiplies_4bit_activations():
-    rows = {(row.instruction_set, row.bits, row.operation): row for row in kernel_table()}
-    for isa in INSTRUCTION_SETS:
-        for operation in ("gemv", "gemm"):
-            assert rows[isa, "w4a8", f"shifted {operation}"].name != rows[isa, "w4a8", operation].name
-            own = rows[isa, "w4a4", operation].name != rows[isa, "w4a8", operation].name
-            assert own == ((isa, operation) in {("neon", "gemm"), ("neon-paper", "gemv"), ("neon-paper", "gemm")})

@@ -42,10 +42,13 @@ def test_no_features(text):
     [
         ("x86_64", VNNI, "x86-64-avx512vnni"),
         ("x86_64", V3, "x86-64-avx2"),
+        ("x86_64", [*V3, "avx_vnni"], "x86-64-avxvnni"),
+        ("x86_64", [*VNNI, "avx_vnni"], "x86-64-avx512vnni"),
         ("x86_64", [name for name in VNNI if name != "avx512dq"], "x86-64-avx2"),
         ("x86_64", ["sse2"], "generic-x86-64"),
         ("aarch64", detect.parse_cpuinfo(PI4), "raspberry-pi-4"),
         ("aarch64", detect.parse_cpuinfo(PI5), "raspberry-pi-5"),
+        ("aarch64", detect.parse_cpuinfo(PI5.replace("\n", " sve i8mm\n")), "snapdragon-8-gen-1"),
         ("aarch64", [], "generic-aarch64"),
     ],
 )

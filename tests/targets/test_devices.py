@@ -13,9 +13,11 @@ EXPECTED = {
     "generic-x86-64": ("generic", 4),
     "raspberry-pi-4": ("neon", 4),
     "raspberry-pi-5": ("dotprod", 4),
+    "snapdragon-8-gen-1": ("i8mm", 4),
     "snapdragon-870": ("dotprod", 4),
     "x86-64-avx2": ("avx2", 4),
     "x86-64-avx512vnni": ("avx512vnni", 4),
+    "x86-64-avxvnni": ("avxvnni", 4),
 }
 
 
@@ -104,6 +106,11 @@ def test_wrong_file_is_told_where(tmp_path, old, new, told):
     with pytest.raises(AgqError, match=told) as error:
         load_device(path)
     assert str(path) in str(error.value)
+
+
+def test_only_what_no_other_model_runs_is_emulated_by_the_one_that_runs_everything(tmp_path):
+    with pytest.raises(AgqError, match="emulator cannot be 'cortex-a76'"):
+        load_device(edited(tmp_path, 'emulator = "max"', 'emulator = "cortex-a76"', "snapdragon-8-gen-1"))
 
 
 def test_unknown_device_and_missing_file(tmp_path):

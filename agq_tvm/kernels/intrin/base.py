@@ -10,6 +10,8 @@ from agq_tvm.tvm_seam import IRBuilder, T, TensorIntrin, tirx
 
 ACTIVATION_LIMIT = 127
 """Activation codes are -127..127: intrinsics that sum in 16 bits count on it."""
+_WORDS = {2: "int16", 4: "int32", 8: "int64"}
+"""Types that hold so many codes."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Multiply:
     by_lane : bool
         Whether activations are read 16 bytes at a time and repeated from a lane: `sdot` does that itself, and
         a broadcast from memory would need an address for each step. Otherwise they are broadcast from memory.
+    implement : callable or None
+        Takes the place of `dot_impl`, with the same arguments, where vectors of totals are not those of a row.
     """
 
     instruction: str
@@ -54,6 +58,7 @@ class Multiply:
     offset: int = 0
     unroll: bool = True
     by_lane: bool = False
+    implement: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,9 @@ class InstructionSet:
     multiply_4x4 : Multiply or None
         For 4-bit weights and activations -7..7. Where it is None they take `multiply_4bit`, whose range holds them;
         so do packed codes if it has a `center`, which would have to be subtracted whenever they are read.
+    multiply_pairs : Multiply or None
+        For an even number of rows of a register tile, weights of 4 and 8 bits one to a byte. The `center` is that of
+        `multiply_4bit`.
     tile_vectors : int
         Vectors of the register tile in prefill; 0 for those of the layout.
     panel : int
@@ -86,6 +94,7 @@ class InstructionSet:
     multiply_4bit: Multiply | None = None
     multiply_8bit: Multiply | None = None
     multiply_4x4: Multiply | None = None
+    multiply_pairs: Multiply | None = None
     tile_vectors: int = 0
     panel: int = K_BLOCK
 
@@ -93,8 +102,10 @@ class InstructionSet:
         """Return the packed layout for 4 or 8 bits."""
         return self.layout_4bit if bits == 4 else self.layout_8bit
 
-    def multiply(self, bits: int, activation_bits: int, packed: bool) -> Multiply | None:
+    def multiply(self, bits: int, activation_bits: int, packed: bool, rows: int = 1) -> Multiply | None:
         """Return the multiply for weights and activations of 4 or 8 bits, weights two to a byte or unpacked."""
+        if self.multiply_pairs and not packed and rows % 2 == 0:
+            return self.multiply_pairs
         if bits == 8:
             return self.multiply_8bit
         narrow = self.multiply_4x4 if activation_bits == 4 else None
@@ -128,7 +139,7 @@ def nibble(byte, half, layout: Layout, center: int = 0):
     return T.shift_right(T.Cast("int8", T.shift_left(byte, T.uint8(4) - shift)), T.int8(4))
 
 
-def _signature(rows: int, layout: Layout, packed: bool, center: int, shifted: bool):
+def tile_signature(rows: int, layout: Layout, packed: bool, center: int, shifted: bool):
     """Declare the operands of a tile: R rows by one tile of columns by one k-block.
 
     Buffers: x int8 [R, S, 2, D]; w [S, V, L, D] nibbles, or [S, 2, V, L, D] bytes (signed where a center was
@@ -146,13 +157,14 @@ def _signature(rows: int, layout: Layout, packed: bool, center: int, shifted: bo
     return buffers["x"], buffers["w"], buffers.get("d"), buffers["c"]
 
 
-def _all(buffer):
+def whole(buffer):
+    """Return a region of all of a buffer."""
     return buffer[tuple(slice(0, extent) for extent in buffer.shape)]
 
 
-def _reads(x, w, d, c) -> list:
+def tile_reads(x, w, d, c) -> list:
     """Return what a tile's product reads, in the order in which TVM lists it for the loops of `dot_desc`."""
-    return [_all(buffer) for buffer in (c, d, x, w) if buffer is not None]
+    return [whole(buffer) for buffer in (c, d, x, w) if buffer is not None]
 
 
 def shifted_before(total, bits, first):
@@ -170,10 +182,10 @@ def dot_desc(rows: int, layout: Layout, packed: bool, center: int = 0, shifted: 
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("desc")
-            x, w, d, c = _signature(rows, layout, packed, center, shifted)
+            x, w, d, c = tile_signature(rows, layout, packed, center, shifted)
             with T.sblock("root"):
-                T.reads(*_reads(x, w, d, c))
-                T.writes(_all(c))
+                T.reads(*tile_reads(x, w, d, c))
+                T.writes(whole(c))
                 with T.grid(*lead, V, L, S, 2, D) as loops, T.sblock("dot"):
                     *r, v, j, s, h, i = T.axis.remap(kinds, loops)
                     code = nibble(w[s, v, j, i], h, layout) if packed else w[s, h, v, j, i]
@@ -190,7 +202,7 @@ def broadcast_activations(codes, layout: Layout, offset: int = 0):
     if layout.depth == 1:
         repeated = T.broadcast(codes, layout.lanes)
     else:
-        word = {2: "int16", 4: "int32"}[layout.depth]
+        word = _WORDS[layout.depth]
         words = T.broadcast(tirx.reinterpret(word, codes), layout.lanes)
         repeated = tirx.reinterpret(f"int8x{layout.lanes * layout.depth}", words)
     return repeated + T.broadcast(T.int8(offset), layout.lanes * layout.depth) if offset else repeated
@@ -204,6 +216,15 @@ def vector_nibbles(packed, half: int, layout: Layout):
         return T.bitwise_and(shifted, T.broadcast(T.uint8(15), lanes))
     shifted = packed if half else T.shift_left(packed, T.broadcast(T.uint8(4), lanes))
     return T.shift_right(tirx.reinterpret(f"int8x{lanes}", shifted), T.broadcast(T.int8(4), lanes))
+
+
+def shift_totals(d, c, rows: int, layout: Layout) -> None:
+    """Emit the shift of a tile's totals, which most k-blocks do without."""
+    with T.If(d[0] != 0), T.Then():
+        for r, v in itertools.product(range(rows), range(layout.vectors)):
+            at = [v] if rows == 1 else [r, v]
+            value = T.shift_left(c.vload([*at, 0], f"int32x{layout.lanes}"), T.broadcast(d[0], layout.lanes))
+            T.buffer_store(c, value, [*at, slice(0, layout.lanes)])
 
 
 def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, center: int = 0, shifted: bool = False):
@@ -226,7 +247,7 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, center
     def activations(x, r, s, h):
         if multiply.by_lane:
             # One load holds the words of several steps.
-            words, dtype = 16 // D, {2: "int16", 4: "int32"}[D]
+            words, dtype = 16 // D, _WORDS[D]
             word = 2 * s + h
             loaded = x.vload(at(r, word // words * words // 2, 0, 0), "int8x16")
             loaded = tirx.reinterpret(f"{dtype}x{words}", loaded)
@@ -258,12 +279,6 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, center
             total = sum((weights(w, s, h, v) for s in range(S) for h in range(2)), T.broadcast(T.uint8(0), L * D))
             T.buffer_store(sums, total, [v, byte_lanes])
 
-    def shift(d, c):
-        with T.If(d[0] != 0), T.Then():
-            for r, v in tile:
-                value = T.shift_left(c.vload(at(r, v, 0), f"int32x{L}"), T.broadcast(d[0], L))
-                T.buffer_store(c, value, at(r, v, slice(0, L)))
-
     def narrow(x, w, c):
         totals = T.sblock_alloc_buffer((rows, V, lanes), multiply.total)
         sums = T.sblock_alloc_buffer((V, L * D), "uint8") if multiply.offset else None
@@ -282,20 +297,20 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, center
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("impl")
-            x, w, d, c = _signature(rows, layout, packed, center, shifted)
-            reads = _reads(x, w, d, c)
+            x, w, d, c = tile_signature(rows, layout, packed, center, shifted)
+            reads = tile_reads(x, w, d, c)
             with T.sblock("root"):
                 T.reads(*reads)
-                T.writes(_all(c))
+                T.writes(whole(c))
                 if shifted:
-                    shift(d, c)
+                    shift_totals(d, c, rows, layout)
                 if not multiply.fold:
                     multiply_tile(x, w, c, at)
                 else:
                     # A block of its own: tensorize drops what the outer one allocates.
                     with T.sblock("narrow"):
                         T.reads(*reads)
-                        T.writes(_all(c))
+                        T.writes(whole(c))
                         narrow(x, w, c)
     return builder.get()
 
@@ -324,7 +339,7 @@ def intrinsic(
         Whether the totals are shifted left before the k-block's products are added.
     """
     bits = tile.bits
-    multiply = isa.multiply(bits, activation_bits, packed)
+    multiply = isa.multiply(bits, activation_bits, packed, rows)
     if multiply is None:
         return None
     activations = ".a4" if multiply is isa.multiply_4x4 else ""
@@ -333,5 +348,6 @@ def intrinsic(
     if TensorIntrin.get(name, allow_missing=True) is None:
         center = isa.center(bits, activation_bits, packed)
         desc = dot_desc(rows, tile, packed, center, shifted)
-        TensorIntrin.register(name, desc, dot_impl(rows, tile, multiply, packed, center, shifted))
+        implement = multiply.implement or dot_impl
+        TensorIntrin.register(name, desc, implement(rows, tile, multiply, packed, center, shifted))
     return name

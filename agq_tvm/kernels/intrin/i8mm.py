@@ -1,0 +1,115 @@
+"""Armv8.6 matrix multiply: `smmla`, two rows by two columns of 8 channels each, 32 signed products in one instruction.
+
+A vector of the layout is two registers: four columns of 8 channels. Two rows of activations share a register as well,
+and so do their sums with two columns. One row would leave half of an `smmla` unused; it takes `sdot`, which leaves two
+sums for a column, added at the end of a k-block.
+"""
+
+import itertools
+
+from agq_tvm.kernels.intrin.base import (
+    InstructionSet,
+    Multiply,
+    shift_totals,
+    tile_reads,
+    tile_signature,
+    whole,
+)
+from agq_tvm.kernels.intrin.dotprod import sdot
+from agq_tvm.kernels.layout import Layout
+from agq_tvm.tvm_seam import IRBuilder, T, tirx
+
+
+def sdot_pairs(total, weights, activations):
+    """Add to int32x8, two sums for each of four columns, products of 32 codes and of 8 activations, repeated."""
+    codes = tirx.reinterpret("int8x32", weights)
+    halves = [sdot(half("int32x4", total), half("int8x16", codes), activations) for half in (T.vectorlow, T.vectorhigh)]
+    return T.vectorcombine("int32x8", *halves)
+
+
+def add_pairs(totals):
+    """Add neighbouring lanes of int32x8 into int32x4."""
+    halves = (T.vectorlow("int32x4", totals), T.vectorhigh("int32x4", totals))
+    return tirx.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.addp.v4i32", *halves)
+
+
+def smmla(total, weights, activations):
+    """Add to int32x4, rows before columns, the products of two columns and two rows, int8x16 each."""
+    return tirx.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.smmla.v4i32.v16i8", total, activations, weights)
+
+
+def low_and_high(first, second, half: int):
+    """Return the low (0) or high (1) halves of two registers, given as int64x2: `zip1` or `zip2`."""
+    return tirx.Shuffle([first, second], [half, 2 + half])
+
+
+def matrix_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, center: int = 0, shifted: bool = False):
+    """Implement `dot_desc` for pairs of rows of unpacked codes: totals of two rows by two columns in a register.
+
+    They are c's in another order, both ways with one instruction for a register, and LLVM leaves out those that
+    undo each other.
+    """
+    S, V = layout.steps, layout.vectors
+    tile = list(itertools.product(range(0, rows, 2), range(V)))
+
+    def as_halves(values):
+        return tirx.reinterpret("int64x2", values)
+
+    def load(c, totals):
+        for r, v in tile:
+            both = [as_halves(c.vload([row, v, 0], "int32x4")) for row in (r, r + 1)]
+            for p in range(2):
+                value = tirx.reinterpret("int32x4", low_and_high(*both, p))
+                T.buffer_store(totals, value, [r, v, p, slice(0, 4)])
+
+    def multiply_step(x, w, totals, s, h):
+        for r, v in tile:
+            both = [as_halves(x.vload([row, s, 0, 0], "int8x16")) for row in (r, r + 1)]
+            activations = tirx.reinterpret("int8x16", low_and_high(*both, h))
+            for p in range(2):
+                weights = w.vload([s, h, v, 2 * p, 0], "int8x16")
+                value = multiply.accumulate(totals.vload([r, v, p, 0], "int32x4"), weights, activations)
+                T.buffer_store(totals, value, [r, v, p, slice(0, 4)])
+
+    def store(c, totals):
+        for r, v in tile:
+            both = [as_halves(totals.vload([r, v, p, 0], "int32x4")) for p in range(2)]
+            for row in range(2):
+                value = tirx.reinterpret("int32x4", low_and_high(*both, row))
+                T.buffer_store(c, value, [r + row, v, slice(0, 4)])
+
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("impl")
+            x, w, d, c = tile_signature(rows, layout, packed, center, shifted)
+            reads = tile_reads(x, w, d, c)
+            with T.sblock("root"):
+                T.reads(*reads)
+                T.writes(whole(c))
+                if shifted:
+                    shift_totals(d, c, rows, layout)
+                # A block of its own: tensorize drops what the outer one allocates.
+                with T.sblock("pairs"):
+                    T.reads(*reads)
+                    T.writes(whole(c))
+                    totals = T.sblock_alloc_buffer((rows, V, 2, 4), "int32")
+                    load(c, totals)
+                    for s, h in itertools.product(range(S), range(2)):
+                        multiply_step(x, w, totals, s, h)
+                    store(c, totals)
+    return builder.get()
+
+
+SDOT = Multiply("sdot", sdot_pairs, total="int32", total_lanes=8, fold=add_pairs, by_lane=True, center=8)
+
+I8MM = InstructionSet(
+    name="i8mm",
+    layout_4bit=Layout(bits=4, vectors=4, lanes=4, depth=8, zero=0),
+    layout_8bit=Layout(bits=8, vectors=4, lanes=4, depth=8, zero=128),
+    rows=4,
+    tile_vectors=2,
+    panel=2048,
+    multiply_4bit=SDOT,
+    multiply_8bit=SDOT,
+    multiply_pairs=Multiply("smmla", smmla, center=8, implement=matrix_impl),
+)
