@@ -11,7 +11,7 @@ against those that its multiplies need: `benchmarks.instructions.core_model` say
 import argparse
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from agq_tvm.errors import AgqError
@@ -23,31 +23,41 @@ from benchmarks.instructions.products import DEVICES, Counted, count, table_prod
 from benchmarks.tables import RESULTS, aligned, report, write_report
 
 _PACKAGES = ("apache-tvm", "ziglang")
-_HEAD = ("device", "kernels", "form", "scales", "M", "quantize", "multiply", "MAC/instr")
-_MODEL_HEAD = ("unpack/MAC", "MAC/cycle", "of bound %", "loop %", "busiest %")
-_PEER_HEAD = ("device", "llama.cpp", "M", "instructions", "MAC/instr", "error %")
+_PRODUCT = ("device", "kernels", "form", "scales", "M")
+_HEAD = (*_PRODUCT, "quantize", "multiply", "unpacking", "MAC/instruction", "x W8A8")
+_MODEL_HEAD = (*_PRODUCT, "MAC/cycle", "x W8A8", "% of bound", "inner loop", "busiest unit")
+_PEER_HEAD = ("device", "llama.cpp", "M", "instructions", "MAC/instruction", "error %")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table; `cycles` and `unpacking` are None where the tools for them are missing."""
+    """A row of the tables; `cycles` and `unpacking` are None where the tools for them are missing."""
 
     counted: Counted
     unpacking: int | None = None
     cycles: Cycles | None = None
 
-    def as_line(self) -> tuple[str, ...]:
-        """Return its cells."""
-        product, counted = self.counted.product, self.counted
+    @property
+    def product_cells(self) -> tuple[str, ...]:
+        """Which product it is."""
+        product = self.counted.product
         scales = product.scales.removeprefix("per-")
-        line = (product.device, product.instruction_set, product.form, scales, str(product.rows))
-        line += (str(counted.quantize.instructions), str(counted.multiply.instructions), f"{counted.ratio:.2f}")
-        if self.cycles is None:
-            return (*line, *["-"] * len(_MODEL_HEAD))
-        cycles = self.cycles
-        shares = (100 * cycles.bound / cycles.cycles, 100 * cycles.loop_bound / cycles.loop_cycles)
-        line += (f"{self.unpacking / product.macs:.3f}", f"{product.macs / cycles.cycles:.2f}")
-        return (*line, *(f"{share:.0f}" for share in shares), cycles.limit)
+        return (product.device, product.instruction_set, product.form, scales, str(product.rows))
+
+    def count_cells(self, int8: "Row") -> tuple[str, ...]:
+        """Return cells of executed instructions, beside those of the same product in 8 bits."""
+        counted = self.counted
+        counts = (counted.quantize.instructions, counted.multiply.instructions, self.unpacking)
+        ratios = (f"{counted.ratio:.2f}", f"{counted.ratio / int8.counted.ratio:.2f}")
+        return (*self.product_cells, *("-" if count is None else str(count) for count in counts), *ratios)
+
+    def model_cells(self, int8: "Row") -> tuple[str, ...]:
+        """Return cells of simulated cycles, beside those of the same product in 8 bits."""
+        cycles, macs = self.cycles, self.counted.product.macs
+        figures = (macs / cycles.cycles, int8.cycles.cycles / cycles.cycles)
+        shares = (cycles.bound / cycles.cycles, cycles.loop_bound / cycles.loop_cycles)
+        cells = (*(f"{figure:.2f}" for figure in figures), *(f"{100 * share:.1f}" for share in shares))
+        return (*self.product_cells, *cells, cycles.limit)
 
     def as_json(self) -> dict:
         """Return its figures."""
@@ -78,13 +88,25 @@ def _can_model() -> bool:
     return True
 
 
-def _table(folder: Path) -> list[Row]:
+def _tables(folder: Path) -> list[Row]:
     rows, modelled = [], _can_model()
     for counted in count(table_products(), folder):
         rows.append(_row(counted, modelled))
-        print(*rows[-1].as_line(), file=sys.stderr)
-    print(aligned([(*_HEAD, *_MODEL_HEAD), *(row.as_line() for row in rows)]))
+        print(counted.product.name, f"{counted.ratio:.2f}", file=sys.stderr)
+    pairs = [(row, _int8_of(row, rows)) for row in rows]
+    print(aligned([_HEAD, *(row.count_cells(int8) for row, int8 in pairs)]))
+    if modelled:
+        print()
+        print(aligned([_MODEL_HEAD, *(row.model_cells(int8) for row, int8 in pairs)]))
     return rows
+
+
+def _int8_of(row: Row, rows: list[Row]) -> Row:
+    """Return the row of the same product of 8-bit weights and activations."""
+    product = row.counted.product
+    own = load_device(product.device).instruction_set
+    same = replace(product, instruction_set=own, weight_bits=8, activation_bits=8)
+    return next(other for other in rows if other.counted.product == same)
 
 
 def _peers(folder: Path) -> list[llama_cpp.Peer]:
@@ -118,7 +140,7 @@ def main() -> None:
         if arguments.write_baseline:
             _write_baseline(folder)
             return
-        rows = _table(folder)
+        rows = _tables(folder)
         peers = _peers(folder) if arguments.peers else []
     results = {"results": [row.as_json() for row in rows], "peers": [asdict(peer) for peer in peers]}
     simulator = core_model.find_simulator()[1] if rows[0].cycles else None

@@ -24,7 +24,7 @@ _OLDEST, _NEWEST = 17, 40
 _ITERATIONS = 100
 _COVERED = 0.99
 _MULTIPLY = re.compile(r"(s|u|us)?(mull2?|mlal2?|dot|mmla)|mul|mla")
-_UNPACK = re.compile(r"and|bic|ushr|sshr|usra|shl|sli|sri|tbl")
+_UNPACK = re.compile(r"and|bic|eor|add|sub|ushr|sshr|usra|shl|sli|sri|tbl")
 _BYTES = re.compile(r"v\d+\.(16|8)b")
 
 
@@ -70,7 +70,7 @@ def is_multiply(instruction: Instruction) -> bool:
 
 
 def is_unpacking(instruction: Instruction) -> bool:
-    """Whether an instruction of AArch64 masks, shifts or looks up vectors of bytes."""
+    """Whether an instruction of AArch64 masks, shifts, centers or looks up vectors of bytes."""
     return bool(_UNPACK.fullmatch(instruction.mnemonic)) and bool(_BYTES.match(instruction.operands))
 
 
@@ -92,7 +92,7 @@ def find_simulator() -> tuple[str, int]:
 
 
 def unpacking(listing: dict[int, Instruction], count: Count) -> int:
-    """Return how many instructions of a call mask, shift or look up vectors of bytes."""
+    """Return how many instructions of a call mask, shift, center or look up vectors of bytes."""
     return sum(region.runs * sum(map(is_unpacking, region.instructions)) for region in regions(listing, count))
 
 

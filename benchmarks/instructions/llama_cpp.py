@@ -4,10 +4,12 @@ Its source comes from the package registry, as that of llama-cpp-python, and is 
 """
 
 import hashlib
+import os
 import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,12 +118,20 @@ def _program(device: Device) -> Path:
 
 
 def _build(ggml: Path, folder: Path, device: Device) -> None:
-    (folder / "ggml-version.h").write_text('#define GGML_VERSION "0"\n#define GGML_COMMIT "0"\n')
-    arguments = [f"-mcpu={device.cpu.replace('-', '_')}", "-O3", *(f"-D{define}" for define in _DEFINES)]
-    for include in (folder, ggml / "include", ggml / "src", ggml / "src" / "ggml-cpu"):
-        arguments += ["-I", str(include)]
-    arguments += [str(_DRIVER), *(str(ggml / "src" / name) for name in _FILES), "-lc++", "-lm", "-ldl", "-lpthread"]
-    zig_cc(device, [*arguments, "-o", str(folder / "llama_cpp")], f"build llama.cpp for {device.name}")
+    arguments = [f"-mcpu={device.cpu.replace('-', '_')}", "-O3", "-g0", "-lc++"]
+    arguments += [f"-D{define}" for define in _DEFINES]
+    for include in ("include", "src", "src/ggml-cpu"):
+        arguments += ["-I", str(ggml / include)]
+    sources = [_DRIVER, *(ggml / "src" / name for name in _FILES)]
+    objects = [str(folder / f"{number}.o") for number in range(len(sources))]
+
+    def compile_one(source: Path, made: str) -> None:
+        zig_cc(device, [*arguments, "-c", str(source), "-o", made], f"compile llama.cpp's {source.name}")
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(compile_one, sources, objects))
+    link = [*objects, "-lc++", "-lm", "-ldl", "-lpthread", "-o", str(folder / "llama_cpp")]
+    zig_cc(device, link, f"link llama.cpp for {device.name}")
 
 
 def _fetch() -> Path:
@@ -138,4 +148,6 @@ def _fetch() -> Path:
                 member.name = member.name.partition("/")[2]
                 if member.name.startswith(f"{_SOURCE}/") and member.isfile():
                     tar.extract(member, made, filter="data")
+        version = made / _SOURCE / "src" / "ggml-version.h"
+        version.write_text('#define GGML_VERSION "0"\n#define GGML_COMMIT "0"\n')
     return folder
