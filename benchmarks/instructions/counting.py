@@ -55,32 +55,63 @@ def count_instructions(library: Path, function: str, tensors: Sequence[str], dev
     AgqError
         If the emulator or its tools are missing, or the function fails.
     """
-    once, three = (_run(library, function, times, tensors, device) for times in (1, 3))
+    output = library.with_suffix(".blocks")
+    runner = str(_tools(device) / "runner")
+
+    def blocks(times: int) -> dict:
+        base, found = run_counted([runner, str(library), function, str(times), *tensors], device, output)
+        return {at - int(base, 16): block for at, block in found.items()}
+
+    return per_call(blocks(1), blocks(3))
+
+
+def per_call(once: dict, three: dict) -> Count:
+    """Return what one call executes, from the blocks of a process that makes one and of one that makes three."""
     blocks = {at: (size, (runs - once.get(at, (size, 0))[1]) // 2) for at, (size, runs) in three.items()}
     blocks = {at: block for at, block in blocks.items() if block[1]}
     total = sum(size * runs for size, runs in three.values()) - sum(size * runs for size, runs in once.values())
     return Count(total // 2, blocks)
 
 
-def _run(library: Path, function: str, times: int, tensors: Sequence[str], device: Device) -> dict:
-    tools = _tools(device)
-    output = library.with_suffix(f".{times}.blocks")
-    command = [find_emulator(), "-cpu", device.emulator, "-L", _SYSROOT, "-E", "TVM_NUM_THREADS=1"]
-    command += ["-plugin", f"{tools / 'plugin.so'},out={output}", str(tools / "runner")]
-    command += [str(library), function, str(times), *tensors]
+def run_counted(command: Sequence[str], device: Device, output: Path) -> tuple[str, dict[int, tuple[int, int]]]:
+    """Run a program for a device under emulation.
+
+    Parameters
+    ----------
+    command : sequence of str
+        The program and its arguments.
+    device : Device
+    output : Path
+        A file for the counts, removed again.
+
+    Returns
+    -------
+    str
+        What it printed.
+    dict
+        By address: the instructions of a block, and how often it ran.
+
+    Raises
+    ------
+    AgqError
+        If the emulator is missing, or the program fails.
+    """
+    emulator = [find_emulator(), "-cpu", device.emulator, "-L", _SYSROOT, "-E", "TVM_NUM_THREADS=1"]
+    emulator += ["-plugin", f"{_tools(device) / 'plugin.so'},out={output}"]
+    name = Path(command[0]).name
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT)
+        result = subprocess.run([*emulator, *command], capture_output=True, text=True, timeout=_TIME_LIMIT)
     except subprocess.TimeoutExpired:
-        raise AgqError(f"{function} did not end within {_TIME_LIMIT:.0f} s under emulation") from None
+        raise AgqError(f"{name} did not end within {_TIME_LIMIT:.0f} s under emulation") from None
     if result.returncode:
-        raise AgqError(f"{function} does not run under emulation: {result.stderr.strip()[-300:]}")
-    base, blocks = int(result.stdout, 16), {}
+        raise AgqError(f"{name} does not run under emulation: {result.stderr.strip()[-300:]}")
+    blocks = {}
     for line in output.read_text().splitlines():
         address, size, runs = line.split()
-        key = int(address, 16) - base
+        key = int(address, 16)
         blocks[key] = (int(size), blocks.get(key, (0, 0))[1] + int(runs))
     output.unlink()
-    return blocks
+    return result.stdout.strip(), blocks
 
 
 @cache

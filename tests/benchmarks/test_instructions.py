@@ -1,4 +1,4 @@
-"""Counts of executed instructions: exact, repeatable, and of the kernel alone."""
+"""Counts of executed instructions: exact, repeatable, of the kernel alone, and no more than were committed."""
 
 import os
 import warnings
@@ -9,8 +9,10 @@ import pytest
 from agq_tvm.boards.emulate import find_emulator
 from agq_tvm.errors import AgqError
 from agq_tvm.targets import load_device
-from benchmarks.instructions.__main__ import count
-from benchmarks.instructions.counting import count_instructions
+from benchmarks.instructions import baseline, core_model
+from benchmarks.instructions.counting import Count, count_instructions
+from benchmarks.instructions.disassembly import Instruction, disassemble, find_disassembler, innermost_loops, regions
+from benchmarks.instructions.products import DEVICES, Product, count
 from tests.boards import kernels
 
 pytestmark = pytest.mark.emulator
@@ -18,18 +20,30 @@ pytestmark = pytest.mark.emulator
 DEVICE = "raspberry-pi-4"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulator():
+def need(find, *arguments):
+    """Return what a search for a tool finds; without it skip, or in CI fail."""
     try:
-        return find_emulator()
+        return find(*arguments)
     except AgqError as error:
         if os.environ.get("CI"):
             pytest.fail(f"CI must count instructions: {error}")
-        warnings.warn(f"INSTRUCTIONS ARE NOT COUNTED: {error}", stacklevel=1)
+        warnings.warn(f"INSTRUCTIONS ARE NOT COUNTED: {error}", stacklevel=2)
         pytest.skip(str(error))
 
 
-def test_counts_are_the_same_every_time_and_made_of_blocks(tmp_path):
+@pytest.fixture(scope="module")
+def emulator():
+    return need(find_emulator)
+
+
+@pytest.fixture(scope="module")
+def counted(emulator, tmp_path_factory):
+    """A product of one row and one of eight."""
+    products = [Product(DEVICE, "neon", rows, "per-token-group", 4, 8) for rows in (1, 8)]
+    return list(count(products, tmp_path_factory.mktemp("counted")))
+
+
+def test_counts_are_the_same_every_time_and_made_of_blocks(emulator, tmp_path):
     device, tensors = load_device(DEVICE), ["float32:64"] * 3
     library = kernels.library(kernels.Add, DEVICE, tmp_path)
     first, second = (count_instructions(Path(library), "add", tensors, device) for _ in range(2))
@@ -37,14 +51,80 @@ def test_counts_are_the_same_every_time_and_made_of_blocks(tmp_path):
     assert sum(size * runs for size, runs in first.blocks.values()) == first.instructions > 16
 
 
-def test_a_product_of_more_rows_takes_more_instructions(tmp_path):
-    device = load_device(DEVICE)
-    one, eight = (count(device, rows, "per-token-group", 8, tmp_path) for rows in (1, 8))
+def test_a_product_of_more_rows_takes_more_instructions(counted):
+    one, eight = counted
     assert eight.multiply.instructions > 4 * one.multiply.instructions
     assert 0.5 < one.ratio < eight.ratio < 16
 
 
-def test_what_does_not_run_is_said(tmp_path):
+def test_what_does_not_run_is_said(emulator, tmp_path):
     library = kernels.library(kernels.Add, DEVICE, tmp_path)
     with pytest.raises(AgqError, match="no such function"):
         count_instructions(Path(library), "subtract", [], load_device(DEVICE))
+
+
+def test_executed_instructions_and_their_multiplies(counted):
+    """Every multiply-accumulate is in a multiply of 8 or 16 bytes, and what is executed is in the listing."""
+    one, device = counted[0], load_device(DEVICE)
+    need(find_disassembler, device)
+    found = regions(disassemble(one.library, device), one.multiply)
+    assert 0.98 * one.multiply.instructions <= sum(region.executed for region in found) <= one.multiply.instructions
+    multiplies = sum(region.runs * sum(map(core_model.is_multiply, region.instructions)) for region in found)
+    assert one.product.macs / 16 <= multiplies <= one.product.macs / 8
+    unpacking = core_model.unpacking(disassemble(one.library, device), one.multiply)
+    assert one.product.macs / 64 <= unpacking < one.multiply.instructions / 2
+
+
+def listing(*targets):
+    """Return instructions of which some jump: addresses 0, 4, ..., each with the place it jumps to, or None."""
+    targets = enumerate(targets)
+    return {4 * at: Instruction(4 * at, "b.ne", "", None if to is None else 4 * to) for at, to in targets}
+
+
+def test_blocks_that_overlap_are_summed_and_cut_at_loops():
+    """QEMU's block of a loop's first round begins before the loop; the next ones begin at its head."""
+    blocks = {0: (5, 3), 8: (3, 21), 20: (1, 3)}
+    before, loop, after = regions(listing(None, None, None, None, 2, None), Count(0, blocks))
+    assert [len(region.instructions) for region in (before, loop, after)] == [2, 3, 1]
+    assert [region.runs for region in (before, loop, after)] == [3, 24, 3]
+
+
+def test_loops_of_as_many_rounds_stay_apart():
+    blocks = {0: (2, 7), 8: (3, 7)}
+    first, second = regions(listing(None, 0, None, None, 2), Count(0, blocks))
+    assert [first.executed, second.executed] == [14, 21]
+
+
+def test_loops_with_others_inside_are_left_out():
+    assert innermost_loops(listing(None, None, 1, None, 3, 0).values()) == [(4, 8), (12, 16)]
+
+
+def test_cycles_against_the_multiply_unit(counted):
+    try:
+        core_model.find_simulator()
+    except AgqError as error:
+        warnings.warn(f"CYCLES ARE NOT SIMULATED: {error}", stacklevel=1)
+        pytest.skip(str(error))
+    one, device = counted[1], load_device(DEVICE)
+    cycles = core_model.simulate(disassemble(one.library, device), one.multiply, device)
+    assert cycles.core == "cortex-a72" and cycles.covered >= 0.99
+    assert one.product.macs / 16 <= cycles.bound <= cycles.cycles
+    assert 0 < cycles.loop_bound <= cycles.loop_cycles <= cycles.cycles
+
+
+@pytest.mark.parametrize("device", [*DEVICES, *baseline.X86_DEVICES])
+def test_no_kernel_has_become_slower(request, device, tmp_path):
+    if device in DEVICES:
+        request.getfixturevalue("emulator")
+    else:
+        need(find_disassembler, load_device(device))
+    committed = {name: figure for name, figure in baseline.read_baseline().items() if name.startswith(f"{device} ")}
+    found = baseline.differences(committed, baseline.measure(device, tmp_path))
+    assert not found, "\n".join([*found, f"if that is meant, renew the figures: {baseline.RENEW}"])
+
+
+def test_what_differs_from_the_baseline_is_told():
+    committed = {"slower": 1000, "faster": 1000, "alike": 1000, "gone": 1000}
+    found = baseline.differences(committed, {"slower": 1021, "faster": 979, "alike": 1020, "new": 1})
+    assert [line.split(":")[0] for line in found] == ["faster", "gone", "new", "slower"]
+    assert "SLOWER, 1000 -> 1021, +2.1 %" in found[-1]
