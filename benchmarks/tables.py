@@ -1,6 +1,7 @@
 """What every benchmark reports: aligned tables, and JSON that says where, when and of what it was made."""
 
 import datetime
+import hashlib
 import os
 import platform
 import shlex
@@ -58,6 +59,14 @@ def commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return result.stdout.strip()
+
+
+def source_hash() -> str:
+    """Return a short hash of the package's source, committed or not: what bundles that are kept depend on."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "agq_tvm").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -36,7 +36,7 @@ class Run:
     ----------
     work : Path
     only : list of str
-        See `Fleet.start`; ours is always among them.
+        See `benchmarks.peers.fleet.named`.
     rounds : int
         For each shape and number of rows.
     seconds : float
@@ -82,8 +82,8 @@ def measure_threads(run: Run, threads: int, seconds: float) -> tuple[list[dict],
     """
     found, rows, measured = fleet.Fleet(run.work, threads), [], {}
     try:
-        only = [*run.only, "agq_tvm"] if run.only else []
-        forms = found.start(base.engines() if run.engines is None else run.engines, "PRODUCTS", only)
+        engines = base.engines() if run.engines is None else run.engines
+        forms = found.start(engines, "PRODUCTS", lambda form: fleet.named(form, run.only))
         limits = found.worker(ours, ours.PRODUCTS[0].name)
         found.workers[LIMITS] = limits
         cases = [(*shape, count) for shape in run.shapes for count in run.rows]

@@ -16,7 +16,8 @@ from types import ModuleType
 import numpy as np
 
 GROUP_SIZES = (32, 128)
-TABLE_GROUP = 32
+ORIGIN = "origin.txt"
+"""In the directory of a float model: the name of the 4-bit model that it is the unpacked form of."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,19 @@ class ModelForm:
     head : str
         Form of the output table, e.g. ``"Q6_K"``.
     head_bits : int
-        Its bits, 4, 8 or 16: which of our heads it is compared with. More than 4 and fewer than 8 count as 8.
+        Its bits, 4, 8, 16 or 32: which of our heads it is compared with. More than 4 and fewer than 8 count as 8.
+    kept : bool
+        Whether it takes the 4-bit grid that a model came with, and so only models that came with one.
+    pruned : bool
+        Whether tokens of the prompt are dropped.
     """
 
     name: str
     bits: int
     head: str
     head_bits: int
+    kept: bool = False
+    pruned: bool = False
 
 
 class Operands:
@@ -186,13 +193,27 @@ class Model:
         """Start anew, read a prompt and compute the logits of its last token."""
         raise NotImplementedError
 
-    def decode(self, tokens: list[int]) -> None:
-        """Read tokens one by one after what was read so far, with logits for each."""
+    def decode(self, token: int) -> None:
+        """Read one token more, and compute its logits."""
+        raise NotImplementedError
+
+    def decode_all(self, tokens: list[int]) -> None:
+        """Read tokens one by one."""
+        for token in tokens:
+            self.decode(token)
+
+    def last(self) -> np.ndarray:
+        """Return the logits of the last token that was read, float32 [V]."""
         raise NotImplementedError
 
     def logits(self, tokens: list[int]) -> np.ndarray:
-        """Return the logits of every token of a text, float32 [T, V]."""
-        raise NotImplementedError
+        """Return the logits of every token, each read by itself: float32 [T, V]."""
+        self.prefill(tokens[:1])
+        found = [np.array(self.last(), "float32")]
+        for token in tokens[1:]:
+            self.decode(token)
+            found.append(np.array(self.last(), "float32"))
+        return np.array(found)
 
 
 def engines() -> dict[str, ModuleType]:

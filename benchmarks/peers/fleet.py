@@ -44,7 +44,7 @@ class Fleet:
     versions: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
-    def start(self, engines: dict[str, ModuleType], attribute: str, only: list[str]) -> dict[str, Form | ModelForm]:
+    def start(self, engines: dict[str, ModuleType], attribute: str, wanted) -> dict[str, Form | ModelForm]:
         """Start a process for each form of each engine that is installed.
 
         Parameters
@@ -52,8 +52,8 @@ class Fleet:
         engines : dict of str to module
         attribute : str
             ``"PRODUCTS"`` or ``"MODELS"``.
-        only : list of str
-            Texts of which a form's name has to hold one; none for all.
+        wanted : callable
+            Whether a form is.
 
         Returns
         -------
@@ -62,7 +62,7 @@ class Fleet:
         """
         started = {}
         for engine in engines.values():
-            forms = [form for form in getattr(engine, attribute, ()) if _wanted(form.name, only)]
+            forms = [form for form in getattr(engine, attribute, ()) if wanted(form)]
             if not forms:
                 continue
             version = environments.installed_version(self.work, engine)
@@ -119,8 +119,9 @@ class _Guard:
         return False
 
 
-def _wanted(name: str, only: list[str]) -> bool:
-    return not only or any(text.lower() in name.lower() for text in only)
+def named(form: Form | ModelForm, only: list[str]) -> bool:
+    """Say whether a form's name holds one of some texts; if there are none, yes. Ours is always meant."""
+    return not only or any(text.lower() in form.name.lower() for text in [*only, "agq_tvm"])
 
 
 def cores(count: int) -> list[int]:
@@ -137,7 +138,7 @@ def cores(count: int) -> list[int]:
     return available[-count:]
 
 
-def rounds_of(steps: dict, rounds: int, seconds: float) -> dict[str, list]:
+def rounds_of(steps: dict, rounds: int, seconds: float, fewest: int = FEWEST_ROUNDS) -> dict[str, list]:
     """Go through steps in turn, round after round; the first round is not counted.
 
     Parameters
@@ -147,7 +148,8 @@ def rounds_of(steps: dict, rounds: int, seconds: float) -> dict[str, list]:
     rounds : int
         That are counted, at most.
     seconds : float
-        After which no round is begun, except to have three.
+        After which no round is begun, except to have the fewest.
+    fewest : int
 
     Returns
     -------
@@ -157,7 +159,7 @@ def rounds_of(steps: dict, rounds: int, seconds: float) -> dict[str, list]:
     kept: dict[str, list] = {name: [] for name in steps}
     alive, began = dict(steps), time.monotonic()
     for number in range(rounds + 1):
-        if number > min(rounds, FEWEST_ROUNDS) and time.monotonic() - began > seconds:
+        if number > min(rounds, fewest) and time.monotonic() - began > seconds:
             break
         for name, step in list(alive.items()):
             value = step()

@@ -41,6 +41,7 @@ class Worker:
         with log.open("w") as errors:
             self._process = subprocess.Popen(
                 command,
+                bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -63,7 +64,6 @@ class Worker:
         """
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
-            self._process.stdin.flush()
         except OSError:
             raise AgqError(f"{self.name} is not running any more: see {self.log}") from None
         return self._answer(ANSWER_LIMIT)
@@ -74,7 +74,7 @@ class Worker:
             if not self._selector.select(max(0, end - time.monotonic())):
                 self.stop()
                 raise AgqError(f"{self.name} gave no answer in {limit} s: see {self.log}")
-            if not (found := self._process.stdout.read1(1 << 16)):
+            if not (found := self._process.stdout.read(1 << 16)):
                 status = self._process.wait()
                 raise AgqError(f"{self.name} died (exit status {status}): see {self.log}")
             self._rest += found

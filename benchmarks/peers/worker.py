@@ -69,13 +69,13 @@ class Server:
         return timed(lambda: self._model.prefill(tokens))
 
     def decode(self, tokens: list[int]) -> dict[str, float]:
-        """Time tokens after a prompt of one."""
+        """Time tokens, one by one, after a prompt of one."""
         self._model.prefill(tokens[:1])
-        return timed(lambda: self._model.decode(tokens))
+        return timed(lambda: self._model.decode_all(tokens))
 
     def logits(self, tokens: list[int], path: str) -> dict:
-        """Write the logits of every token to a file."""
-        np.save(path, self._model.logits(tokens).astype("float32"))
+        """Write the logits of every token to a file, float32 [T, V]."""
+        np.save(path, self._model.logits(tokens))
         return {}
 
     def call(self, method: str, **arguments):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.peers.base import Form, Operands, Product, copy_of
+from benchmarks.peers.base import Form, Model, ModelForm, Operands, Product, copy_of
+from benchmarks.peers.gguf_file import write_gguf
 
 ENVIRONMENT = "shared"
 PACKAGE = "llama-cpp-python"
@@ -18,6 +19,14 @@ PRODUCTS = (
     Form("llama.cpp Q4_K", "g32"),
     Form("llama.cpp Q4_K, not repacked", "g32"),
     Form("llama.cpp Q8_0", "int8"),
+)
+MODELS = (
+    ModelForm("llama.cpp Q4_0", 4, "Q6_K", 8),
+    ModelForm("llama.cpp Q4_0, 4-bit head", 4, "Q4_0", 4),
+    ModelForm("llama.cpp Q4_1", 4, "Q6_K", 8, kept=True),
+    ModelForm("llama.cpp Q4_K_M", 4, "Q6_K", 8),
+    ModelForm("llama.cpp Q4_K_M, not repacked", 4, "Q6_K", 8),
+    ModelForm("llama.cpp Q8_0", 8, "Q8_0", 8),
 )
 _F32 = 0
 _TYPES = {"Q4_0": 2, "Q8_0": 8, "Q4_K": 12}
@@ -147,3 +156,63 @@ class Product(Product):
         for context, buffer in self._made:
             self._ggml.free_buffer(buffer)
             self._ggml.free(context)
+
+
+class Model(Model):
+    """See `benchmarks.peers.base.Model`."""
+
+    def __init__(self, form: ModelForm, threads: int, work: Path, source: Path, context: int):
+        import llama_cpp
+
+        self._library = llama_cpp
+        llama_cpp.llama_backend_init()
+        options = llama_cpp.llama_model_default_params()
+        options.use_extra_bufts = "not repacked" not in form.name
+        path = str(self._quantized(form, work, source)).encode()
+        if not (model := llama_cpp.llama_model_load_from_file(path, options)):
+            raise RuntimeError(f"llama.cpp does not load {path.decode()}")
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = context
+        settings.n_threads = settings.n_threads_batch = threads
+        self._context = llama_cpp.llama_init_from_model(model, settings)
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+
+    def _quantized(self, form: ModelForm, work: Path, source: Path) -> Path:
+        """Convert the model, unless that was done before."""
+        kind = form.name.split()[1].rstrip(",")
+        head = "-head-q4_0" if form.head == "Q4_0" else ""
+        whole, target = (work / f"{source.name}{suffix}.gguf" for suffix in ("", f"-{kind}{head}"))
+        if target.exists():
+            return target
+        if not whole.exists():
+            write_gguf(source, whole)
+        options = self._library.llama_model_quantize_default_params()
+        options.ftype = getattr(self._library, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        options.nthread = 1
+        if head:
+            options.output_tensor_type = options.token_embedding_type = _TYPES["Q4_0"]
+        part = target.with_suffix(".part")
+        if self._library.llama_model_quantize(str(whole).encode(), str(part).encode(), ctypes.byref(options)):
+            raise RuntimeError(f"llama.cpp does not quantize {whole}")
+        part.rename(target)
+        return target
+
+    def prefill(self, tokens: list[int]) -> None:
+        """See `Model.prefill`."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), False)
+        self._read(tokens)
+
+    def decode(self, token: int) -> None:
+        """See `Model.decode`."""
+        self._read([token])
+
+    def _read(self, tokens: list[int]) -> None:
+        array = (self._library.llama_token * len(tokens))(*tokens)
+        batch = self._library.llama_batch_get_one(array, len(tokens))
+        if status := self._library.llama_decode(self._context, batch):
+            raise RuntimeError(f"llama_decode returned {status}")
+
+    def last(self) -> np.ndarray:
+        """See `Model.last`."""
+        logits = self._library.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(logits, (self._vocab_size,)).copy()

@@ -4,9 +4,14 @@ Symmetric weights, like those of the other engines: scales of groups in float16.
 weights' groups, which is what `agq quantize` takes if nothing else is asked for.
 """
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 
-from benchmarks.peers.base import Form, Operands, Product, copy_of
+from benchmarks.peers.base import ORIGIN, Form, Model, ModelForm, Operands, Product, copy_of
 
 ENVIRONMENT = ""
 PACKAGE = "apache-tvm"
@@ -16,6 +21,15 @@ PRODUCTS = (
     Form("agq_tvm g128", "g128"),
     Form("agq_tvm g128, group scales", "g128"),
 )
+MODELS = (
+    ModelForm("agq_tvm g32", 4, "int8", 8),
+    ModelForm("agq_tvm g32, 4-bit head", 4, "int4", 4),
+    ModelForm("agq_tvm g32, pruned", 4, "int8", 8, pruned=True),
+    ModelForm("agq_tvm kept grid", 4, "int8", 8, kept=True),
+    ModelForm("agq_tvm g128", 4, "int8", 8),
+)
+PRUNED_DEPTHS, PRUNED_SHARE = (1 / 3, 1 / 2, 3 / 4), 0.5
+"""Of the layers, those after which tokens of the prompt are dropped, and the share that is gone at the end."""
 
 
 class Product(Product):
@@ -51,10 +65,8 @@ class Product(Product):
         self._arrays: list[np.ndarray] = []
         made = [np.zeros(shape, kind) for shape, kind in quantizing.output_shapes(layout)]
         self._x, self._made = placed(x), [placed(array) for array in made]
-        self._weights = []
-        for i in range(operands.copies):
-            w, s = layout.pack(copy_of(codes, i)), layout.pack_columns(copy_of(scales, i).astype("float16"))
-            self._weights.append((placed(w), placed(s)))
+        w, s = layout.pack(codes), layout.pack_columns(scales.astype("float16"))
+        self._weights = [(placed(copy_of(w, i)), placed(copy_of(s, i))) for i in range(operands.copies)]
         self.stored_bytes = w.nbytes + s.nbytes
         self._out = placed(np.zeros((rows, layout.tiles(columns) * layout.width), "float32"))
         self._y, self._columns = self._arrays[-1], columns
@@ -84,3 +96,61 @@ def limits_here(threads: int) -> dict[str, float]:
 
 
 _LIMITS: dict[int, tuple] = {}
+
+
+class Model(Model):
+    """See `benchmarks.peers.base.Model`.
+
+    Weights are rounded to nearest, symmetric as those of the other engines; or the grid is kept that a 4-bit model has.
+    """
+
+    def __init__(self, form: ModelForm, threads: int, work: Path, source: Path, context: int):
+        from agq_tvm.runtime.bundle import Bundle
+        from agq_tvm.runtime.engine import Engine, LocalSession
+
+        bundle = Bundle(str(self._compiled(form, work, source, context)))
+        self._engine = Engine(bundle, LocalSession(bundle, threads=threads))
+
+    def _compiled(self, form: ModelForm, work: Path, source: Path, context: int) -> Path:
+        """Quantize and compile the model, unless this source did so before."""
+        from benchmarks.tables import source_hash
+
+        name = form.name.removeprefix("agq_tvm ").replace(", ", "-").replace(" ", "-")
+        target = work / f"{source.name}-{name}-{context}-{source_hash()}"
+        if target.exists():
+            return target
+        checkpoint, part = target.with_suffix(".checkpoint"), target.with_suffix(".part")
+        model = (source / ORIGIN).read_text(encoding="utf-8") if form.kept else str(source)
+        _agq("quantize", model, "-o", str(checkpoint), *self._options(form, source))
+        _agq("compile", str(checkpoint), "--target", "host", "--context", str(context), "-o", str(part))
+        part.rename(target)
+        return target
+
+    def _options(self, form: ModelForm, source: Path) -> list[str]:
+        if form.kept:
+            return ["--method", "keep"]
+        options = ["--method", "rtn", "--symmetric", "--group-size", form.name.split()[1].strip("g,")]
+        if form.head_bits != 8:
+            options += ["--head-bits", str(form.head_bits)]
+        if form.pruned:
+            config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            layers = [str(round(depth * config["num_hidden_layers"])) for depth in PRUNED_DEPTHS]
+            options += ["--prune-layers", ",".join(layers), "--prune-beta", str(PRUNED_SHARE)]
+        return options
+
+    def prefill(self, tokens: list[int]) -> None:
+        """See `Model.prefill`."""
+        self._engine.reset()
+        self._last = self._engine.prefill(tokens)
+
+    def decode(self, token: int) -> None:
+        """See `Model.decode`."""
+        self._last = self._engine.decode(token)
+
+    def last(self) -> np.ndarray:
+        """See `Model.last`."""
+        return self._last
+
+
+def _agq(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "agq_tvm", *arguments], check=True)

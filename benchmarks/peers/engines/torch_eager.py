@@ -1,8 +1,13 @@
-"""PyTorch: int8 weights with dynamic int8 activations (x86 and oneDNN kernels), bfloat16 and float32."""
+"""PyTorch: int8 weights with dynamic int8 activations (x86 and oneDNN kernels), bfloat16 and float32.
+
+Models run as transformers' Llama: SDPA, a growing cache, logits of the last position only.
+"""
+
+from pathlib import Path
 
 import numpy as np
 
-from benchmarks.peers.base import Form, Operands, Product, copy_of
+from benchmarks.peers.base import Form, Model, ModelForm, Operands, Product, copy_of
 
 ENVIRONMENT = "shared"
 PACKAGE = "torch"
@@ -12,6 +17,7 @@ PRODUCTS = (
     Form("torch bfloat16", "float"),
     Form("torch float32", "float"),
 )
+MODELS = (ModelForm("torch float32", 32, "float32", 32), ModelForm("torch bfloat16", 16, "bfloat16", 16))
 _DTYPES = {"torch bfloat16": "bfloat16", "torch float32": "float32"}
 
 
@@ -26,24 +32,25 @@ class Product(Product):
         torch.set_grad_enabled(False)
         self._x = torch.from_numpy(operands.x)
         w = operands.w
-        copies = (torch.from_numpy(copy_of(w, i)) for i in range(operands.copies))
         if self.form.kind == "int8":
-            self._calls = self._int8(torch, copies)
+            self._calls = self._int8(torch, w, operands.copies)
             self.stored_bytes = w.size + 4 * len(w)
         else:
             dtype = getattr(torch, _DTYPES[self.form.name])
+            copies = (torch.from_numpy(copy_of(w, i)) for i in range(operands.copies))
             self._calls = [self._float(torch, copy.to(dtype)) for copy in copies]
             self.stored_bytes = w.size * dtype.itemsize
 
-    def _int8(self, torch, copies) -> list:
+    def _int8(self, torch, w: np.ndarray, copies: int) -> list:
         torch.backends.quantized.engine = "onednn" if "onednn" in self.form.name else "x86"
-        calls = []
-        for w in copies:
-            scales = w.abs().amax(1) / 127
-            zeros = torch.zeros(len(w), dtype=torch.int64)
-            quantized = torch.quantize_per_channel(w, scales, zeros, 0, torch.qint8)
+        scales = np.abs(w).max(1) / np.float32(127)
+        codes = np.rint(w / scales[:, None]).astype("int8")
+        zeros, calls = torch.zeros(len(w), dtype=torch.int64), []
+        for i in range(copies):
+            moved = [torch.from_numpy(copy_of(array, i)) for array in (codes, scales)]
+            quantized = torch._make_per_channel_quantized_tensor(moved[0], moved[1].double(), zeros, 0)
             packed = torch.ops.quantized.linear_prepack(quantized, None)
-            # With reduce_range off: these kernels need the whole range only where there is VNNI, as here.
+            # Activations in all of their range: halving it is for processors without VNNI.
             calls.append(lambda packed=packed: torch.ops.quantized.linear_dynamic(self._x, packed, False))
         return calls
 
@@ -60,3 +67,35 @@ class Product(Product):
     def result(self) -> np.ndarray:
         """See `Product.result`."""
         return self._first.numpy()
+
+
+class Model(Model):
+    """See `benchmarks.peers.base.Model`."""
+
+    def __init__(self, form: ModelForm, threads: int, work: Path, source: Path, context: int):
+        import torch
+        from transformers import DynamicCache, LlamaForCausalLM
+
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self._torch, self._cache_kind = torch, DynamicCache
+        dtype = getattr(torch, _DTYPES[form.name])
+        self._model = LlamaForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa").eval()
+
+    def prefill(self, tokens: list[int]) -> None:
+        """See `Model.prefill`."""
+        self._cache = self._cache_kind(config=self._model.config)
+        self._read(tokens)
+
+    def decode(self, token: int) -> None:
+        """See `Model.decode`."""
+        self._read([token])
+
+    def _read(self, tokens: list[int]) -> None:
+        given = self._torch.tensor([tokens])
+        made = self._model(input_ids=given, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._last = made.logits[0, -1]
+
+    def last(self) -> np.ndarray:
+        """See `Model.last`."""
+        return self._last.float().numpy()
