@@ -33,7 +33,7 @@ class Server:
     module : module
         Of the engine.
     form : str
-        Name of one of its forms.
+        Name of one of its forms of products, of models, or of both.
     threads : int
     work : Path
     """
@@ -41,14 +41,17 @@ class Server:
     def __init__(self, module, form: str, threads: int, work: Path):
         self._module, self._threads, self._work = module, threads, work
         self._product = self._model = None
-        forms = {known.name: known for known in (*getattr(module, "PRODUCTS", ()), *getattr(module, "MODELS", ()))}
-        self._form = forms[form]
+        self._name = form
         work.mkdir(parents=True, exist_ok=True)
+
+    def _form(self, attribute: str):
+        """Return the form of this process, which may name a product as well as a model."""
+        return next(form for form in getattr(self._module, attribute) if form.name == self._name)
 
     def prepare(self, operands: str, rows: int, copies: int) -> dict:
         """Make a product ready: its stored bytes, and its error against the float product."""
         self._product = None  # its memory goes before the next one's comes
-        product = self._module.Product(self._form, self._threads, self._work)
+        product = self._module.Product(self._form("PRODUCTS"), self._threads, self._work)
         given = Operands(operands, rows, copies)
         product.prepare(given)
         product.run()
@@ -61,7 +64,7 @@ class Server:
 
     def load(self, source: str, context: int) -> dict:
         """Convert and load a model."""
-        self._model = self._module.Model(self._form, self._threads, self._work, Path(source), context)
+        self._model = self._module.Model(self._form("MODELS"), self._threads, self._work, Path(source), context)
         return {}
 
     def prefill(self, tokens: list[int]) -> dict[str, float]:

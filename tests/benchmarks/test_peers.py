@@ -103,9 +103,11 @@ def test_a_worker_that_dies_is_named(tmp_path, operands):
             process.ask("run")
 
 
-def test_a_form_that_is_unknown_does_not_start(tmp_path):
-    with pytest.raises(AgqError, match="KeyError"):
-        worker(tmp_path, "fake nothing")
+def test_a_product_and_a_model_may_have_one_name(tmp_path, operands):
+    with worker(tmp_path, "agq_tvm g32") as process:
+        process.ask("prepare", operands=str(operands), rows=2, copies=1)
+        process.ask("load", source=str(tmp_path), context=16)
+        assert process.ask("decode", tokens=[1, 2])["wall"] > 0
 
 
 def test_rounds_go_through_all_steps_in_turn():
