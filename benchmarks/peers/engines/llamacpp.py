@@ -21,11 +21,11 @@ PRODUCTS = (
     Form("llama.cpp Q8_0", "int8"),
 )
 MODELS = (
-    ModelForm("llama.cpp Q4_0", 4, "Q6_K", 8),
+    ModelForm("llama.cpp Q4_0", 4, "Q6_K or Q8_0", 8),
     ModelForm("llama.cpp Q4_0, 4-bit head", 4, "Q4_0", 4),
-    ModelForm("llama.cpp Q4_1", 4, "Q6_K", 8, kept=True),
-    ModelForm("llama.cpp Q4_K_M", 4, "Q6_K", 8),
-    ModelForm("llama.cpp Q4_K_M, not repacked", 4, "Q6_K", 8),
+    ModelForm("llama.cpp Q4_1", 4, "Q6_K or Q8_0", 8, kept=True),
+    ModelForm("llama.cpp Q4_K_M", 4, "Q6_K or Q8_0", 8),
+    ModelForm("llama.cpp Q4_K_M, not repacked", 4, "Q6_K or Q8_0", 8),
     ModelForm("llama.cpp Q8_0", 8, "Q8_0", 8),
 )
 _F32 = 0

@@ -14,6 +14,7 @@ PRODUCTS = (
     Form("OpenVINO u4 g128", "g128"),
     Form("OpenVINO int8", "int8"),
 )
+_KINDS = {"g32": "i4", "g128": "u4", "int8": "i8"}
 
 
 class Product(Product):
@@ -30,9 +31,11 @@ class Product(Product):
         weights = self._int8(operands.w) if self.form.kind == "int8" else operands.grid(size)
         for i in range(operands.copies):
             codes, scales = (copy_of(array, i) for array in weights)
-            w = self._decompressed(openvino, opset13, codes, scales, size)
+            w = decompressed(openvino, codes, scales, size, _KINDS[self.form.kind])
             inputs.append(opset13.parameter(list(x.shape), openvino.Type.f32))
             outputs.append(opset13.matmul(inputs[-1], w, False, True))
+        bits = {"i8": 8, "i4": 4, "u4": 4}[_KINDS[self.form.kind]]
+        self.stored_bytes = (bits * codes.size + (20 if self.form.kind == "g128" else 16) * scales.size) // 8
         config = {
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32" if self.form.kind == "g32" else "128",
             "INFERENCE_NUM_THREADS": self.threads,
@@ -49,25 +52,6 @@ class Product(Product):
         scales = np.abs(w).max(1, keepdims=True) / np.float32(127)
         return np.rint(w / scales).astype("int8"), scales
 
-    def _decompressed(self, openvino, ops, codes: np.ndarray, scales: np.ndarray, size: int):
-        """Return the node of w = s (q - z), as OpenVINO recognizes compressed weights."""
-        grouped = codes.reshape(len(codes), -1, size)
-        scale = ops.constant(scales[:, :, None].astype("float16"))
-        self.stored_bytes = codes.nbytes + 2 * scales.size
-        if self.form.kind == "int8":
-            node = ops.convert(ops.constant(grouped), "f16")
-        elif self.form.kind == "g32":
-            node = ops.convert(_packed(openvino, grouped ^ 8, openvino.Type.i4), "f16")
-            self.stored_bytes -= codes.nbytes // 2
-        else:
-            node = ops.convert(_packed(openvino, grouped, openvino.Type.u4), "f16")
-            zeros = _packed(openvino, np.full((*scales.shape, 1), 8, "uint8"), openvino.Type.u4)
-            node = ops.subtract(node, ops.convert(zeros, "f16"))
-            self.stored_bytes -= codes.nbytes // 2 - scales.size // 2
-        node = ops.multiply(node, scale)
-        node = ops.reshape(node, np.array([len(codes), -1], "int64"), False)
-        return ops.convert(node, "f32")
-
     def run(self) -> None:
         """See `Product.run`."""
         self._request.infer()
@@ -75,6 +59,35 @@ class Product(Product):
     def result(self) -> np.ndarray:
         """See `Product.result`."""
         return self._request.get_output_tensor(0).data
+
+
+def decompressed(openvino, codes: np.ndarray, scales: np.ndarray, size: int, kind: str):
+    """Return the node of w = s (q - z), as OpenVINO recognizes compressed weights.
+
+    Parameters
+    ----------
+    openvino : module
+    codes : int8 or uint8 array [N, K]
+        Of ``"i8"`` signed; else 0..15, with 8 for zero.
+    scales : float array [N, K / size]
+    size : int
+    kind : {"i8", "i4", "u4"}
+        How they are stored; the last with zero points.
+    """
+    from openvino import opset13
+
+    grouped = codes.reshape(len(codes), -1, size)
+    if kind == "i8":
+        node = opset13.convert(opset13.constant(grouped), "f16")
+    elif kind == "i4":
+        node = opset13.convert(_packed(openvino, grouped ^ 8, openvino.Type.i4), "f16")
+    else:
+        node = opset13.convert(_packed(openvino, grouped, openvino.Type.u4), "f16")
+        zeros = _packed(openvino, np.full((*scales.shape, 1), 8, "uint8"), openvino.Type.u4)
+        node = opset13.subtract(node, opset13.convert(zeros, "f16"))
+    node = opset13.multiply(node, opset13.constant(scales[:, :, None].astype("float16")))
+    node = opset13.reshape(node, np.array([len(codes), -1], "int64"), False)
+    return opset13.convert(node, "f32")
 
 
 def _packed(openvino, codes: np.ndarray, kind):
