@@ -55,14 +55,15 @@ def read_kernel(size: int, threads: int):
     return builder.get()
 
 
-def multiply_kernel(isa: InstructionSet, rounds: int):
-    """Return a PrimFunc that does nothing but the multiply-accumulates of an instruction set.
+def multiply_kernel(isa: InstructionSet, rounds: int, threads: int = 1):
+    """Return a PrimFunc that does nothing but the multiply-accumulates of an instruction set, on each thread.
 
     Twelve independent totals (eight where there are 16 registers): weights stay in registers, activations come
     from the first cache, one load for four multiplies.
 
-    Buffers: w uint8 or int8 [WEIGHTS, B], x int8 [STEPS, B], B the bytes of a vector; totals of the multiply's
-    type [X, WEIGHTS, lanes] (output), where total [i, v] gets the products of w[v] with every X-th x from i on.
+    Buffers: w uint8 or int8 [WEIGHTS, B], x int8 [STEPS, B], B the bytes of a vector; totals of the multiply's type
+    [threads, X, WEIGHTS, lanes] (output), where total [t, i, v] gets the products of w[v] with every X-th x from i
+    on.
     """
     multiply, layout = isa.multiply_4bit, isa.layout_4bit
     size, at_once = layout.lanes * layout.depth, activations_at_once(isa)
@@ -74,8 +75,8 @@ def multiply_kernel(isa: InstructionSet, rounds: int):
             T.func_attr({"global_symbol": "multiply", "tirx.noalias": True})
             w = T.arg("w", T.buffer((WEIGHTS, size), "uint8"))
             x = T.arg("x", T.buffer((STEPS // at_once * at_once, size), "int8"))
-            out = T.arg("out", T.buffer((at_once, WEIGHTS, lanes), multiply.total))
-            with task_loop("multiply_all", 1, [w, x], [out]):
+            out = T.arg("out", T.buffer((threads, at_once, WEIGHTS, lanes), multiply.total))
+            with task_loop("multiply_all", threads, [w, x], [out]) as part:
                 totals = T.sblock_alloc_buffer((at_once, WEIGHTS, lanes), multiply.total, scope="local")
                 tile = [(i, v) for i in range(at_once) for v in range(WEIGHTS)]
                 for i, v in tile:
@@ -89,7 +90,7 @@ def multiply_kernel(isa: InstructionSet, rounds: int):
                         )
                         _store(totals, [i, v], lanes, value)
                 for i, v in tile:
-                    _store(out, [i, v], lanes, totals.vload([i, v, 0], kind))
+                    _store(out, [part, i, v], lanes, totals.vload([i, v, 0], kind))
     return builder.get()
 
 
@@ -152,19 +153,19 @@ def memory_limit(threads: int = 1, size: int = READ_BYTES, device: Device | None
     return Limit(lambda: function(*tensors), data.nbytes)
 
 
-def multiply_limit(rounds: int = 4000, device: Device | None = None) -> Limit | None:
-    """Prepare the multiply loop; None where an instruction set has no multiply of its own."""
+def multiply_limit(rounds: int = 4000, device: Device | None = None, threads: int = 1) -> Limit | None:
+    """Prepare the multiply loop on each thread; None where an instruction set has no multiply of its own."""
     device = device or load_device("host")
     isa = instruction_set(device.instruction_set)
     if isa.multiply_4bit is None:
         return None
-    function, _ = compiled(multiply_kernel(isa, rounds), device)
-    w, x, out = multiply_arrays(isa)
+    function, _ = compiled(multiply_kernel(isa, rounds, threads), device)
+    w, x, out = multiply_arrays(isa, threads)
     tensors = [from_numpy(array) for array in (w, x, out)]
-    return Limit(lambda: function(*tensors), 2.0 * rounds * len(x) * WEIGHTS * x.shape[1])
+    return Limit(lambda: function(*tensors), 2.0 * threads * rounds * len(x) * WEIGHTS * x.shape[1])
 
 
-def multiply_arrays(isa: InstructionSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def multiply_arrays(isa: InstructionSet, threads: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Make the operands of `multiply_kernel`: codes 0..15, activations -127..127, totals."""
     layout, multiply, at_once = isa.layout_4bit, isa.multiply_4bit, activations_at_once(isa)
     size, lanes = layout.lanes * layout.depth, multiply.total_lanes or layout.lanes
@@ -173,7 +174,7 @@ def multiply_arrays(isa: InstructionSet) -> tuple[np.ndarray, np.ndarray, np.nda
     x = aligned_empty((STEPS // at_once * at_once, size), "int8")
     w[:] = rng.integers(0, 16, w.shape)
     x[:] = rng.integers(-127, 128, x.shape)
-    return w, x, aligned_empty((at_once, WEIGHTS, lanes), multiply.total)
+    return w, x, aligned_empty((threads, at_once, WEIGHTS, lanes), multiply.total)
 
 
 def measure(limit: Limit, rounds: int = 25) -> tuple[float, float]:

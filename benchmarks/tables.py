@@ -1,9 +1,11 @@
 """What every benchmark reports: aligned tables, and JSON that says where, when and of what it was made."""
 
 import datetime
+import hashlib
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -59,6 +61,14 @@ def commit() -> str:
     return result.stdout.strip()
 
 
+def source_hash() -> str:
+    """Return a short hash of the package's source, committed or not: what bundles that are kept depend on."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "agq_tvm").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Return the version of agq_tvm and of installed packages."""
     found = {"agq_tvm": __version__}
@@ -68,6 +78,31 @@ def versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "none"
     return found
+
+
+def add_run_options(parser) -> None:
+    """Add what benchmarks beside other engines have in common: `threads`, `only` and `seconds`."""
+    parser.add_argument("--threads", type=_numbers, default=[1], metavar="N,N", help="default: 1")
+    names = "only engines whose names hold one of these texts; ours is always among them"
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[], metavar="TEXT,TEXT", help=names)
+    seconds = "begin no round after these (but to have three); loading comes on top; default: %(default)s"
+    parser.add_argument("--seconds", type=float, default=600.0, metavar="S", help=seconds)
+
+
+def _numbers(text: str) -> list[int]:
+    """Read positive whole numbers between commas."""
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise ValueError(text)
+    return numbers
+
+
+def summaries(measured: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Return median, best (largest) and standard deviation of each list."""
+    return {
+        name: {"median": statistics.median(values), "best": max(values), "std": statistics.pstdev(values)}
+        for name, values in measured.items()
+    }
 
 
 def report(module: str, packages: tuple[str, ...], **contents) -> dict:

@@ -37,17 +37,18 @@ def test_read_adds_up_every_byte(threads):
     np.testing.assert_array_equal(sums, data.sum(1, dtype="int32"))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", DEVICES)
-def test_multiply_does_every_product(name):
+def test_multiply_does_every_product(name, threads):
     device, rounds = device_here(name), 3
     isa = instruction_set(device.instruction_set)
-    w, x, out = limits.multiply_arrays(isa)
-    assembly = run(limits.multiply_kernel(isa, rounds), device, [w, x, out])
-    at_once, _, lanes = out.shape
+    w, x, out = limits.multiply_arrays(isa, threads)
+    assembly = run(limits.multiply_kernel(isa, rounds, threads), device, [w, x, out])
+    _, at_once, _, lanes = out.shape
     # A lane of `out` sums this many neighbouring bytes of a product.
     products = np.einsum("isb,vb->ivb", x.reshape(-1, at_once, x.shape[1]).swapaxes(0, 1).astype("int64"), w)
-    expected = rounds * products.reshape(*out.shape[:2], lanes, -1).sum(-1)
-    np.testing.assert_array_equal(out, expected.astype(out.dtype))
+    expected = rounds * products.reshape(*out.shape[1:3], lanes, -1).sum(-1)
+    np.testing.assert_array_equal(out, np.broadcast_to(expected.astype(out.dtype), out.shape))
     assert isa.multiply_4bit.instruction in assembly
 
 

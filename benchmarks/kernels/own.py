@@ -1,14 +1,11 @@
 """Matrix products of a LLaMA-7B on one thread, against what the processor can do at best in the same run.
 
-    python -m benchmarks.kernels [--rounds N] [--json FILE]
-
 Besides products with scales of groups there is TRIP's integer-only form, with one weight scale for each column.
 Decode (M = 1) reads its packed weights from memory: each product has enough distinct copies that none is in a
 cache when its turn comes again. Prefill (M = 128) is held against the multiply in registers. Rounds go through
 all kernels and both limits in turn, so that whatever else the machine does strikes them alike.
 """
 
-import argparse
 import statistics
 import sys
 from dataclasses import dataclass
@@ -249,40 +246,35 @@ def as_lines(rows: list[dict]) -> str:
     return tables.aligned([head, *lines])
 
 
-def main() -> None:
-    """Measure, print, and write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=21, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, default=tables.RESULTS / "kernels.json", metavar="FILE")
-    args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
+def measure(rounds: int, path: Path) -> None:
+    """Measure, print, and write JSON.
+
+    Raises
+    ------
+    AgqError
+        If a kernel computes something else than numpy does.
+    """
     use_threads(1)
     device = load_device("host")
     isa = instruction_set(device.instruction_set)
-    try:
-        cases = all_cases(isa, device)
-    except AgqError as error:
-        sys.exit(f"error: {error}")
+    cases = all_cases(isa, device)
     rates = {"GB/s": limits.memory_limit(1), "GOP/s": limits.multiply_limit()}
     rates = {unit: limit for unit, limit in rates.items() if limit is not None}
-    times, measured = time_all(cases, rates, args.rounds)
+    times, measured = time_all(cases, rates, rounds)
     at_best = {unit: statistics.median(values) for unit, values in measured.items()}
     forms = len(GROUP_SIZES) + 1
     integer_only = [times[i // forms * forms + forms - 1] for i in range(len(cases))]
     rows = [row_of(*each[:2], at_best, each[2]) for each in zip(cases, times, integer_only, strict=True)]
-    found = {
-        unit: {"median": at_best[unit], "best": max(values), "std": statistics.pstdev(values)}
-        for unit, values in measured.items()
-    }
+    found = tables.summaries(measured)
+    print_limits(found)
+    print(as_lines(rows))
+    contents = {"instruction_set": isa.name, "threads": 1, "rounds": rounds, "limits": found}
+    packages = ("apache-tvm", "numpy")
+    tables.write_report(path, tables.report("benchmarks.kernels", packages, **contents, results=rows))
+
+
+def print_limits(found: dict[str, dict]) -> None:
+    """Print what the machine does at best."""
     for unit, limit in found.items():
         what = "memory read" if unit == "GB/s" else "multiply in registers"
         print(f"{what}: {limit['median']:.1f} {unit} median, {limit['best']:.1f} best")
-    print(as_lines(rows))
-    contents = {"instruction_set": isa.name, "threads": 1, "rounds": args.rounds, "limits": found}
-    packages = ("apache-tvm", "numpy")
-    tables.write_report(args.json, tables.report("benchmarks.kernels", packages, **contents, results=rows))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""One file for each engine; what is here is found by itself."""
