@@ -101,7 +101,8 @@ def _eval(subparsers) -> None:
     def run(args) -> None:
         from agq_tvm.flow.evaluate_bundle import evaluate
 
-        result = evaluate(args.model, args.data, args.window, args.max_tokens, args.protocol, args.prune_selection)
+        settings = (args.window, args.max_tokens, args.protocol, args.prune_selection, args.threads)
+        result = evaluate(args.model, args.data, *settings)
         rows = [
             ("perplexity", with_error(result["perplexity"], result["perplexity_stderr"], 4)),
             ("nll", with_error(result["nll"], result["nll_stderr"], 5) + " per token"),
@@ -126,6 +127,7 @@ def _eval(subparsers) -> None:
         choices=("chunk", "prompt"),
         help="choose the tokens that stay in each chunk of a prompt, as compiled (the default), or in all of it",
     )
+    threads_option(parser)
     json_option(parser)
 
 

@@ -20,7 +20,7 @@ def json_option(parser) -> None:
 
 def threads_option(parser) -> None:
     """Add ``--threads``."""
-    parser.add_argument("--threads", type=positive, metavar="N", help="default: those of the device")
+    parser.add_argument("--threads", type=positive, metavar="N", help="of a bundle (default: those of its device)")
 
 
 def positive(text: str) -> int:

@@ -22,6 +22,7 @@ def register(subparsers) -> None:
             "attention",
             "mixed_bits",
             "fold",
+            "head_bits",
         )
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         if args.bits_from:
@@ -38,6 +39,7 @@ def register(subparsers) -> None:
                 f"{result['weight_bits']} bit, group size {result['group_size']}, "
                 f"{result['bits_per_weight']:.2f} bit stored" + (", norms folded in" if result["fold"] else ""),
             ),
+            ("embedding, head", f"{result['head_bits']} bit"),
             ("activations", _activations(result)),
             ("attention", result["attention"]),
             ("pruning", _pruning_text(result["pruning"])),
@@ -70,6 +72,9 @@ def register(subparsers) -> None:
     )
     parser.add_argument("--symmetric", action="store_true", default=None, help="no group offsets: smaller, less exact")
     parser.add_argument("--weight-bits", type=int, choices=(4, 8), help="default: 4; 8 is rounded to nearest")
+    parser.add_argument(
+        "--head-bits", type=int, choices=(4, 8, 16), help="of embedding and lm_head, 16 is float16 (default: 8)"
+    )
     parser.add_argument(
         "--activation",
         choices=("per-token-group", "per-token", "static", "none"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory, sha256_file, write_json
 from agq_tvm.flow.library import LibraryRequest, build_library
-from agq_tvm.flow.packing import Packer, check_overflow, offsets_dtype
+from agq_tvm.flow.packing import Packer, check_overflow, layout_name, offsets_dtype
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.progress import progress, say
@@ -97,7 +97,10 @@ def _build(
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
     manifest = _manifest(checkpoint, device, context)
-    manifest["layout"] = {"linears": isa.layout(checkpoint.scheme.weight_bits).name, "tables": isa.layout_8bit.name}
+    manifest["layout"] = {
+        "linears": isa.layout(checkpoint.scheme.weight_bits).name,
+        "tables": layout_name(isa, checkpoint.scheme.head_bits),
+    }
     manifest["caches"] = caches
     manifest["parameters"] = [asdict(parameter) for parameter in parameters]
     manifest["files"] = {
@@ -131,6 +134,7 @@ def _manifest(checkpoint: Checkpoint, device: Device, context: int) -> dict:
             "method": scheme.method,
             "weight_bits": scheme.weight_bits,
             "group_size": scheme.group_size,
+            "head_bits": scheme.head_bits,
             "activation": scheme.activation,
             "attention": scheme.attention,
         },

@@ -84,11 +84,12 @@ def evaluate(
     max_tokens: int | None = None,
     protocol: str | None = None,
     selection: str | None = None,
+    threads: int | None = None,
 ) -> dict:
     """Score a text with a bundle, a checkpoint or a float model, whichever `model` is.
 
     `protocol` is one of `agq_tvm.runtime.perplexity.PROTOCOLS`, by default the one that fits the model; for
-    `selection` see `agq_tvm.flow.evaluate.evaluate_reference`.
+    `selection` see `agq_tvm.flow.evaluate.evaluate_reference`, and `threads` are those of a bundle.
 
     Returns
     -------
@@ -105,7 +106,7 @@ def evaluate(
     if not is_bundle(model):
         result = evaluate_reference(model, data, window, max_tokens, protocol=protocol, selection=selection)
     elif selection is None:
-        result = evaluate_bundle(model, data, window, max_tokens, protocol=protocol)
+        result = evaluate_bundle(model, data, window, max_tokens, threads, protocol)
     else:
         raise AgqError(f"{model} is a bundle, which selects tokens by chunk: give a checkpoint to compare selections")
     return {

@@ -129,6 +129,7 @@ def linear_format(scheme: Scheme, offsets: str | None):
         four_bit=scheme.four_bit,
         shifts=scheme.shifts,
         mixed=scheme.mixed_bits > 0,
+        head_bits=scheme.head_bits,
     )
 
 

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from agq_tvm.kernels import linear_dense
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.kernels.linear import ZERO
-from agq_tvm.quantize.checkpoint import TABLE_GROUP, Checkpoint, QuantizedLinear, QuantizedTable
+from agq_tvm.quantize.checkpoint import Checkpoint, QuantizedLinear, Table
 from agq_tvm.quantize.mixed_format import BITS, widths
 from agq_tvm.quantize.shifts import block_shifts, channel_order, check_totals
 
@@ -101,10 +102,22 @@ def pack_codes(codes: np.ndarray, group_size: int, layout: Layout) -> np.ndarray
     return packed.view("int8") if layout.bits == 8 and layout.zero else packed
 
 
-def pack_table(table: QuantizedTable, layout: Layout) -> dict[str, np.ndarray]:
-    """Pack a matrix of signed bytes, such as the embedding."""
-    codes = table.qweight.view("uint8") + np.uint8(128)
-    return {"w": pack_codes(codes, TABLE_GROUP, layout), "ws": layout.pack_columns(table.scales)}
+def layout_name(isa: InstructionSet, head_bits: int) -> str:
+    """Name the packed layout of the matrices outside the layers; those of floats are called e.g. ``f16_v4x16``."""
+    vectors, lanes = linear_dense.tile_of(isa)
+    return f"f16_v{vectors}x{lanes}" if head_bits == 16 else isa.layout(head_bits).name
+
+
+def pack_table(table: Table, isa: InstructionSet) -> dict[str, np.ndarray]:
+    """Pack a matrix outside the layers, such as the embedding."""
+    if isinstance(table, QuantizedLinear):
+        return pack_linear((table,), isa.layout(table.bits), None if table.offsets is None else "float16")
+    columns, channels = table.shape
+    padded = k_blocks(channels, K_BLOCK) * K_BLOCK
+    tiles, _, vectors, lanes = linear_dense.packed_shape(columns, padded, isa)
+    full = np.zeros((tiles * vectors * lanes, padded), "float16")
+    full[:columns, :channels] = table
+    return {"w": np.ascontiguousarray(full.reshape(tiles, vectors, lanes, padded).transpose(0, 3, 1, 2))}
 
 
 def _refined(linear: QuantizedLinear) -> QuantizedLinear:
@@ -187,8 +200,7 @@ class Packer:
     def _pack(self, owner: str) -> dict[str, np.ndarray]:
         config = self.checkpoint.config
         if owner in config.tables:
-            table = self.checkpoint.table(getattr(config, owner))
-            return pack_table(table, self.isa.layout_8bit)
+            return pack_table(self.checkpoint.table(getattr(config, owner)), self.isa)
         _, layer, role = owner.split(".")
         parts = next(linear.parts for linear in config.linears if linear.name == role)
         layout = self.isa.layout(self.checkpoint.scheme.weight_bits)

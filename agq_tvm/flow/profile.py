@@ -2,6 +2,7 @@
 
 import gc
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from agq_tvm.boards.tracker import board_features, board_is_emulated, connect
@@ -13,6 +14,7 @@ from agq_tvm.flow.profile_file import PROFILE, OperationTimes, Profile, Proposal
 from agq_tvm.flow.propose_bits import PerplexityCost, none, propose, savings
 from agq_tvm.progress import say
 from agq_tvm.quantize.checkpoint import Checkpoint, read_checkpoint
+from agq_tvm.runtime.threads import Threads, configure_board
 from agq_tvm.targets import Device, detect, load_device
 
 if TYPE_CHECKING:
@@ -158,9 +160,10 @@ def _timings(
     effort = ONCE if emulated else effort or Effort(cold_bytes=_cold_bytes(tracker is None))
     where = "this machine" if tracker is None else f"{'the emulated ' if emulated else ''}board {key or device.name}"
     timings: dict[str, Timing] = {}
-    for block in blocks:
-        say(f"timing {len(block.kernels)} kernels of {block.rows} rows on {where}")
-        timings |= time_kernels(block.kernels.values(), place, effort)
+    with Threads(device.threads).running() if tracker is None else nullcontext():
+        for block in blocks:
+            say(f"timing {len(block.kernels)} kernels of {block.rows} rows on {where}")
+            timings |= time_kernels(block.kernels.values(), place, effort)
     place.forget()
     return emulated, timings
 
@@ -176,16 +179,13 @@ def _open(device: Device, tracker: str | None, key: str | None) -> tuple["Place"
     from agq_tvm.flow.profile_kernels import Place
 
     if tracker is None:
-        from agq_tvm.runtime.engine import use_threads
-
         machine, features, emulated, session = detect.machine(), detect.cpu_features(), False, None
-        use_threads(device.threads)
     else:
         session = connect(tracker, key or device.name, timeout=_SESSION_SECONDS)
         features, emulated = board_features(session), board_is_emulated(session)
         machine = "aarch64" if features is None or "asimd" in features else "x86_64"
-        # The big cores; threads of an emulated board would only wait for each other.
-        session.get_function("runtime.config_threadpool")(1, 1 if emulated else device.threads)
+        # Threads of an emulated board would only wait for each other.
+        configure_board(session.get_function, 1 if emulated else device.threads)
     missing = [] if features is None else detect.missing_features(device, features, machine)
     if missing:
         hint = "take --target host, or a board's --tracker" if tracker is None else "give the board's own --target"

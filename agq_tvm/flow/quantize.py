@@ -15,7 +15,7 @@ from agq_tvm.progress import progress, say
 from agq_tvm.quantize.calibration_report import CalibrationReport
 from agq_tvm.quantize.checkpoint import (
     QuantizedLinear,
-    QuantizedTable,
+    Table,
     group_count,
     linear_shapes,
     table_shapes,
@@ -27,8 +27,9 @@ from agq_tvm.quantize.mixed_format import average_bits
 from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.scheme import GROUP_SIZES, Scheme, check_roles, roles_of
 from agq_tvm.quantize.source import Source, open_source, quantize_matrix
+from agq_tvm.quantize.tables import quantize_table
 from agq_tvm.quantize.texts import load_text, title
-from agq_tvm.quantize.weights import dequantize, quantize_table
+from agq_tvm.quantize.weights import dequantize
 from agq_tvm.runtime.engine import prompt_chunks
 
 KEPT_GROUP = 32
@@ -72,6 +73,7 @@ def quantize(
     weight_bits: int = 4,
     mixed_bits: float = 0,
     fold: bool = False,
+    head_bits: int = 8,
 ) -> dict:
     """Quantize a model and write the checkpoint.
 
@@ -112,12 +114,16 @@ def quantize(
     fold : bool
         First move powers of two from the norms into the weights that read them, which changes no float. Not with
         ``"keep"``.
+    head_bits : {4, 8, 16}
+        Of embedding, head and projections outside the layers; 16 is float16. Where a model has such a table with a
+        grid of 4 or 8 bits in groups of 32, that is kept.
 
     Returns
     -------
     dict
         ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
         or ``layers``, ``beta`` and ``renumber``), ``attention``, ``shifts``, ``weight_bits``, ``mixed_bits``, ``fold``,
+        ``head_bits``,
         ``calibration`` (None, or the ``text`` with its ``sha256``, and the ``samples``, ``length`` and ``seed`` of its
         windows), ``activation_bits`` (the average at the inputs of the layers' linears, scales included; 32 for float
         ones), ``bytes`` of the weights file, ``bits_per_weight`` of the matrices with scales and offsets,
@@ -144,6 +150,7 @@ def quantize(
         weight_bits=weight_bits,
         mixed_bits=mixed_bits,
         fold=fold,
+        head_bits=head_bits,
     )
     source = folded(source) if fold else source
     check_roles(source.config, scheme.four_bit)
@@ -157,7 +164,7 @@ def quantize(
         say(f"quantizing {source.label}: {scheme.method}, {scheme.weight_scales}")
         report = CalibrationReport()
         weights = _Weights(source, _linears(source, scheme, windows, report))
-        tables = ((name, _table(source, name)) for name in table_shapes(source.config))
+        tables = ((name, _table(source, name, head_bits)) for name in table_shapes(source.config))
         vectors = ((name, source.tensor(name)) for name in vector_shapes(source.config))
         write_checkpoint(directory, source.raw_config, scheme, weights, tables, vectors, looked_at)
         if report.linears:
@@ -236,8 +243,9 @@ def _linears(
     return ((name, quantize_matrix(source, name, scheme)) for name in names)
 
 
-def _table(source: Source, name: str) -> QuantizedTable:
-    return source.kept_table(name) or quantize_table(source.tensor(f"{name}.weight"))
+def _table(source: Source, name: str, bits: int) -> Table:
+    kept = source.kept_table(name, bits)
+    return quantize_table(source.tensor(f"{name}.weight"), bits) if kept is None else kept
 
 
 class _Weights:

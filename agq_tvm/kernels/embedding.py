@@ -1,40 +1,70 @@
-"""Reading rows: the embedding of tokens from the packed 8-bit table, and the last valid row of a chunk."""
+"""Reading rows: the embedding of tokens from the packed table, and the last valid row of a chunk."""
 
 from agq_tvm.kernels.emit import task_loop
+from agq_tvm.kernels.intrin.base import nibble, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.kernels.linear import ZERO
 from agq_tvm.tvm_seam import IRBuilder, T
 
 
-def build_embedding(rows: int, vocab: int, hidden: int, layout: Layout):
+def build_embedding(rows: int, vocab: int, hidden: int, layout: Layout, offsets: bool = False):
     """Return the kernel that looks tokens up in the table that lm_head multiplies with.
 
-    Buffers, in order: tokens int32 [M]; w, the table packed by `layout` (8 bit, groups of 32); ws float16
-    [tiles, G, V, L]; out float32 [M, hidden].
+    Buffers, in order: tokens int32 [M]; w, the table packed by `layout` (groups of 32); ws float16 [tiles, G, V, L];
+    wo the same, if there are offsets; out float32 [M, hidden].
     """
-    name = f"embedding_m{rows}_n{vocab}_k{hidden}"
-    blocks, tiles = k_blocks(hidden, K_BLOCK), layout.tiles(vocab)
-    dtype = "int8" if layout.zero else "uint8"
+    per_group = (layout.tiles(vocab), k_blocks(hidden, K_BLOCK), layout.vectors, layout.lanes)
+    codes = stored_dtype(layout) if layout.bits == 8 else "uint8"
+    shapes = [("w", layout.packed_shape(vocab, hidden), codes), ("ws", per_group, "float16")]
+    shapes += [("wo", per_group, "float16")] if offsets else []
+    # What is to be added to a code: without offsets it stands for itself less the code of 0.
+    center = layout.zero - (0 if offsets else ZERO[layout.bits])
+
+    def value(w, ws, wo, column, k):
+        t, v, j = _place(column, layout.vectors, layout.lanes)
+        step, half, i = layout.place(k % K_BLOCK)
+        if layout.bits == 4:
+            code = nibble(w[t, k // K_BLOCK, step, v, j, i], half, layout)
+        else:
+            code = w[t, k // K_BLOCK, step, half, v, j, i]
+        scaled = T.Cast("float32", T.Cast("int32", code) + center) * T.Cast("float32", ws[t, k // K_BLOCK, v, j])
+        return scaled if wo is None else scaled + T.Cast("float32", wo[t, k // K_BLOCK, v, j])
+
+    def read(buffers, column, k):
+        return value(*buffers, *(() if offsets else (None,)), column, k)
+
+    return _look_up(f"embedding_w{layout.bits}_m{rows}_n{vocab}_k{hidden}", rows, hidden, shapes, read)
+
+
+def build_float_embedding(rows: int, vocab: int, hidden: int, shape: tuple[int, int, int, int]):
+    """Return the kernel that looks tokens up in the float16 table that `linear_dense` multiplies with.
+
+    Buffers, in order: tokens int32 [M]; w float16 `shape`, [tiles, K, V, L]; out float32 [M, hidden].
+    """
+
+    def read(buffers, column, k):
+        t, v, j = _place(column, *shape[2:])
+        return T.Cast("float32", buffers[0][t, k, v, j])
+
+    return _look_up(f"embedding_float16_m{rows}_n{vocab}_k{hidden}", rows, hidden, [("w", shape, "float16")], read)
+
+
+def _place(column, vectors: int, lanes: int) -> tuple:
+    """Indices of a column: its tile, and the vector and the lane there."""
+    return column // (vectors * lanes), column % (vectors * lanes) // lanes, column % lanes
+
+
+def _look_up(name: str, rows: int, hidden: int, shapes: list, read):
+    """Return the kernel that writes ``read(buffers, token, channel)`` for the tokens of all rows."""
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tirx.noalias": True})
             tokens = T.arg("tokens", T.buffer((rows,), "int32"))
-            w = T.arg("w", T.buffer(layout.packed_shape(vocab, hidden), dtype))
-            ws = T.arg("ws", T.buffer((tiles, blocks, layout.vectors, layout.lanes), "float16"))
+            buffers = [T.arg(part, T.buffer(shape, dtype)) for part, shape, dtype in shapes]
             out = T.arg("out", T.buffer((rows, hidden), "float32"))
-            with task_loop("row", rows, [tokens, w, ws], [out]) as m, T.serial(hidden) as k:
-                column, D = tokens[m], layout.depth
-                t, v, j = (
-                    column // layout.width,
-                    column % layout.width // layout.lanes,
-                    column % layout.lanes,
-                )
-                c = k % K_BLOCK
-                code = T.Cast("int32", w[t, k // K_BLOCK, c // (2 * D), c // D % 2, v, j, c % D])
-                centered = T.Cast("float32", code + (layout.zero - ZERO[8]))
-                scale = T.Cast("float32", ws[t, k // K_BLOCK, v, j])
-                T.buffer_store(out, centered * scale, [m, k])
+            with task_loop("row", rows, [tokens, *buffers], [out]) as m, T.serial(hidden) as k:
+                T.buffer_store(out, read(buffers, tokens[m], k), [m, k])
     return builder.get()
 
 

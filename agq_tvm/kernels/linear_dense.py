@@ -1,4 +1,4 @@
-"""The matrix product in float32: what profiles compare the quantized ones with. No bundle holds it.
+"""The matrix product in float32, for heads of float16 weights, and what profiles compare the quantized ones with.
 
     out[m, n] = Σ_k x[m, k] · w[n, k] + bias[n]
 
@@ -84,6 +84,12 @@ def build(kernel: DenseKernel, isa: InstructionSet):
 def tile_of(isa: InstructionSet) -> tuple[int, int]:
     """Return V and L, the vectors of a tile of columns and the floats of a vector: 4 rows fit the registers."""
     return _TILES.get(isa.name, _ARM_TILE)
+
+
+def packed_shape(columns: int, channels: int, isa: InstructionSet) -> tuple[int, int, int, int]:
+    """Shape of the weights of [columns, channels], a multiple of `CHANNEL_BLOCK` of these."""
+    V, L = tile_of(isa)
+    return -(-columns // (V * L)), channels, V, L
 
 
 def _schedule(func, kernel: DenseKernel, isa: InstructionSet) -> Schedule:

@@ -14,12 +14,13 @@ channels add ``w.order`` and ``w.shift``.
 
 from dataclasses import dataclass, replace
 
-from agq_tvm.kernels import activation, embedding, linear, linear_float, linear_shifted
+from agq_tvm.kernels import activation, embedding, linear, linear_dense, linear_float, linear_shifted
 from agq_tvm.kernels.activation import QuantizeKernel
 from agq_tvm.kernels.attrs import annotate
 from agq_tvm.kernels.intrin.base import InstructionSet, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear_dense import DenseKernel
 from agq_tvm.kernels.linear_float import FloatLinearKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.tvm_seam import relax, tvm
@@ -55,6 +56,8 @@ class LinearFormat:
         Whether exponents are those of channels, and shift integer accumulators.
     mixed : bool
         Whether each channel of an activation has a number of bits of its own.
+    head_bits : int
+        Of the weights outside the layers; 16 is float16.
     """
 
     bits: int
@@ -66,22 +69,29 @@ class LinearFormat:
     terms: int = 1
     shifts: bool = False
     mixed: bool = False
+    head_bits: int = 8
 
     def group_of(self, channels: int) -> int:
         """Return the size of the groups of a matrix, a multiple of a k-block."""
         return self.group_size if self.group_size != "column" else k_blocks(channels, K_BLOCK) * K_BLOCK
 
 
-TABLE_FORMAT = LinearFormat(8, TABLE_GROUP, "per-token-group", None, terms=2)
-"""Outside the layers activations have two 8-bit terms: an error there is not softened by anything after it."""
-FLOAT_TABLE_FORMAT = replace(TABLE_FORMAT, activation="none", terms=1)
+_TABLE_FORMATS = {
+    # Outside the layers activations have two 8-bit terms: an error there is not softened by anything after it. Next
+    # to the error of 4-bit weights it does not show.
+    8: LinearFormat(8, TABLE_GROUP, "per-token-group", None, terms=2),
+    4: LinearFormat(4, TABLE_GROUP, "per-token-group", "float16"),
+    16: LinearFormat(16, TABLE_GROUP, "none", None),
+}
 
 
 def packed_parameters(name: str, columns: int, channels: int, format: LinearFormat, isa: InstructionSet, bias: bool):
     """List (name, shape, dtype) of what a linear of [N, K] is packed into, in the order of its operands."""
-    layout = isa.layout(format.bits)
     group_size = format.group_of(channels)
     padded = k_blocks(channels, group_size) * K_BLOCK
+    if format.bits == 16:
+        return [(f"{name}.w", linear_dense.packed_shape(columns, padded, isa), "float16")]
+    layout = isa.layout(format.bits)
     per_group = (layout.tiles(columns), padded // group_size, layout.vectors, layout.lanes)
     codes = "uint8" if format.bits == 4 else stored_dtype(layout)
     parameters = [
@@ -149,7 +159,8 @@ class _Quantizer(relax.PyExprMutator):
     def _format(self, weight) -> LinearFormat:
         if weight.name not in TABLES:
             return self.format
-        return FLOAT_TABLE_FORMAT if self.format.activation == "none" else TABLE_FORMAT
+        format = _TABLE_FORMATS[self.format.head_bits]
+        return replace(format, activation="none", terms=1) if self.format.activation == "none" else format
 
     def _packed(self, weight):
         if weight not in self.packed:
@@ -220,22 +231,29 @@ class _Quantizer(relax.PyExprMutator):
 
     def _float_linear(self, x, weight, format: LinearFormat):
         rows, channels = (int(extent) for extent in x.ty.shape)
-        columns, layout = int(weight.ty.shape[0]), self.isa.layout(format.bits)
-        group_size = format.group_of(channels)
-        fill = QuantizeKernel("plain", rows, channels, group_size, "none")
-        kernel = FloatLinearKernel(
-            rows, columns, channels, format.bits, group_size, format.offsets, weight in self.biases
-        )
-        x = self._call(annotate(activation.build(fill, layout), fill), [x], fill.output_shapes(layout))
-        outputs = [((rows, layout.tiles(columns) * layout.width), "float32")]
-        y = self._call(linear_float.build(kernel, self.isa), [x, *self._packed(weight)], outputs)
-        return _first_columns(y, columns)
+        columns, group_size, bias = int(weight.ty.shape[0]), format.group_of(channels), weight in self.biases
+        fill, layout = QuantizeKernel("plain", rows, channels, group_size, "none"), self.isa.layout(format.bits)
+        ((_, padded), _), *_ = filled = fill.output_shapes(layout)
+        if format.bits == 16:
+            product = linear_dense.build(DenseKernel(rows, columns, padded, "float16", bias), self.isa)
+            vectors, lanes = linear_dense.tile_of(self.isa)
+            width = vectors * lanes
+        else:
+            kernel = FloatLinearKernel(rows, columns, channels, format.bits, group_size, format.offsets, bias)
+            product, width = linear_float.build(kernel, self.isa), layout.width
+        x = self._call(annotate(activation.build(fill, layout), fill), [x], filled)
+        outputs = [((rows, -(-columns // width) * width), "float32")]
+        return _first_columns(self._call(product, [x, *self._packed(weight)], outputs), columns)
 
     def _embedding(self, table, tokens):
         columns, channels = (int(extent) for extent in table.ty.shape)
-        rows = int(tokens.ty.shape[0])
-        func = embedding.build_embedding(rows, columns, channels, self.isa.layout(8))
-        return self._call(func, [tokens, *self._packed(table)], [((rows, channels), "float32")])
+        rows, packed, bits = int(tokens.ty.shape[0]), self._packed(table), self._format(table).bits
+        if bits == 16:
+            shape = tuple(int(extent) for extent in packed[0].ty.shape)
+            func = embedding.build_float_embedding(rows, columns, channels, shape)
+        else:
+            func = embedding.build_embedding(rows, columns, channels, self.isa.layout(bits), len(packed) == 3)
+        return self._call(func, [tokens, *packed], [((rows, channels), "float32")])
 
     def _call(self, func, arguments, outputs):
         gvar = self.builder_.add_func(func, str(func.attrs["global_symbol"]))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
@@ -90,18 +91,8 @@ class QuantizedLinear:
         return 8 if self.qweight.dtype == np.int8 else 4
 
 
-@dataclass(frozen=True)
-class QuantizedTable:
-    """A matrix outside the layers, of 8-bit codes: ``w[v, k] = scales[v, k // 32] * qweight[v, k]``.
-
-    Attributes
-    ----------
-    qweight : int8 array [V, K]
-    scales : float16 array [V, ceil(K / 32)]
-    """
-
-    qweight: np.ndarray
-    scales: np.ndarray
+Table = QuantizedLinear | np.ndarray
+"""A matrix outside the layers: float16 [V, K], or codes of 8 bits (symmetric) or 4 bits in groups of 32."""
 
 
 def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
@@ -163,7 +154,7 @@ def write_checkpoint(
     raw_config: Mapping,
     scheme: Scheme,
     linears: Iterable[tuple[str, QuantizedLinear]],
-    tables: Iterable[tuple[str, QuantizedTable]],
+    tables: Iterable[tuple[str, Table]],
     vectors: Iterable[tuple[str, np.ndarray]],
     calibration: Mapping | None = None,
 ) -> None:
@@ -191,7 +182,7 @@ def write_checkpoint(
     tensors = _tensors(linears, tables, vectors)
     write_tensors(directory / "model.safetensors", names, tensors, {"format": "agq"})
     described = {"quant_method": "agq", "format_version": FORMAT_VERSION, **asdict(scheme)}
-    described |= {"table_bits": 8, "table_group_size": TABLE_GROUP}
+    described |= {"table_group_size": TABLE_GROUP}
     if calibration is not None:
         described["calibration"] = dict(calibration)
     write_json(directory / "config.json", {**raw_config, "quantization_config": described})
@@ -199,17 +190,17 @@ def write_checkpoint(
 
 def _tensors(
     linears: Iterable[tuple[str, QuantizedLinear]],
-    tables: Iterable[tuple[str, QuantizedTable]],
+    tables: Iterable[tuple[str, Table]],
     vectors: Iterable[tuple[str, np.ndarray]],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    for name, linear in linears:
+    for name, matrix in chain(linears, tables):
+        if isinstance(matrix, np.ndarray):
+            yield f"{name}.weight", matrix
+            continue
         for field in _FIELDS:
-            value = getattr(linear, field)
+            value = getattr(matrix, field)
             if value is not None:
                 yield f"{name}.{field}", value
-    for name, table in tables:
-        yield f"{name}.qweight", table.qweight
-        yield f"{name}.scales", table.scales
     for name, value in vectors:
         yield name, value.astype("float32", copy=False)
 
@@ -318,9 +309,13 @@ class Checkpoint:
             raise self._damaged(f"{name} has a scale out of range")
         return scales
 
-    def table(self, name: str) -> QuantizedTable:
+    def table(self, name: str) -> Table:
         """Read a matrix outside the layers, e.g. the embedding, ``"model.embed_tokens"``."""
-        return QuantizedTable(self._read(f"{name}.qweight"), self._read(f"{name}.scales"))
+        if self.scheme.head_bits == 16:
+            return self._read(f"{name}.weight")
+        codes, scales = self._read(f"{name}.qweight"), self._read(f"{name}.scales")
+        channels = table_shapes(self.config)[name][1]
+        return QuantizedLinear(codes, scales, self._optional(f"{name}.offsets"), channels, TABLE_GROUP)
 
     def vector(self, name: str) -> np.ndarray:
         """Read what stays float32 (see `vector_shapes`), e.g. ``"model.norm.weight"``."""
@@ -353,15 +348,14 @@ def _read_scheme(ours: Mapping) -> Scheme:
             f"checkpoint format {version!r} is not format {FORMAT_VERSION}: quantize the model again "
             "with this version of agq"
         )
-    for name, value in (("table_bits", 8), ("table_group_size", TABLE_GROUP)):
-        if ours.get(name) != value:
-            raise AgqError(f"{name} {ours.get(name)!r} is not supported, only {value} is")
+    if ours.get("table_group_size") != TABLE_GROUP:
+        raise AgqError(f"table_group_size {ours.get('table_group_size')!r} is not supported, only {TABLE_GROUP} is")
     four_bit = ours.get("four_bit", [])
     if not isinstance(four_bit, list):
         raise AgqError(f"four_bit must be a list of linears, not {four_bit!r}")
     values = (ours.get(name) for name in ("method", "group_size", "symmetric", "activation"))
     pruning, attention = read_schedule(ours.get("pruning")), ours.get("attention", "float")
-    names = ("shifts", "weight_bits", "mixed_bits", "fold")
+    names = ("shifts", "weight_bits", "mixed_bits", "fold", "head_bits")
     more = {name: ours[name] for name in names if name in ours}
     return Scheme(*values, ours.get("max_refine", 0), tuple(four_bit), pruning, attention, **more)
 
@@ -373,12 +367,10 @@ def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
         floats |= dict.fromkeys(value_scale_names(config), (config.num_kv_heads,))
     expected = {name: (("F32",), shape) for name, shape in floats.items()}
     for name, (rows, columns) in table_shapes(config).items():
-        expected[f"{name}.qweight"] = (("I8",), (rows, columns))
-        expected[f"{name}.scales"] = (("F16",), (rows, group_count(columns, TABLE_GROUP)))
+        expected |= _expected_table(name, rows, columns, scheme.head_bits)
     for name, (rows, columns) in linear_shapes(config).items():
         groups = (rows, group_count(columns, scheme.group_of(columns)))
-        codes = ("U8", -(-columns // 2)) if scheme.weight_bits == 4 else ("I8", columns)
-        expected[f"{name}.qweight"] = (codes[:1], (rows, codes[1]))
+        expected[f"{name}.qweight"] = _expected_codes(rows, columns, scheme.weight_bits)
         expected[f"{name}.scales"] = (("F16",), groups)
         if not scheme.symmetric:
             expected[f"{name}.offsets"] = (("F16", "F32"), groups)
@@ -391,6 +383,18 @@ def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
             expected[f"{name}.act_bits"] = (("U8",), (columns,))
             expected[f"{name}.act_steps"] = (("U8",), (columns,))
     return expected
+
+
+def _expected_table(name: str, rows: int, columns: int, bits: int) -> dict:
+    if bits == 16:
+        return {f"{name}.weight": (("F16",), (rows, columns))}
+    grid = (("F16",), (rows, group_count(columns, TABLE_GROUP)))
+    expected = {f"{name}.qweight": _expected_codes(rows, columns, bits), f"{name}.scales": grid}
+    return expected if bits == 8 else expected | {f"{name}.offsets": grid}
+
+
+def _expected_codes(rows: int, columns: int, bits: int) -> tuple[tuple[str], tuple[int, int]]:
+    return (("U8",), (rows, -(-columns // 2))) if bits == 4 else (("I8",), (rows, columns))
 
 
 def _check_tensors(path: Path, expected: Mapping, found: Mapping) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from agq_tvm.errors import AgqError
-from agq_tvm.quantize.checkpoint import QuantizedLinear, QuantizedTable, linear_shapes
+from agq_tvm.quantize.checkpoint import TABLE_GROUP, QuantizedLinear, linear_shapes
 from agq_tvm.quantize.gguf_file import GgufTensor, read_gguf
 from agq_tvm.quantize.gguf_tokenizer import write_tokenizer
 from agq_tvm.quantize.source import Source, check_shapes
@@ -69,13 +69,17 @@ class GgufSource(Source):
             group_size=_GROUP,
         )
 
-    def kept_table(self, name: str) -> QuantizedTable | None:
-        """Take over codes and scales of Q8_0."""
+    def kept_table(self, name: str, bits: int) -> QuantizedLinear | None:
+        """Take over codes and scales of Q8_0, or those of Q4_0 and Q4_1 with their offsets."""
         tensor = self._tensors[f"{name}.weight"]
-        if tensor.kind != "Q8_0":
+        if (tensor.kind, bits) == ("Q8_0", 8):
+            scales, codes = _eight_bit(tensor)
+            return QuantizedLinear(codes, self._finite(scales, name), None, tensor.shape[1], TABLE_GROUP)
+        if tensor.kind not in ("Q4_0", "Q4_1") or bits != 4:
             return None
-        scales, codes = _eight_bit(tensor)
-        return QuantizedTable(codes, self._finite(scales, name))
+        scales, offsets, codes = _four_bit(tensor)
+        scales, offsets = self._finite(scales, name), self._finite(offsets, name)
+        return QuantizedLinear(pack(codes), scales, offsets, tensor.shape[1], TABLE_GROUP)
 
     def copy_tokenizer(self, directory: Path) -> None:
         """Build the tokenizer from the file's vocabulary and merges."""

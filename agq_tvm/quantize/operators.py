@@ -15,6 +15,9 @@ from agq_tvm.quantize.source import Source
 from agq_tvm.quantize.weights import codes_of, dequantize, grid_of
 
 _LARGEST_PRODUCT = 127 * 15
+TERMS = {4: 1, 8: 2}
+"""Of the activations that tables of so many bits multiply: an error there is softened by nothing after it, but next to
+that of 4-bit weights it does not show."""
 
 
 class Operator(Protocol):
@@ -150,22 +153,24 @@ class ShiftedOperator(QuantizedOperator):
 class TableOperator:
     """A matrix outside the layers (head or projection), its input quantized per token and group of 32.
 
-    Codes have two terms: what the first leaves over is quantized again, so 8-bit products carry about 15 bits.
+    With two terms, what the first leaves over is quantized again, so 8-bit products carry about 15 bits.
 
     Parameters
     ----------
     weight : float32 tensor [N, K]
         The dequantized table.
+    terms : int
+        1 or 2.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
+    def __init__(self, weight: Tensor, terms: int) -> None:
+        self._weight, self._terms = weight, terms
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply float32 [T, K] to float32 [T, N]."""
         quantizer = ActivationQuantizer("per-token-group", TABLE_GROUP)
         first = quantizer.rounded(x)
-        return (first + quantizer.rounded(x - first)) @ self._weight.T
+        return (first if self._terms == 1 else first + quantizer.rounded(x - first)) @ self._weight.T
 
 
 def float_linear(source: Source, names: list[str]) -> FloatLinear:

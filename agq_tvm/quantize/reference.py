@@ -28,6 +28,7 @@ from agq_tvm.quantize.forward import (
 )
 from agq_tvm.quantize.log2 import Log2Attention
 from agq_tvm.quantize.operators import (
+    TERMS,
     FloatLinear,
     Operator,
     QuantizedOperator,
@@ -40,7 +41,7 @@ from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.row_pruner import PrunedPass, RowPruner
 from agq_tvm.quantize.scheme import ACTIVATIONS
 from agq_tvm.quantize.source import Source
-from agq_tvm.quantize.weights import dequantize_table
+from agq_tvm.quantize.tables import dequantize_table
 
 # Called with "layers.3.qkv", codes int8 [T, K], scales float32 [T, GA] and sums int32 [T, G, N].
 Trace = Callable[[str, np.ndarray, np.ndarray, np.ndarray], None]
@@ -151,7 +152,8 @@ class ReferenceModel:
         def table(name: str) -> Tensor:
             return torch.from_numpy(dequantize_table(checkpoint.table(name)))
 
-        operator = FloatLinear if activation == "none" else TableOperator
+        bits = checkpoint.scheme.head_bits
+        operator = FloatLinear if activation == "none" or bits == 16 else partial(TableOperator, terms=TERMS[bits])
         entry, exit = _ends(config, table, operator, checkpoint.vector)
         return cls(config, load_layer, entry, exit, half_cache=True, pruning=checkpoint.scheme.pruning)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import DecoderConfig
-from agq_tvm.quantize.checkpoint import QuantizedTable
+from agq_tvm.quantize.checkpoint import QuantizedLinear
 from agq_tvm.quantize.source import Source
 
 
@@ -55,9 +55,9 @@ class ScaledNorms(Source):
             return np.ldexp(value, -self._readers[module])
         return value
 
-    def kept_table(self, name: str) -> QuantizedTable | None:
-        """Return the 8-bit grid of a table, which no norm of a layer concerns."""
-        return self._source.kept_table(name)
+    def kept_table(self, name: str, bits: int) -> QuantizedLinear | None:
+        """Return the grid of a table, which no norm of a layer concerns."""
+        return self._source.kept_table(name, bits)
 
     def copy_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer of the model that this one is made of."""

@@ -15,6 +15,7 @@ COLUMN = "column"
 ACTIVATIONS = ("per-token", "per-token-group", "static", "none")
 ATTENTIONS = ("float", *CODE_BOOKS)
 WEIGHT_BITS = (4, 8)
+HEAD_BITS = (4, 8, 16)
 LARGEST_REFINE = 8
 """TRIP's exponents are at most this: group scales times two to their power stay far below float16's limit."""
 
@@ -54,6 +55,8 @@ class Scheme:
     fold : bool
         Whether powers of two were moved from norms into the weights that read them (`agq_tvm.quantize.fold`). Not
         with ``"keep"``.
+    head_bits : int
+        Of the matrices outside the layers: 4, 8, or 16 for float16.
     """
 
     method: str
@@ -68,6 +71,7 @@ class Scheme:
     weight_bits: int = 4
     mixed_bits: float = 0
     fold: bool = False
+    head_bits: int = 8
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -93,6 +97,8 @@ class Scheme:
             raise AgqError(f"weight_bits {self.weight_bits!r} is not supported: choose 4 or 8")
         if self.weight_bits == 8 and not (self.method == "rtn" and self.symmetric):
             raise AgqError("8-bit weights are symmetric and rounded to nearest: choose the method rtn")
+        if type(self.head_bits) is not int or self.head_bits not in HEAD_BITS:
+            raise AgqError(f"head_bits {self.head_bits!r} is not supported: choose 4, 8 or 16")
         self._check_mixed()
         if type(self.fold) is not bool:
             raise AgqError(f"fold must be true or false, not {self.fold!r}")

@@ -17,7 +17,6 @@ from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.models.registry import describe
 from agq_tvm.quantize.checkpoint import (
     QuantizedLinear,
-    QuantizedTable,
     bias_shapes,
     linear_shapes,
     quantization_config,
@@ -70,8 +69,8 @@ class Source:
         """Return the 4-bit grid that the module `name` already has, exactly, or None if it has none."""
         return None
 
-    def kept_table(self, name: str) -> QuantizedTable | None:
-        """Return the 8-bit grid that the table `name` already has, exactly, or None if it has none."""
+    def kept_table(self, name: str, bits: int) -> QuantizedLinear | None:
+        """Return the grid of so many bits that the table `name` already has, exactly, or None if it has none."""
         return None
 
     @property

@@ -11,7 +11,7 @@ the grid that the codes were made for.
 import numpy as np
 
 from agq_tvm.errors import AgqError
-from agq_tvm.quantize.checkpoint import TABLE_GROUP, QuantizedLinear, QuantizedTable, group_count
+from agq_tvm.quantize.checkpoint import QuantizedLinear, group_count
 
 _LARGEST = float(np.finfo("float16").max)
 
@@ -142,11 +142,6 @@ def rtn_8bit(weight: np.ndarray, group_size: int) -> QuantizedLinear:
     return QuantizedLinear(codes, scales, None, in_features=weight.shape[1], group_size=group_size)
 
 
-def quantize_table(weight: np.ndarray) -> QuantizedTable:
-    """Round an embedding or output matrix [V, K] to symmetric 8-bit codes -127..127 in groups of 32."""
-    return QuantizedTable(*round_8bit(weight, TABLE_GROUP))
-
-
 def round_8bit(weight: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return codes -127..127, int8 [N, K], and scales, float16 [N, G], of a finite matrix [N, K]."""
     rows, columns = weight.shape
@@ -163,8 +158,3 @@ def round_8bit(weight: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndar
         codes[:, start : start + group_size] = np.where(scale[:, None] == 0, 0, rounded)
         scales[:, g] = scale
     return codes, scales
-
-
-def dequantize_table(table: QuantizedTable) -> np.ndarray:
-    """Return the matrix that the codes stand for: float32 [V, K]."""
-    return table.qweight * spread(table.scales.astype("float32"), TABLE_GROUP, table.qweight.shape[1])

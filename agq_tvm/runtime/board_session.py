@@ -8,6 +8,7 @@ import numpy as np
 
 from agq_tvm.boards.tracker import board_features
 from agq_tvm.runtime.bundle import LIBRARY, PARAMETERS, Bundle
+from agq_tvm.runtime.threads import configure_board
 
 _CPU = 1  # DLPack's device type
 _PREFIX = "param"
@@ -38,8 +39,7 @@ class BoardSession:
         features = board_features(session)
         if features is not None:
             bundle.check_runs_on("aarch64" if "asimd" in features else "x86_64", features)
-        # The big cores, as many as the device has.
-        self._call("runtime.config_threadpool")(1, bundle.manifest["device"]["threads"])
+        configure_board(session.get_function, bundle.manifest["device"]["threads"])
         session.upload(str(bundle.path / LIBRARY))
         self.library = session.load_module(LIBRARY)
         self._machine = relax.VirtualMachine(self.library, self._device)

@@ -1,6 +1,5 @@
 """Running a bundle: chunks of prefill, decode, and the tokens between them."""
 
-import os
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -10,6 +9,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.runtime.bundle import LIBRARY, Bundle
+from agq_tvm.runtime.threads import Threads
 from agq_tvm.targets import detect
 
 
@@ -28,6 +28,11 @@ class LocalSession:
     bundle : Bundle
     threads : int, optional
         Those of the device by default.
+
+    Attributes
+    ----------
+    threads : int
+        As many of them as this machine has processors for, see `agq_tvm.runtime.threads.Threads`.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None):
@@ -35,8 +40,9 @@ class LocalSession:
         from tvm import relax
 
         bundle.check_runs_on(detect.machine(), detect.cpu_features())
-        self.threads = threads or bundle.manifest["device"]["threads"]
-        use_threads(self.threads)
+        self._threads = Threads(threads or bundle.manifest["device"]["threads"])
+        self._threads.configure()
+        self.threads = self._threads.count
         self._tensor = tvm.runtime.tensor
         self._arrays = bundle.arrays()  # the tensors below are views of it
         self.library = tvm.runtime.load_module(str(bundle.path / LIBRARY))
@@ -48,20 +54,8 @@ class LocalSession:
     def run(self, function: str, tokens: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """See `Session.run`."""
         inputs = (self._tensor(array) for array in (tokens, positions, lengths))
-        return self._machine[function](*inputs, self._packed).numpy()
-
-
-def use_threads(count: int) -> None:
-    """Give TVM's thread pool `count` threads on the processors of this process, bound to none of them.
-
-    Left alone, TVM takes half the processors of an x86 machine and binds the caller to the first one, and with it
-    everything that the process starts later.
-    """
-    import tvm
-
-    share_all = -3
-    processors = [str(cpu) for cpu in sorted(os.sched_getaffinity(0))]
-    tvm.get_global_func("runtime.config_threadpool")(share_all, count, processors)
+        with self._threads.running():
+            return self._machine[function](*inputs, self._packed).numpy()
 
 
 def chunks(count: int, buckets: tuple[int, ...] | list[int]) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agq_tvm.errors import AgqError
-from agq_tvm.targets import detect, known
+from agq_tvm.targets import detect, known, processors
 
 DEVICES = Path(__file__).parent / "devices"
 
@@ -116,7 +116,7 @@ def load_device(name: str | os.PathLike) -> Device:
     ----------
     name : str or path-like
         A name from `device_names`, the path of a TOML file of the same form, or ``"host"``: the best fit to
-        this machine, with as many threads as there are usable cores.
+        this machine, with a thread for each big core that this process may use.
 
     Raises
     ------
@@ -145,9 +145,10 @@ def load_device(name: str | os.PathLike) -> Device:
 def _host() -> Device:
     machine = detect.machine()
     device = load_device(detect.best_device(machine, detect.cpu_features()))
+    cores = processors.big_cores(processors.usable_processors())
     return dataclasses.replace(
         device,
-        clusters=(Cluster(cpu=device.cpu, count=len(os.sched_getaffinity(0)), big=True),),
+        clusters=(Cluster(cpu=device.cpu, count=min(cores, processors.processor_quota() or cores), big=True),),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     )
 

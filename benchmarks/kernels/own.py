@@ -20,7 +20,7 @@ from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.layout import K_BLOCK, Layout
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
-from agq_tvm.runtime.engine import use_threads
+from agq_tvm.runtime.threads import Threads
 from agq_tvm.targets import load_device
 from benchmarks import limits, seconds, tables
 
@@ -254,7 +254,7 @@ def measure(rounds: int, path: Path) -> None:
     AgqError
         If a kernel computes something else than numpy does.
     """
-    use_threads(1)
+    Threads(1).configure()
     device = load_device("host")
     isa = instruction_set(device.instruction_set)
     cases = all_cases(isa, device)

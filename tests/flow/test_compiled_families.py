@@ -43,6 +43,9 @@ CASES = {  # family, its variant, activations (or more of what `quantize` takes)
     "llama, float activations": ("llama", {}, "none", HERE),
     "opt like opt-350m, float activations": ("opt", OPT_350M, {"activation": "none", "attention": "log2"}, "generic"),
     "bloom, float activations and 8-bit weights": ("bloom", {}, {"activation": "none", "weight_bits": 8}, HERE),
+    "llama, 4-bit head": ("llama", {"tie_word_embeddings": False}, {"head_bits": 4}, HERE),
+    "opt like opt-350m, float16 head": ("opt", OPT_350M, {"activation": "per-token", "head_bits": 16}, HERE),
+    "bloom, float activations, 4-bit head": ("bloom", {}, {"activation": "none", "head_bits": 4}, HERE),
     "opt, 8-bit weights": ("opt", {}, STATIC_TRIP | {"weight_bits": 8, "four_bit": ("o",)}, "generic"),
 }
 

@@ -7,11 +7,11 @@ import pytest
 import tvm
 
 from agq_tvm.flow.packing import pack_table
-from agq_tvm.kernels.embedding import build_embedding, build_last_row
+from agq_tvm.kernels.embedding import build_embedding, build_float_embedding, build_last_row
 from agq_tvm.kernels.emit import erf, exp, store_vector, task_loop
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.kernels.norm import LayerNormKernel, build_layer_norm
-from agq_tvm.quantize.checkpoint import QuantizedTable
+from agq_tvm.quantize.tables import dequantize_table, quantize_table
 from agq_tvm.tvm_seam import IRBuilder, T
 from tests.kernels.operands import compiled
 
@@ -58,17 +58,18 @@ def test_layer_norm(rows, channels):
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS.values(), ids=lambda isa: isa.name)
-def test_embedding_reads_the_packed_table(isa):
-    rng = np.random.default_rng(0)
-    codes = rng.integers(-128, 128, (150, 80)).astype("int8")
-    scales = rng.standard_normal((150, 3)).astype("float16")
-    packed = pack_table(QuantizedTable(codes, scales), isa.layout_8bit)
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_embedding_reads_the_packed_table(isa, bits):
+    table = quantize_table(np.random.default_rng(0).standard_normal((150, 80)).astype("float32"), bits)
+    packed = pack_table(table, isa)
     tokens = np.array([0, 149, 64, 63, 15], "int32")
     out = tvm.runtime.tensor(np.zeros((5, 80), "float32"))
-    function = compiled(build_embedding(5, 150, 80, isa.layout_8bit), "generic")
-    function(*(tvm.runtime.tensor(a) for a in (tokens, packed["w"], packed["ws"])), out)
-    expected = codes[tokens] * np.repeat(scales[tokens].astype("float32"), 32, axis=1)[:, :80]
-    np.testing.assert_array_equal(out.numpy(), expected)
+    if bits == 16:
+        kernel = build_float_embedding(5, 150, 80, packed["w"].shape)
+    else:
+        kernel = build_embedding(5, 150, 80, isa.layout(bits), "wo" in packed)
+    compiled(kernel, "generic")(*(tvm.runtime.tensor(a) for a in (tokens, *packed.values())), out)
+    np.testing.assert_array_equal(out.numpy(), dequantize_table(table)[tokens])
 
 
 @pytest.mark.parametrize("valid", [1, 3, 8])

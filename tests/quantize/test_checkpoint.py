@@ -10,7 +10,8 @@ from agq_tvm.errors import AgqError
 from agq_tvm.quantize.checkpoint import linear_shapes, read_checkpoint, table_shapes, vector_shapes
 from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.source import open_source
-from agq_tvm.quantize.weights import dequantize, dequantize_table, rtn, rtn_8bit
+from agq_tvm.quantize.tables import dequantize_table
+from agq_tvm.quantize.weights import dequantize, rtn, rtn_8bit
 
 Q = "model.layers.0.self_attn.q_proj"
 K = "model.layers.0.self_attn.k_proj"

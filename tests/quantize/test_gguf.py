@@ -12,7 +12,8 @@ from agq_tvm.models.registry import describe
 from agq_tvm.quantize.checkpoint import linear_shapes, read_checkpoint, table_shapes
 from agq_tvm.quantize.gguf_file import read_gguf
 from agq_tvm.quantize.source import open_source
-from agq_tvm.quantize.weights import dequantize, dequantize_table
+from agq_tvm.quantize.tables import dequantize_table
+from agq_tvm.quantize.weights import dequantize
 from tests.quantize.gguf_models import CONFIG, TOKENS, write_gguf
 
 

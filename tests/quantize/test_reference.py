@@ -9,7 +9,8 @@ from agq_tvm.quantize.checkpoint import QuantizedLinear, read_checkpoint
 from agq_tvm.quantize.operators import QuantizedOperator
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.source import open_source
-from agq_tvm.quantize.weights import dequantize, dequantize_table, rtn
+from agq_tvm.quantize.tables import dequantize_table
+from agq_tvm.quantize.weights import dequantize, rtn
 from tests.tiny import tiny_config, write_tiny_llama
 
 LLAMA3 = {

@@ -13,7 +13,8 @@ from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.source import open_source
 from agq_tvm.quantize.streaming import drained, quantize_layers, token_weights
-from agq_tvm.quantize.weights import dequantize, quantize_table, rtn
+from agq_tvm.quantize.tables import quantize_table
+from agq_tvm.quantize.weights import dequantize, rtn
 from tests.tiny import write_tiny_model
 
 WINDOWS = [np.random.default_rng(i).integers(3, 259, 64).tolist() for i in range(24)]
@@ -137,7 +138,7 @@ def test_static_ranges_hold_the_smallest_and_the_largest_input(source):
 def test_static_calibration_uses_the_kept_embedding(quantized):
     checkpoint = read_checkpoint(quantized(activation="static"))
     source = open_source(checkpoint.path.parent / "source")
-    table = quantize_table(source.tensor("model.embed_tokens.weight"))
+    table = quantize_table(source.tensor("model.embed_tokens.weight"), 8)
     np.testing.assert_array_equal(checkpoint.table("model.embed_tokens").qweight, table.qweight)
     q, k = (checkpoint.linear(f"model.layers.0.self_attn.{name}_proj") for name in "qk")
     assert q.act_scale == k.act_scale and q.act_zero == k.act_zero

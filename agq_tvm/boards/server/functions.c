@@ -1,7 +1,9 @@
 /* The functions that TVM's clients expect of a server, over tvm_ffi's C interface. */
+#define _GNU_SOURCE
 #include "board.h"
 
 #include <dirent.h>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/auxv.h>
@@ -28,6 +30,21 @@ static int text_argument(const TVMFFIAny *arguments, int32_t count, char *text, 
   memcpy(text, value.data, value.size);
   text[value.size] = 0;
   return 0;
+}
+
+/* Calls one of the runtime's functions by its name. */
+static int call(const char *name, const TVMFFIAny *arguments, int32_t count, TVMFFIAny *result) {
+  TVMFFIByteArray key = bytes(name);
+  TVMFFIObjectHandle function = NULL;
+  *result = (TVMFFIAny){.type_index = kTVMFFINone};
+  if (TVMFFIFunctionGetGlobal(&key, &function)) return -1;
+  if (!function) {
+    TVMFFIErrorSetRaisedFromCStr("RuntimeError", "the board's runtime lacks a function");
+    return -1;
+  }
+  int error = TVMFFIFunctionCall(function, (TVMFFIAny *)arguments, count, result);
+  TVMFFIObjectDecRef(function);
+  return error;
 }
 
 static int return_text(const char *text, TVMFFIAny *result) {
@@ -57,13 +74,8 @@ static int load_module(void *self, const TVMFFIAny *arguments, int32_t count, TV
   char path[600];
   (void)self;
   if (session_path(arguments, count, path, sizeof path)) return -1;
-  TVMFFIByteArray name = bytes("ffi.ModuleLoadFromFile");
-  TVMFFIObjectHandle loader = NULL;
-  if (TVMFFIFunctionGetGlobal(&name, &loader)) return -1;
   TVMFFIAny argument = {.type_index = kTVMFFIRawStr, .v_c_str = path};
-  int error = TVMFFIFunctionCall(loader, &argument, 1, result);
-  TVMFFIObjectDecRef(loader);
-  return error;
+  return call("ffi.ModuleLoadFromFile", &argument, 1, result);
 }
 
 static int list_folder(void *self, const TVMFFIAny *arguments, int32_t count, TVMFFIAny *result) {
@@ -111,6 +123,55 @@ static int cpu_features(void *self, const TVMFFIAny *arguments, int32_t count, T
   return return_text(text, result);
 }
 
+/* Reads the first line of a file of Linux's, without its end; "" if there is none. */
+static const char *line_of(const char *path, char *line, size_t size) {
+  FILE *file = fopen(path, "r");
+  *line = 0;
+  if (file) {
+    if (fgets(line, (int)size, file)) line[strcspn(line, "\n")] = 0;
+    fclose(file);
+  }
+  return line;
+}
+
+/* The processors that the session may run on, a line for each: number, cpu_capacity and highest frequency (0 if
+ * Linux does not say), and those that share its core. */
+static int processors(void *self, const TVMFFIAny *arguments, int32_t count, TVMFFIAny *result) {
+  static const char *const ITEMS[] = {"cpu_capacity", "cpufreq/cpuinfo_max_freq", "topology/thread_siblings_list"};
+  char text[65536] = "", path[128], line[128];
+  size_t used = 0;
+  cpu_set_t allowed;
+  (void)self, (void)arguments, (void)count;
+  if (sched_getaffinity(0, sizeof allowed, &allowed)) CPU_ZERO(&allowed);
+  for (int cpu = 0; cpu < CPU_SETSIZE && used + 512 < sizeof text; ++cpu) {
+    if (!CPU_ISSET(cpu, &allowed)) continue;
+    used += (size_t)snprintf(text + used, sizeof text - used, "%s%d", used ? "\n" : "", cpu);
+    for (int item = 0; item < 3; ++item) {
+      snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/%s", cpu, ITEMS[item]);
+      const char *value = line_of(path, line, sizeof line);
+      used += (size_t)snprintf(text + used, sizeof text - used, " %s", *value || item == 2 ? value : "0");
+    }
+  }
+  return return_text(text, result);
+}
+
+/* runtime.config_threadpool(mode, threads, processors) with the processors as a text, "4 5 6 7": lists do not
+ * travel over RPC. */
+static int use_threads(void *self, const TVMFFIAny *arguments, int32_t count, TVMFFIAny *result) {
+  char text[8192], *rest = text;
+  TVMFFIAny names[CPU_SETSIZE], pool[3];
+  int32_t number = 0;
+  (void)self;
+  if (count != 3 || text_argument(arguments + 2, 1, text, sizeof text)) return -1;
+  for (char *name; number < CPU_SETSIZE && (name = strtok_r(rest, " ", &rest));)
+    names[number++] = (TVMFFIAny){.type_index = kTVMFFIRawStr, .v_c_str = name};
+  pool[0] = arguments[0], pool[1] = arguments[1];
+  if (call("ffi.Array", names, number, &pool[2])) return -1;
+  int error = call("runtime.config_threadpool", pool, 3, result);
+  TVMFFIObjectDecRef(pool[2].v_obj);
+  return error;
+}
+
 /* Whether the board was started as an emulated one: nothing inside an emulator can tell for sure. */
 static int emulated(void *self, const TVMFFIAny *arguments, int32_t count, TVMFFIAny *result) {
   (void)self, (void)arguments, (void)count;
@@ -144,6 +205,8 @@ int register_functions(const char *folder, int is_emulated_board) {
          set_function("tvm.rpc.server.load_module", load_module) ||
          set_function("tvm.rpc.server.listdir", list_folder) ||
          set_function("agq.board.cpu_features", cpu_features) ||
+         set_function("agq.board.processors", processors) ||
+         set_function("agq.board.use_threads", use_threads) ||
          set_function("agq.board.emulated", emulated);
 }
 

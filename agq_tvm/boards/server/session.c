@@ -54,12 +54,16 @@ static int remove_one(const char *path, const struct stat *status, int kind, str
   return remove(path);
 }
 
+/* How often a thread without work looks for some before it sleeps, as in agq_tvm/runtime/threads.py. */
+#define SPINS "2000"
+
 /* The child: never returns. */
 static void serve(int connection, const char *folder, int emulated) {
   sigset_t none;
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, NULL);
   prctl(PR_SET_PDEATHSIG, SIGKILL);
+  setenv("TVM_THREAD_POOL_SPIN_COUNT", SPINS, 0);
   int failed = chdir(folder) || register_functions(folder, emulated) ||
                call_runtime("rpc.ServerLoop", connection, NULL);
   fflush(NULL);
