@@ -39,11 +39,11 @@ class Product(Product):
         """See `Product.prepare`."""
         from agq_tvm.kernels import activation, linear
         from agq_tvm.kernels.instruction_sets import instruction_set
-        from agq_tvm.runtime.engine import use_threads
+        from agq_tvm.runtime.threads import Threads
         from agq_tvm.targets import load_device
         from benchmarks import limits
 
-        use_threads(self.threads)
+        Threads(self.threads).configure()
         device = load_device("host")
         isa = instruction_set(device.instruction_set)
         layout, x, size = isa.layout_4bit, operands.x, int(self.form.kind[1:])
@@ -87,9 +87,9 @@ def limits_here(threads: int) -> dict[str, float]:
     from benchmarks import limits
 
     if threads not in _LIMITS:
-        from agq_tvm.runtime.engine import use_threads
+        from agq_tvm.runtime.threads import Threads
 
-        use_threads(threads)
+        Threads(threads).configure()
         _LIMITS[threads] = limits.memory_limit(threads), limits.multiply_limit(threads=threads)
     memory, multiply = _LIMITS[threads]
     return {"GB/s": memory.rate()} | ({"GOP/s": multiply.rate()} if multiply else {})
