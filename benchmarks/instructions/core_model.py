@@ -112,7 +112,7 @@ def simulate(listing: dict[int, Instruction], count: Count, device: Device) -> C
             break
         simulated.append((region, _simulate_region(region, core)))
         executed += region.executed
-    loop = _busiest_loop(listing, [region for region, _ in simulated])
+    loop = _busiest_loop([region for region, _ in simulated])
     inside = [(region, one) for region, one in simulated if region.instructions[0].address in loop]
     cycles, bound = _total(simulated, "cycles"), _total(simulated, "bound")
     loop_cycles, loop_bound = _total(inside, "cycles"), _total(inside, "bound")
@@ -123,7 +123,7 @@ def _total(simulated: list[tuple[Region, _Simulation]], what: str) -> float:
     return sum(region.runs * getattr(one, what) for region, one in simulated)
 
 
-def _busiest_loop(listing: dict[int, Instruction], simulated: list[Region]) -> range:
+def _busiest_loop(simulated: list[Region]) -> range:
     """Return the addresses of the innermost loop that executes most multiplies."""
     executed = [instruction for region in simulated for instruction in region.instructions]
     executed.sort(key=lambda instruction: instruction.address)
