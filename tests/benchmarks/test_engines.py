@@ -5,8 +5,8 @@ import pytest
 
 from agq_tvm.quantize.source import open_source, tensor_shapes
 from benchmarks.peers import base
+from benchmarks.peers.conversion import interleaved, write_gguf
 from benchmarks.peers.engines import ours, torch_eager
-from benchmarks.peers.gguf_file import interleaved, write_gguf
 from tests.benchmarks.test_peers import rounded
 from tests.tiny import write_tiny_llama
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peers.base import Model, ModelForm
-from benchmarks.peers.gguf_file import tensors
+from benchmarks.peers.conversion import Weights
 
 ENVIRONMENT = "shared"
 PACKAGE = "ctranslate2"
@@ -67,12 +67,13 @@ def convert(source: Path, target: Path) -> None:
         rotary_base=config["rope_theta"],
         num_heads_kv=None if kv_heads == heads else kv_heads,
     )
-    weights = {name: array.astype("float32") for name, array in tensors(source)}
+    weights = Weights(source)
     decoder = spec.decoder
     decoder.scale_embeddings = False
     decoder.embeddings.weight = weights["model.embed_tokens.weight"]
     decoder.layer_norm.gamma = weights["model.norm.weight"]
-    decoder.projection.weight = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    head = "lm_head" if "lm_head.weight" in weights else "model.embed_tokens"
+    decoder.projection.weight = weights[f"{head}.weight"]
     for number, layer in enumerate(decoder.layer):
         own = {name: weights[f"model.layers.{number}.{name}.weight"] for name in _LINEARS + _NORMS}
         layer.self_attention.layer_norm.gamma, layer.ffn.layer_norm.gamma = (own[name] for name in _NORMS)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peers.base import Form, Model, ModelForm, Operands, Product, copy_of
-from benchmarks.peers.gguf_file import write_gguf
+from benchmarks.peers.conversion import write_gguf
 
 ENVIRONMENT = "shared"
 PACKAGE = "llama-cpp-python"

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peers.base import Model, ModelForm
+from benchmarks.peers.conversion import Weights
 from benchmarks.peers.engines.ov import decompressed
-from benchmarks.peers.gguf_file import tensors
 
 ENVIRONMENT = "shared"
 PACKAGE = "openvino"
@@ -37,7 +37,7 @@ class Graph:
 
         self._ov, self._ops, self._size = openvino, opset13, group_size
         self._config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        self._weights = {name: array.astype("float32") for name, array in tensors(source)}
+        self._weights = Weights(source)
         self._states: list = []
         self._heads, self._kv_heads = self._config["num_attention_heads"], self._config["num_key_value_heads"]
         self._depth = self._config["hidden_size"] // self._heads
@@ -49,16 +49,15 @@ class Graph:
         positions = ops.parameter([1, -1], ov.Type.i64, name="positions")
         self._mask = ops.parameter([1, 1, -1, -1], ov.Type.f32, name="mask")
         self._beam = ops.parameter([-1], ov.Type.i32, name="beam")
-        embedding = self._weights["model.embed_tokens.weight"]
         self._rotary(positions)
-        table = self._eight_bit(embedding)
+        table = self._eight_bit("model.embed_tokens")
         x = ops.gather(table, tokens, np.int64(0))
         for layer in range(self._config["num_hidden_layers"]):
             x = self._layer(x, f"model.layers.{layer}.")
         x = ops.gather(x, np.array([-1], "int64"), np.int64(1))  # the last token
         x = self._norm(x, "model.norm")
-        head = self._weights.get("lm_head.weight")
-        logits = ops.matmul(x, table if head is None else self._eight_bit(head), False, True)
+        head = self._eight_bit("lm_head") if "lm_head.weight" in self._weights else table
+        logits = ops.matmul(x, head, False, True)
         inputs = [tokens, positions, self._mask, self._beam]
         return ov.Model([ops.result(logits)], [sink for _, sink in self._states], inputs, "llama")
 
@@ -71,7 +70,11 @@ class Graph:
         angles = ops.multiply(rows, ops.constant(inverse))
         self._cos, self._sin = ops.cos(angles), ops.sin(angles)
 
-    def _eight_bit(self, w: np.ndarray):
+    def _floats(self, name: str) -> np.ndarray:
+        return self._weights[f"{name}.weight"].astype("float32")
+
+    def _eight_bit(self, name: str):
+        w = self._floats(name)
         scales = np.abs(w).max(1, keepdims=True) / np.float32(127)
         codes = np.rint(w / scales).astype("int8")
         return decompressed(self._ov, codes, scales, w.shape[1], "i8")
@@ -79,7 +82,10 @@ class Graph:
     def _linear(self, x, name: str):
         from agq_tvm.quantize.weights import codes_of, rtn
 
-        linear = rtn(self._weights[f"{name}.weight"], self._size, symmetric=True)
+        floats = self._floats(name)
+        if floats.shape[1] % self._size:
+            raise ValueError(f"groups of {self._size} do not divide the {floats.shape[1]} channels of {name}")
+        linear = rtn(floats, self._size, symmetric=True)
         w = decompressed(self._ov, codes_of(linear), linear.scales.astype("float32"), self._size, "i4")
         return self._ops.matmul(x, w, False, True)
 
@@ -88,7 +94,7 @@ class Graph:
         square = ops.power(x, np.float32(2))
         mean = ops.reduce_mean(square, np.array([-1], "int64"), True)
         scale = ops.divide(np.float32(1), ops.sqrt(ops.add(mean, np.float32(self._config["rms_norm_eps"]))))
-        return ops.multiply(ops.constant(self._weights[f"{name}.weight"]), ops.multiply(x, scale))
+        return ops.multiply(ops.constant(self._floats(name)), ops.multiply(x, scale))
 
     def _split(self, x, heads: int):
         """[1, T, heads · D] to [1, heads, T, D]."""

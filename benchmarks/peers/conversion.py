@@ -1,4 +1,4 @@
-"""A LLaMA as Hugging Face stores it, written as a GGUF file in 16-bit floats, for llama.cpp to quantize."""
+"""A LLaMA as Hugging Face stores it, for converters; and as a GGUF file of 16-bit floats, for llama.cpp to quantize."""
 
 import json
 from pathlib import Path
@@ -19,14 +19,28 @@ _NAMES = {
 _WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def tensors(source: Path):
-    """Yield names and arrays of a Hugging Face directory, file by file."""
-    from safetensors import safe_open
+class Weights:
+    """The tensors of a Hugging Face directory, each read when it is asked for.
 
-    for path in sorted(source.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
+    Parameters
+    ----------
+    source : Path
+    """
+
+    def __init__(self, source: Path):
+        from safetensors import safe_open
+
+        self._files = [safe_open(path, framework="numpy") for path in sorted(source.glob("*.safetensors"))]
+        self._file_of = {name: file for file in self._files for name in file.keys()}
+
+    def __iter__(self):
+        return iter(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._file_of[name].get_tensor(name)
 
 
 def gguf_name(name: str) -> str:
@@ -64,7 +78,9 @@ def write_gguf(source: Path, target: Path) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    for name, array in tensors(source):
+    weights = Weights(source)
+    for name in weights:
+        array = weights[name]
         if ".q_proj." in name or ".k_proj." in name:
             array = interleaved(array, heads if ".q_proj." in name else kv_heads)
         writer.add_tensor(gguf_name(name), array.astype("float32" if array.ndim == 1 else "float16"))
