@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,6 +32,9 @@ from agq_tvm.quantize.tables import quantize_table
 from agq_tvm.quantize.texts import load_text, title
 from agq_tvm.quantize.weights import dequantize
 from agq_tvm.runtime.engine import prompt_chunks
+
+if TYPE_CHECKING:
+    from agq_tvm.quantize.head import HeadFit
 
 KEPT_GROUP = 32
 
@@ -97,7 +101,7 @@ def quantize(
         The linears, e.g. ``("o", "gate_up", "down")``, whose inputs get 4-bit codes; ``"gate_up"`` and ``"up"`` are
         the same, whether there is a gate or not.
     calibration : Calibration, optional
-        Used by ``"gptq"``, by static activations, by TRIP and by quantized attention.
+        Used by ``"gptq"``, by static activations, by TRIP, by quantized attention and by a head of 4 bits.
     pruning : PruningSchedule, optional
         Drop tokens of a prompt in some layers; by default none are. Calibration drops them, too, in the chunks of a
         compiled model.
@@ -115,8 +119,8 @@ def quantize(
         First move powers of two from the norms into the weights that read them, which changes no float. Not with
         ``"keep"``.
     head_bits : {4, 8, 16}
-        Of embedding, head and projections outside the layers; 16 is float16. Where a model has such a table with a
-        grid of 4 or 8 bits in groups of 32, that is kept.
+        Of embedding, head and projections outside the layers; 16 is float16, and a head of 4 bits is calibrated.
+        Where a model has such a table with a grid of 4 or 8 bits in groups of 32, that is kept.
 
     Returns
     -------
@@ -163,8 +167,9 @@ def quantize(
         looked_at = None if windows is None else _described(calibration, windows)
         say(f"quantizing {source.label}: {scheme.method}, {scheme.weight_scales}")
         report = CalibrationReport()
-        weights = _Weights(source, _linears(source, scheme, windows, report))
-        tables = ((name, _table(source, name, head_bits)) for name in table_shapes(source.config))
+        head = _head_fit(source, scheme)
+        weights = _Weights(source, _linears(source, scheme, windows, report, head))
+        tables = ((name, _table(source, name, head_bits, head)) for name in table_shapes(source.config))
         vectors = ((name, source.tensor(name)) for name in vector_shapes(source.config))
         write_checkpoint(directory, source.raw_config, scheme, weights, tables, vectors, looked_at)
         if report.linears:
@@ -225,9 +230,13 @@ def _described(calibration: Calibration, windows: list[list[int]]) -> dict:
 
 
 def _linears(
-    source: Source, scheme: Scheme, windows: list[list[int]] | None, report: CalibrationReport
+    source: Source,
+    scheme: Scheme,
+    windows: list[list[int]] | None,
+    report: CalibrationReport,
+    head: "HeadFit | None",
 ) -> Iterable[tuple[str, QuantizedLinear]]:
-    """Quantize the matrices; `report` is told of static activations."""
+    """Quantize the matrices; `report` is told of static activations, and `head` of what comes out of the layers."""
     if windows is not None:
         from agq_tvm.quantize.sensitivity import choose_formats
         from agq_tvm.quantize.streaming import quantize_layers, with_formats
@@ -238,14 +247,29 @@ def _linears(
             if not replace(scheme, mixed_bits=0).is_calibrated:
                 linears = ((name, quantize_matrix(source, name, scheme)) for name in linear_shapes(source.config))
                 return with_formats(source.config, linears, formats)
-        return quantize_layers(source, scheme, windows, prompt_chunks(len(windows[0])), report.add, formats)
+        look = head.look if head else None
+        return quantize_layers(source, scheme, windows, prompt_chunks(len(windows[0])), report.add, formats, look)
     names = progress(linear_shapes(source.config), "quantizing")
     return ((name, quantize_matrix(source, name, scheme)) for name in names)
 
 
-def _table(source: Source, name: str, bits: int) -> Table:
+def _head_fit(source: Source, scheme: Scheme) -> "HeadFit | None":
+    """Return what rounds the head, for one of 4 bits that has no grid yet."""
+    if scheme.head_bits != 4:
+        return None
+    from agq_tvm.quantize.head import HeadFit
+
+    head = HeadFit(source)
+    return head if source.kept_table(head.name, 4) is None else None
+
+
+def _table(source: Source, name: str, bits: int, head: "HeadFit | None") -> Table:
     kept = source.kept_table(name, bits)
-    return quantize_table(source.tensor(f"{name}.weight"), bits) if kept is None else kept
+    if kept is not None:
+        return kept
+    if head and name == head.name:
+        return head.quantized()
+    return quantize_table(source.tensor(f"{name}.weight"), bits)
 
 
 class _Weights:

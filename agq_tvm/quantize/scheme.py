@@ -140,7 +140,13 @@ class Scheme:
     @property
     def is_calibrated(self) -> bool:
         """Whether quantizing looks at what passes through the model."""
-        calibrated = (self.activation == "static", self.max_refine, self.attention != "float", self.mixed_bits)
+        calibrated = (
+            self.activation == "static",
+            self.max_refine,
+            self.attention != "float",
+            self.mixed_bits,
+            self.head_bits == 4,
+        )
         return self.method == "gptq" or any(calibrated)
 
     def activation_bits(self, role: str) -> int:

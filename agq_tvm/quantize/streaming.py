@@ -34,12 +34,14 @@ from agq_tvm.quantize.weights import grid_of, unpack
 _SMALLEST_SQUARE = 1e-30
 # Called with a layer, a linear's role, and the static quantizer of its input.
 Watch = Callable[[int, str, StaticRefinement], None]
+Look = Callable[[list[Tensor], list[Tensor] | None], None]
 
 
 class _Windows:
     """The hidden states of windows of one length, advanced by one linear at a time.
 
-    With `pruners`, one for each window, rows are dropped in some layers. Those of a `leader` do as it does.
+    Between layers they are `hidden`. With `pruners`, one for each window, rows are dropped in some layers. Those of a
+    `leader` do as it does.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class _Windows:
     ) -> None:
         self._config = source.config
         entry = float_entry(source)
-        self._hidden: list[Tensor | None] = [entry(window) for window in windows]
+        self.hidden: list[Tensor | None] = [entry(window) for window in windows]
         self._positions = attention_positions(source.config, len(windows[0]))
         self._steps: list[LayerSteps] = []
         self._pruners = leader._pruners if leader else pruners
@@ -60,8 +62,8 @@ class _Windows:
     def enter_layer(self, layer: int, norms: Norms, attend: Attend | None = None) -> list[Tensor]:
         """Begin a layer, counted from 0; return the inputs [T, K] of its first linear."""
         common = {"config": self._config, "norms": norms, "half_cache": False, "attend": attend}
-        pruning = [self._pruning(layer, window) for window in range(len(self._hidden))]
-        each = zip(drained(self._hidden), pruning, strict=True)
+        pruning = [self._pruning(layer, window) for window in range(len(self.hidden))]
+        each = zip(drained(self.hidden), pruning, strict=True)
         self._steps = [layer_steps(hidden=hidden, **common, **pruning) for hidden, pruning in each]
         return [next(steps)[1] for steps in self._steps]
 
@@ -83,7 +85,7 @@ class _Windows:
             try:
                 inputs.append(steps.send(output)[1])
             except StopIteration as stop:
-                self._hidden[i] = stop.value
+                self.hidden[i] = stop.value
         return inputs
 
 
@@ -103,6 +105,7 @@ def quantize_layers(
     chunks: Sequence[int] = (),
     watch: Watch | None = None,
     formats: Mapping[tuple[int, str], MixedFormat] | None = None,
+    look: Look | None = None,
 ) -> Iterator[tuple[str, QuantizedLinear]]:
     """Quantize every linear, on inputs that come out of the already quantized ones before it.
 
@@ -122,6 +125,9 @@ def quantize_layers(
         Shown every static quantizer.
     formats : mapping, optional
         Bits and steps of activations, by layer and name of the linear.
+    look : callable, optional
+        Shown, at the end, the output [T, hidden_size] of the last layer for all windows; for GPTQ the float model's
+        as well, else None.
 
     Yields
     ------
@@ -159,6 +165,8 @@ def quantize_layers(
                 parts = (*parts[:-1], replace(parts[-1], value_scale=attend.value_scales.numpy()))
             yield from zip(names, parts, strict=True)
             inputs = states.advance(operator(x) for x in drained(inputs))
+    if look:
+        look(states.hidden, exact.hidden if exact else None)
 
 
 def _pruners(

@@ -2,8 +2,8 @@
 
 16   float16
 8    symmetric codes -127..127 in groups of 32
-4    codes 0..15 with offsets in groups of 32, fitted by least squares: what is looked up is a row as it stands, and
-     what multiplies has no layer behind it that could soften an error
+4    codes 0..15 with offsets in groups of 32, fitted by least squares; the head has a fit of its own
+     (`agq_tvm.quantize.head`)
 """
 
 import numpy as np

@@ -14,6 +14,7 @@ import tvm
 
 from agq_tvm.boards import emulate, processes, tracker
 from agq_tvm.errors import AgqError
+from agq_tvm.runtime.threads import configure_board
 from agq_tvm.targets import detect, load_device
 from tests.boards import kernels
 from tests.boards.conftest import BOARDS
@@ -252,3 +253,13 @@ def test_wrong_tracker_and_device_are_told(own_state):
     with pytest.raises(AgqError, match="a key is up to 64 letters"):
         emulate.start_board(load_device("raspberry-pi-4"), "127.0.0.1:1", key='a"b')
     assert emulate.list_boards() == []
+
+
+def test_threads_take_the_boards_own_processors(boards):
+    with boards.session("raspberry-pi-4") as session:
+        told = str(session.get_function("agq.board.processors")()).splitlines()
+        assert {int(line.split(" ")[0]) for line in told} == os.sched_getaffinity(0)  # those of this machine
+        configure_board(session.get_function, 2)
+        assert session.get_function("runtime.NumThreads")() == min(2, len(told))
+        for processors, words in (("first", "number"), (0, "one text")):
+            assert words in message(lambda to=processors: session.get_function("agq.board.use_threads")(-2, 1, to))

@@ -24,7 +24,7 @@ static int text_argument(const TVMFFIAny *arguments, int32_t count, char *text, 
   else if (count == 1 && arguments->type_index == kTVMFFIStr)
     value = *(const TVMFFIByteArray *)((const char *)arguments->v_ptr + sizeof(TVMFFIObject));
   if (!value.data || value.size >= size || memchr(value.data, 0, value.size)) {
-    TVMFFIErrorSetRaisedFromCStr("ValueError", "the board expects one file name");
+    TVMFFIErrorSetRaisedFromCStr("ValueError", "the board expects one text");
     return -1;
   }
   memcpy(text, value.data, value.size);
