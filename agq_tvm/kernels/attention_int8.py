@@ -137,7 +137,7 @@ def _store_digits(p: int, blocks, scores, peak, digits, totals) -> None:
         with T.vectorized(LANES) as j:
             T.buffer_store(partial, T.int32(0), [digit, j])
     with T.serial(blocks) as block:
-        # As vectors: in a vectorized loop TVM would take apart what has a scalar constant to shift by.
+        # Vectors by hand: of a vectorized loop with this body TVM makes scalars.
         weights = scores.vload([p, block * LANES], f"float32x{LANES}") * T.broadcast(inverse[0], LANES)
         code = T.Cast(f"int32x{LANES}", tirx.nearbyint(weights))
         high = T.shift_right(code, T.broadcast(T.int32(7), LANES))

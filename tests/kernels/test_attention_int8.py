@@ -38,7 +38,9 @@ def tensors(*arrays: np.ndarray) -> list:
 class Case:
     """Rows appended to random caches, and attention over them."""
 
-    def __init__(self, shape, isa: str, alibi: bool = False, importance: bool = False, spread: float = 1):
+    def __init__(
+        self, shape, isa: str, alibi: bool = False, importance: bool = False, spread: float = 1, compiled=compiled
+    ):
         rows, heads, kv_heads, dim, context, self.cached, self.valid = shape
         form = attention_form(instruction_set(isa), "int8")
         self.kernel = k = AttentionKernel(*shape[:5], form, alibi, importance=importance)
@@ -52,7 +54,7 @@ class Case:
         self.scales[:, :, self.cached :] = 0
         self.slopes = 0.3 ** np.arange(heads, dtype="float32")
         lengths = np.array([self.cached, self.valid], "int32")
-        caches = tensors(*self._packed(), *self.scales)
+        caches = tensors(*self.packed(), *self.scales)
         queries = tensors(*(np.zeros(*query) for query in k.queries))
         compiled(build_append(k, rotary=False), isa)(*tensors(self.qkv.reshape(rows, -1), lengths), *caches, *queries)
         outputs = tensors(np.full((rows, heads * dim), np.nan, "float32"))
@@ -63,7 +65,7 @@ class Case:
         self.out = outputs[0].numpy().reshape(rows, heads, dim)[: self.valid]
         self.importance = outputs[1].numpy()[: self.valid] if importance else None
 
-    def _packed(self) -> tuple[np.ndarray, np.ndarray]:
+    def packed(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the codes as the caches have them."""
         k = self.kernel
         full = np.zeros((2, k.kv_heads, k.context, k.channels), "int8")
@@ -106,7 +108,7 @@ def test_codes_and_result(shape, isa):
         pytest.skip(f"this processor lacks what {isa} needs")
     case = Case(shape, isa)
     case.append()
-    for found, expected in zip(case.caches, (*case._packed(), *case.scales), strict=True):
+    for found, expected in zip(case.caches, (*case.packed(), *case.scales), strict=True):
         np.testing.assert_array_equal(found, expected)
     q, q_scales = quantized(case.qkv[:, : shape[1]])
     np.testing.assert_array_equal(case.queries[0][..., : shape[3]], q)
