@@ -9,6 +9,7 @@ from tvm import relax
 
 from agq_tvm.flow.library import linear_format
 from agq_tvm.flow.packing import Packer, offsets_dtype
+from agq_tvm.kernels.attention_form import attention_form
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.models import relax_decoder
 from agq_tvm.models.decoder import PREFILL_BUCKETS
@@ -42,15 +43,19 @@ class CompiledModel:
         To leave out most functions.
     rows : int
         The only bucket.
+    cache : str
+        What keys and values are stored as.
     """
 
-    def __init__(self, checkpoint: Checkpoint, isa: str, context: int, monkeypatch, rows: int = ROWS):
+    def __init__(
+        self, checkpoint: Checkpoint, isa: str, context: int, monkeypatch, rows: int = ROWS, cache: str = "float16"
+    ):
         monkeypatch.setattr(relax_decoder, "function_names", lambda: functions(rows))
         offsets, scheme = offsets_dtype(checkpoint), checkpoint.scheme
-        book = CODE_BOOKS.get(scheme.attention)
-        module = relax_decoder.build_decoder(checkpoint.config, context, 16, scheme.pruning, book)
         format = linear_format(scheme, offsets)
         target, kernels = target_of(isa), instruction_set(isa, scheme.activation)
+        attention = attention_form(kernels, cache, CODE_BOOKS.get(scheme.attention))
+        module = relax_decoder.build_decoder(checkpoint.config, context, attention, scheme.pruning)
         self.lowered, tensors = pipeline.run(module, target, format, kernels)
         executable = relax.build(self.lowered, target, relax_pipeline=None)
         self.library = executable.jit()

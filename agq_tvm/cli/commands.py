@@ -55,7 +55,9 @@ def _compile(subparsers) -> None:
     def run(args) -> None:
         from agq_tvm.flow.compile import compile_checkpoint
 
-        result = compile_checkpoint(args.checkpoint, args.target, args.output, args.context, args.debug_dump)
+        result = compile_checkpoint(
+            args.checkpoint, args.target, args.output, args.context, args.debug_dump, args.cache
+        )
         rows = [
             ("bundle", args.output),
             ("device", result["device"]),
@@ -71,6 +73,12 @@ def _compile(subparsers) -> None:
     parser.add_argument("--target", required=True, metavar="NAME", help="see `agq targets`; host is this machine")
     parser.add_argument("-o", "--output", required=True, metavar="BUNDLE", help="directory to write")
     parser.add_argument("--context", type=int, metavar="N", help="longest sequence (default: 2048 or the model's)")
+    parser.add_argument(
+        "--cache",
+        choices=("float16", "int8"),
+        default="float16",
+        help="what keys and values are stored as (default: %(default)s)",
+    )
     parser.add_argument("--debug-dump", metavar="DIR", help="write the module after each phase")
     json_option(parser)
 

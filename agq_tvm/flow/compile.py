@@ -9,6 +9,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory, sha256_file, write_json
 from agq_tvm.flow.library import LibraryRequest, build_library
 from agq_tvm.flow.packing import Packer, check_overflow, layout_name, offsets_dtype
+from agq_tvm.kernels.attention_form import CACHES
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.progress import progress, say
@@ -25,6 +26,7 @@ def compile_checkpoint(
     output: str | Path,
     context: int | None = None,
     debug_dump: str | Path | None = None,
+    cache: str = CACHES[0],
 ) -> dict:
     """Compile a checkpoint for a device.
 
@@ -40,6 +42,8 @@ def compile_checkpoint(
         Length of the caches; the smaller of the model's and 2048 by default.
     debug_dump : path-like, optional
         Where to write the module after each phase.
+    cache : str
+        What keys and values are stored as, ``"float16"`` or ``"int8"``; values of log2 attention are int8 anyway.
 
     Returns
     -------
@@ -55,9 +59,11 @@ def compile_checkpoint(
     device = load_device(target)
     source = read_checkpoint(checkpoint)
     context = _context(source, context)
+    if cache not in CACHES:
+        raise AgqError(f"unknown cache {cache!r}: choose one of {', '.join(CACHES)}")
     say(f"compiling {checkpoint} for {device.name} ({device.instruction_set})")
     with fresh_directory(output, "bundle") as directory:
-        _build(source, target, device, context, directory, str(debug_dump) if debug_dump else None)
+        _build(source, target, device, context, cache, directory, str(debug_dump) if debug_dump else None)
         size = sum(path.stat().st_size for path in directory.iterdir())
     return {
         "device": device.name,
@@ -77,7 +83,7 @@ def _context(checkpoint: Checkpoint, context: int | None) -> int:
 
 
 def _build(
-    checkpoint: Checkpoint, target: str, device: Device, context: int, directory: Path, dump: str | None
+    checkpoint: Checkpoint, target: str, device: Device, context: int, cache: str, directory: Path, dump: str | None
 ) -> None:
     isa = instruction_set(device.instruction_set, checkpoint.scheme.activation)
     offsets = offsets_dtype(checkpoint)
@@ -85,7 +91,7 @@ def _build(
     scratch = directory / "scratch"
     scratch.mkdir()
     request = LibraryRequest(
-        str(checkpoint.path), target, str(directory / bundles.LIBRARY), context, offsets, str(scratch), dump
+        str(checkpoint.path), target, str(directory / bundles.LIBRARY), context, cache, offsets, str(scratch), dump
     )
     tensors = build_library(request)
     shutil.rmtree(scratch)
@@ -101,7 +107,7 @@ def _build(
         "linears": isa.layout(checkpoint.scheme.weight_bits).name,
         "tables": layout_name(isa, checkpoint.scheme.head_bits),
     }
-    manifest["caches"] = caches
+    manifest["cache"], manifest["caches"] = cache, caches
     manifest["parameters"] = [asdict(parameter) for parameter in parameters]
     manifest["files"] = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(directory.iterdir())

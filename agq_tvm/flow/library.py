@@ -36,6 +36,8 @@ class LibraryRequest:
     checkpoint, target, output : str
         The checkpoint's directory, the device, and the library to write.
     context : int
+    cache : str
+        What keys and values are stored as.
     offsets : str or None
         See `agq_tvm.flow.packing.offsets_dtype`.
     scratch : str
@@ -47,6 +49,7 @@ class LibraryRequest:
     target: str
     output: str
     context: int
+    cache: str
     offsets: str | None
     scratch: str
     debug_dump: str | None
@@ -104,11 +107,6 @@ def _bar():
     return tqdm(total=_STEPS, desc="compiling", unit="step", file=sys.stderr, leave=False, dynamic_ncols=True)
 
 
-def value_lanes(instruction_set: str) -> int:
-    """Return how many channels of the values attention sums at a time, see `AttentionKernel`."""
-    return 32 if instruction_set == "avx512vnni" else 16
-
-
 def linear_format(scheme: Scheme, offsets: str | None):
     """Return how the layers' linears are stored and computed.
 
@@ -135,6 +133,7 @@ def linear_format(scheme: Scheme, offsets: str | None):
 
 def _build(request: LibraryRequest) -> None:
     """Do the child's work."""
+    from agq_tvm.kernels.attention_form import attention_form
     from agq_tvm.kernels.instruction_sets import instruction_set
     from agq_tvm.models.relax_decoder import build_decoder
     from agq_tvm.passes import pipeline
@@ -145,8 +144,8 @@ def _build(request: LibraryRequest) -> None:
     target = Target(device.tvm_target())
     _step("decoder")
     scheme = checkpoint.scheme
-    book = CODE_BOOKS.get(scheme.attention)
-    module = build_decoder(checkpoint.config, request.context, value_lanes(isa.name), scheme.pruning, book)
+    attention = attention_form(isa, request.cache, CODE_BOOKS.get(scheme.attention))
+    module = build_decoder(checkpoint.config, request.context, attention, scheme.pruning)
     format = linear_format(checkpoint.scheme, request.offsets)
     dump = Path(request.debug_dump) if request.debug_dump else None
     lowered, tensors = pipeline.run(module, target, format, isa, dump, _step)

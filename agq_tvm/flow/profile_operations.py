@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from agq_tvm.flow.library import value_lanes
-from agq_tvm.kernels import activation, attention, linear, linear_dense
+from agq_tvm.kernels import activation, attention, attention_append, linear, linear_dense
 from agq_tvm.kernels.activation import QuantizeKernel
-from agq_tvm.kernels.attention import AttentionKernel
+from agq_tvm.kernels.attention_form import AttentionKernel, attention_form
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK
 from agq_tvm.kernels.linear import LinearKernel
@@ -282,32 +281,27 @@ class BlockOperations:
             config.num_kv_heads,
             config.head_dim,
             self.context,
-            value_lanes(self.isa.name),
+            attention_form(self.isa, book=book),
             alibi=config.positions == "alibi",
-            book=book,
         )
         values_limit = ACTIVATION_LIMIT if book else 1
         lengths = Operand((2,), "int32", values=(self.cached, rows))
         scale = [Operand((config.num_kv_heads,), low=0.5)] if book else []
-        keys = Operand(kernel.key_cache, "float16", cold=True)
-        values = Operand(kernel.value_cache, kernel.value_dtype, -values_limit, values_limit, cold=True)
-        q = ((rows, config.num_heads, config.head_dim), "float32")
+        (_, keys, keys_type), (_, values, values_type) = kernel.caches
+        keys = Operand(keys, keys_type, cold=True)
+        values = Operand(values, values_type, -values_limit, values_limit, cold=True)
+        (q,) = kernel.queries
         qkv = Operand((rows, sum(config.linears[0].rows)))
         updated = [replace(keys, updated=True, cold=False), replace(values, updated=True, cold=False)]
         if config.positions == "rotary":
             positions = tuple(range(self.cached, self.cached + rows))
             table = Operand((self.context, config.head_dim // 2))
             inputs = [qkv, table, table, Operand((rows,), "int32", values=positions), lengths]
-            append = self._add(_named(attention.build_rope_append(kernel), book), inputs + scale + updated, [q])
         else:
-            append = self._add(_named(attention.build_append(kernel), book), [qkv, lengths, *scale, *updated], [q])
+            inputs = [qkv, lengths]
+        func = attention_append.build_append(kernel, rotary=config.positions == "rotary")
+        append = self._add(func, inputs + scale + updated, [q])
         inputs = [Operand(q[0]), keys, values, lengths, *scale]
         inputs += [Operand((config.num_heads,), low=0.5)] if kernel.alibi else []
         out = ((rows, config.num_heads * config.head_dim), "float32")
         return append, self._add(attention.build_attention(kernel), inputs, [out])
-
-
-def _named(func, book):
-    """Tell kernels that fill int8 caches from those that fill float16 ones, which have the same name."""
-    name = str(func.attrs["global_symbol"])
-    return func.with_attr("global_symbol", f"log2_{name}") if book else func

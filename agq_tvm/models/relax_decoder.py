@@ -16,9 +16,10 @@ from dataclasses import replace
 from typing import Protocol
 
 from agq_tvm.kernels import attention as attention_kernels
+from agq_tvm.kernels import attention_append
 from agq_tvm.kernels import embedding as embedding_kernels
 from agq_tvm.kernels import prune as prune_kernels
-from agq_tvm.kernels.attention import AttentionKernel
+from agq_tvm.kernels.attention_form import AttentionForm, AttentionKernel
 from agq_tvm.models.decoder import PREFILL_BUCKETS, DecoderConfig, filled_tiles
 from agq_tvm.tvm_seam import relax
 
@@ -50,16 +51,15 @@ def function_names() -> list[tuple[str, int, bool]]:
     return names
 
 
-def build_decoder(config: DecoderConfig, context: int, value_lanes: int, pruning: Pruning | None = None, book=None):
+def build_decoder(config: DecoderConfig, context: int, form: AttentionForm, pruning: Pruning | None = None):
     """Build the module.
 
     Parameters
     ----------
     context : int
         Length of the caches, a multiple of 16.
-    value_lanes : int
-    book : optional
-        See `AttentionKernel`.
+    form : AttentionForm
+        What the caches hold.
     pruning : Pruning, optional
 
     Returns
@@ -69,7 +69,7 @@ def build_decoder(config: DecoderConfig, context: int, value_lanes: int, pruning
     """
     builder = relax.BlockBuilder()
     for name, rows, all_rows in function_names():
-        _Decoder(builder, config, context, value_lanes, rows, pruning, book).emit(name, all_rows)
+        _Decoder(builder, config, context, form, rows, pruning).emit(name, all_rows)
     return builder.get()
 
 
@@ -80,7 +80,7 @@ class _Decoder:
     `kernels.prune`.
     """
 
-    def __init__(self, builder, config: DecoderConfig, context: int, value_lanes: int, rows: int, pruning, book):
+    def __init__(self, builder, config: DecoderConfig, context: int, form: AttentionForm, rows: int, pruning):
         self.builder, self.config, self.context, self.rows = builder, config, context, rows
         self.params: list = []
         self.pruned_layers = pruning.layers if pruning else ()
@@ -93,9 +93,8 @@ class _Decoder:
             config.num_kv_heads,
             config.head_dim,
             context,
-            value_lanes,
+            form,
             alibi=config.positions == "alibi",
-            book=book,
         )
 
     def param(self, name: str, shape: tuple[int, ...], dtype: str = "float32"):
@@ -170,14 +169,14 @@ class _Decoder:
         return self._linear(x, self.tables.get("head", self.tables["embedding"]))
 
     def _caches(self, layer: int):
-        kernel = self.attention
-        caches = (("keys", kernel.key_cache, "float16"), ("values", kernel.value_cache, kernel.value_dtype))
-        return [self.param(f"layers.{layer}.{name}", shape, dtype) for name, shape, dtype in caches]
+        return [self.param(f"layers.{layer}.{name}", shape, dtype) for name, shape, dtype in self.attention.caches]
 
     def _layer_weights(self, layer: int) -> dict:
         names = ("input_norm", "mlp_norm")
         weights = {name: self._norm_params(f"layers.{layer}.{name}") for name in names}
-        scale = [self.param(f"layers.{layer}.value_scale", (self.config.num_kv_heads,))] if self.attention.book else []
+        scale = (
+            [self.param(f"layers.{layer}.value_scale", (self.config.num_kv_heads,))] if self.attention.form.book else []
+        )
         weights["value_scale"] = scale
         for linear in self.config.linears:
             name, columns = f"layers.{layer}.{linear.name}", sum(linear.rows)
@@ -266,17 +265,17 @@ class _Decoder:
     def _attention(self, qkv, caches, value_scale: list, drops: bool):
         kernel, emit = self.attention, self.builder.emit
         if self.config.positions == "rotary":
-            append = self.kernel(attention_kernels.build_rope_append(kernel))
             inputs = (qkv, *self.rope, self.positions, self.lengths, *value_scale)
         else:
-            append, inputs = self.kernel(attention_kernels.build_append(kernel)), (qkv, self.lengths, *value_scale)
-        q_type = relax.TensorType((self.rows, kernel.heads, kernel.head_dim), "float32")
-        types, updated = [cache.ty for cache in caches], [len(inputs), len(inputs) + 1, -1]
-        arguments = (*inputs, *caches)
-        keys, values, q = emit(relax.op.call_tir_inplace(append, arguments, updated, [*types, q_type]))
+            inputs = (qkv, self.lengths, *value_scale)
+        append = self.kernel(attention_append.build_append(kernel, rotary=self.config.positions == "rotary"))
+        types = [*(cache.ty for cache in caches), *(relax.TensorType(*query) for query in kernel.queries)]
+        updated = [*range(len(inputs), len(inputs) + len(caches)), *(-1 for _ in kernel.queries)]
+        made = emit(relax.op.call_tir_inplace(append, (*inputs, *caches), updated, types))
+        made = [made[i] for i in range(len(types))]
         kernel = replace(kernel, importance=drops)
         attention = self.kernel(attention_kernels.build_attention(kernel))
-        inputs = [q, keys, values, self.lengths, *value_scale]
+        inputs = [*made[len(caches) :], *made[: len(caches)], self.lengths, *value_scale]
         if kernel.alibi:
             inputs += [self.slopes, self.positions, self.key_positions] if kernel.pruned else [self.slopes]
         out_type = relax.TensorType((self.rows, kernel.heads * kernel.head_dim), "float32")

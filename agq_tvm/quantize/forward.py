@@ -257,13 +257,14 @@ def _attention(
     if watch is not None:
         watch(q, k, positions.bias)
     if attend is None:
-        out = _float_attention(q, k, v.half().float() if half_cache else v, positions.bias)
+        out = float_attention(q, k, v.half().float() if half_cache else v, positions.bias)
     else:
         out = attend(q, k, v, positions.bias)
     return out.transpose(0, 1).reshape(len(qkv), heads * width)
 
 
-def _float_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def float_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attend in float: what an `Attend` is given and returns."""
     return functional.scaled_dot_product_attention(
         q[None],
         k[None],

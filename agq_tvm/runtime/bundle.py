@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 ALIGNMENT = 64
 LIBRARY, PARAMETERS, MANIFEST = "model.so", "params.bin", "manifest.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-CACHES = (".keys", ".values", ".positions")
+CACHES = (".keys", ".values", ".key_scales", ".value_scales", ".positions")
 """How the names of the tensors end that a sequence fills."""
 _DTYPES = ("uint8", "int8", "int32", "float16", "float32")
 

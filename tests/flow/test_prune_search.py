@@ -17,6 +17,7 @@ from agq_tvm.flow.evaluate import evaluate_reference
 from agq_tvm.flow.prefill_cost import prefill_macs, speedup
 from agq_tvm.flow.prune_search import Candidate, candidates, layer_sets, prune_search, quantize_command, with_schedule
 from agq_tvm.flow.quantize import quantize
+from agq_tvm.kernels.attention_form import AttentionForm
 from agq_tvm.models import relax_decoder
 from agq_tvm.models.registry import describe
 from agq_tvm.quantize.checkpoint import read_checkpoint
@@ -38,7 +39,7 @@ def matmul_macs(config, rows: int, schedule: PruningSchedule | None) -> int:
     """Add up what the compiler's own module multiplies, attention apart."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(relax_decoder, "function_names", lambda: [("prefill", rows, False)])
-        module, total = relax_decoder.build_decoder(config, 256, 16, schedule), 0
+        module, total = relax_decoder.build_decoder(config, 256, AttentionForm(), schedule), 0
 
     def visit(node) -> None:
         nonlocal total

@@ -7,8 +7,11 @@ import pytest
 import torch
 import tvm
 
-from agq_tvm.kernels.attention import AttentionKernel, build_append, build_attention, build_rope_append
+from agq_tvm.kernels.attention import build_attention
+from agq_tvm.kernels.attention_append import build_append
+from agq_tvm.kernels.attention_form import AttentionForm, AttentionKernel, attention_form
 from agq_tvm.kernels.emit import LANES
+from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.quantize.log2 import Log2Attention, log2_codes, to_output, value_codes, weighted_sums
 from tests.kernels.operands import compiled, runs_here
@@ -27,8 +30,9 @@ class Case:
 
     def __init__(self, shape, book, isa: str = "generic", alibi: bool = False):
         rows, heads, kv_heads, dim, context, self.cached, self.valid = shape
-        lanes = 32 if isa == "avx512vnni" else LANES
-        self.kernel = AttentionKernel(rows, heads, kv_heads, dim, context, lanes, alibi, book=book)
+        self.kernel = AttentionKernel(
+            rows, heads, kv_heads, dim, context, attention_form(instruction_set(isa), book=book), alibi
+        )
         rng = np.random.default_rng(1)
         self.q = rng.standard_normal((rows, heads, dim)).astype("float32")
         self.q *= np.geomspace(0.03, 3, heads)[None, :, None] / dim**0.5
@@ -100,7 +104,7 @@ def test_codes_and_sums_of_the_paper(shape, isa, alibi):
     expected = np.clip(np.round(exact), 0, book.zero)
     assert unsure.mean() < 0.001 and ((codes == expected) | unsure).all()
     assert len(np.unique(codes)) > 5 or case.cached == 0
-    values = np.random.default_rng(2).integers(-127, 128, (case.kernel.value_cache)).astype("int8")
+    values = np.random.default_rng(2).integers(-127, 128, (case.kernel.caches[1][1])).astype("int8")
     sums = case.run(values, np.full(case.kernel.kv_heads, 2.0**15))
     integers = np.einsum("mhj,hjd->mhd", powers, case.per_query_head(values).numpy().astype("int64"))
     np.testing.assert_array_equal(sums, integers)  # below 2^24: exact in float32
@@ -112,7 +116,7 @@ def test_output_is_the_references_bit_for_bit(shape, book):
     case = Case(shape, book)
     scores = case.scores()
     _, unsure = exponents(scores, book.relative)
-    values = np.random.default_rng(3).integers(-127, 128, case.kernel.value_cache).astype("int8")
+    values = np.random.default_rng(3).integers(-127, 128, case.kernel.caches[1][1]).astype("int8")
     scale = np.random.default_rng(4).uniform(0.01, 0.1, case.kernel.kv_heads).astype("float32")
     codes = log2_codes(torch.from_numpy(scores), book).transpose(0, 1)  # [H, valid, context]
     sums, totals = weighted_sums(codes, case.per_query_head(values), book)
@@ -128,7 +132,7 @@ def test_equal_scores_and_single_keys(book):
     """Sums that are powers of two, and others; 33 equal keys of the paper's book round to 2^-5 each."""
     case = Case((8, 6, 2, 16, 48, 32, 8), book)
     case.q[:] = 0
-    values = np.full(case.kernel.value_cache, -127, "int8")
+    values = np.full(case.kernel.caches[1][1], -127, "int8")
     out = case.run(values, np.ones(2))
     for row in range(8):
         keys = 33 + row
@@ -140,13 +144,13 @@ def test_more_keys_than_codes_reach():
     """With 2^15 equal keys every probability is below the last code of ours: zeros, not NaN."""
     case = Case((1, 1, 1, 16, 1 << 15, (1 << 15) - 1, 1), CODE_BOOKS["log2"])
     case.q[:] = 0
-    assert (case.run(np.ones(case.kernel.value_cache, "int8"), np.ones(1)) == 0).all()
+    assert (case.run(np.ones(case.kernel.caches[1][1], "int8"), np.ones(1)) == 0).all()
 
 
 @pytest.mark.parametrize("rotary", [False, True])
 def test_values_are_appended_as_codes(rotary):
     rows, heads, kv_heads, dim, context, cached, valid = shape = (8, 6, 2, 16, 48, 21, 5)
-    kernel = AttentionKernel(*shape[:5], book=CODE_BOOKS["log2"])
+    kernel = AttentionKernel(*shape[:5], AttentionForm(book=CODE_BOOKS["log2"]))
     rng = np.random.default_rng(0)
     qkv = rng.standard_normal((rows, (heads + 2 * kv_heads) * dim)).astype("float32")
     scale = np.array([0.5, 0.01], "float32")  # the second head is clipped
@@ -154,10 +158,10 @@ def test_values_are_appended_as_codes(rotary):
     own[0, 0, :6] = [0.25, 0.75, -0.25, -0.75, 63.5, -100.0]  # ties, the last code, and beyond it
     tables = [np.zeros((context, dim // 2), "float32")] * 2 + [np.zeros(rows, "int32")] if rotary else []
     lengths = np.array([cached, valid], "int32")
-    before = rng.integers(-127, 128, kernel.value_cache).astype("int8")
-    keys, values = (tvm.runtime.tensor(a) for a in (np.zeros(kernel.key_cache, "float16"), before))
+    before = rng.integers(-127, 128, kernel.caches[1][1]).astype("int8")
+    keys, values = (tvm.runtime.tensor(a) for a in (np.zeros(kernel.caches[0][1], "float16"), before))
     q = tvm.runtime.tensor(np.zeros((rows, heads, dim), "float32"))
-    function = compiled((build_rope_append if rotary else build_append)(kernel), "generic")
+    function = compiled(build_append(kernel, rotary), "generic")
     function(*map(tvm.runtime.tensor, (qkv, *tables, lengths, scale)), keys, values, q)
     expected = before.copy()
     new = value_codes(torch.from_numpy(np.ascontiguousarray(own[:valid].transpose(1, 0, 2))), torch.from_numpy(scale))

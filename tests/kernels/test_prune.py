@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tvm
 
-from agq_tvm.kernels.attention import AttentionKernel, build_attention
+from agq_tvm.kernels.attention import build_attention
+from agq_tvm.kernels.attention_form import AttentionKernel
 from agq_tvm.kernels.prune import SelectKernel, build_append_positions, build_gather, build_places, build_select
 from agq_tvm.quantize.pruning import select
 from tests.kernels.operands import compiled

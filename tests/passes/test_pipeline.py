@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from agq_tvm.kernels.attention_form import AttentionForm
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.models.registry import describe
 from agq_tvm.models.relax_decoder import build_decoder, function_names
@@ -20,7 +21,7 @@ LAYERS = 2
 def dumped(request, tmp_path_factory):
     """The phases' dumps by name, and the lowered module."""
     folder = tmp_path_factory.mktemp("dump")
-    module = build_decoder(describe(tiny_config(num_hidden_layers=LAYERS)), 64, 16)
+    module = build_decoder(describe(tiny_config(num_hidden_layers=LAYERS)), 64, AttentionForm())
     format = LinearFormat(4, 64, request.param, "float16")
     lowered, tensors = pipeline.run(module, target_of("avx512vnni"), format, INSTRUCTION_SETS["avx512vnni"], folder)
     texts = {path.stem[3:]: path.read_text() for path in sorted(folder.iterdir())}
@@ -88,7 +89,7 @@ def fused():
     """Return ``make(family, **overrides)``: the Relax function `decode` after all fusions."""
 
     def make(family: str, **overrides) -> str:
-        module = build_decoder(describe(tiny_config(family, **overrides)), 64, 16)
+        module = build_decoder(describe(tiny_config(family, **overrides)), 64, AttentionForm())
         isa = INSTRUCTION_SETS["generic"]
         for name, passes in pipeline.phases(LinearFormat(4, 64, "per-token-group", None), isa):
             with target_of("generic"):
