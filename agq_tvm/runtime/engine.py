@@ -37,18 +37,29 @@ class LocalSession:
         bundle.check_runs_on(detect.machine(), detect.cpu_features())
         self.threads = threads or bundle.manifest["device"]["threads"]
         use_threads(self.threads)
-        self._tensor = tvm.runtime.tensor
+        self._empty = tvm.runtime.empty
         self._arrays = bundle.arrays()  # the tensors below are views of it
         self.library = tvm.runtime.load_module(str(bundle.path / LIBRARY))
         self._machine = relax.VirtualMachine(self.library, tvm.cpu())
         caches = [tvm.runtime.tensor(np.zeros(shape, dtype)) for _, shape, dtype in bundle.caches]
         weights = [tvm.runtime.from_dlpack(array) for array in self._arrays.values()]
         self._packed = tvm.runtime.convert([*caches, *weights])
+        self._calls: dict[str, tuple] = {}
 
     def run(self, function: str, tokens: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """See `Session.run`."""
-        inputs = (self._tensor(array) for array in (tokens, positions, lengths))
-        return self._machine[function](*inputs, self._packed).numpy()
+        arrays = (tokens, positions, lengths)
+        if function not in self._calls:
+            self._calls[function] = self._call(function, arrays)
+        call, views, arguments = self._calls[function]
+        for view, array in zip(views, arrays, strict=True):
+            view[:] = array
+        return np.from_dlpack(call(*arguments))
+
+    def _call(self, function: str, arrays: tuple[np.ndarray, ...]) -> tuple:
+        """Return a function, and its inputs as arrays and as tensors: made once, each would take longer than a layer."""
+        tensors = [self._empty(array.shape, "int32") for array in arrays]
+        return self._machine[function], [np.from_dlpack(tensor) for tensor in tensors], [*tensors, self._packed]
 
 
 def use_threads(count: int) -> None:
@@ -107,6 +118,8 @@ class Engine:
         self.vocab_size: int = bundle.manifest["model"]["vocab_size"]
         self.buckets: list[int] = bundle.manifest["buckets"]
         self.pruning = read_schedule(bundle.manifest.get("pruning"))
+        places = np.arange(self.context + max(self.buckets), dtype="int32")
+        self._positions = np.minimum(places, self.context - 1)  # those of padding are not used
         self.reset()
 
     def reset(self) -> None:
@@ -176,7 +189,7 @@ class Engine:
         valid = len(tokens)
         padded = np.zeros(rows, "int32")
         padded[:valid] = tokens
-        positions = np.minimum(self.length + np.arange(rows), self.context - 1).astype("int32")
+        positions = self._positions[self.length : self.length + rows]
         lengths, counts = self._lengths(valid, all_rows, ends_prompt)
         name = "decode" if rows == 1 else f"prefill_{rows}_all" if all_rows else f"prefill_{rows}"
         logits = self.session.run(name, padded, positions, lengths)
