@@ -10,7 +10,9 @@ from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.runtime.bundle import LIBRARY, Bundle
+from agq_tvm.runtime.virtual_machine import VirtualMachine, aligned
 from agq_tvm.targets import detect
+from agq_tvm.tvm_runtime import tvm_ffi
 
 
 class Session(Protocol):
@@ -31,35 +33,15 @@ class LocalSession:
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None):
-        import tvm
-        from tvm import relax
-
         bundle.check_runs_on(detect.machine(), detect.cpu_features())
         self.threads = threads or bundle.manifest["device"]["threads"]
         use_threads(self.threads)
-        self._empty = tvm.runtime.empty
-        self._arrays = bundle.arrays()  # the tensors below are views of it
-        self.library = tvm.runtime.load_module(str(bundle.path / LIBRARY))
-        self._machine = relax.VirtualMachine(self.library, tvm.cpu())
-        caches = [tvm.runtime.tensor(np.zeros(shape, dtype)) for _, shape, dtype in bundle.caches]
-        weights = [tvm.runtime.from_dlpack(array) for array in self._arrays.values()]
-        self._packed = tvm.runtime.convert([*caches, *weights])
-        self._calls: dict[str, tuple] = {}
+        caches = [aligned(shape, dtype) for _, shape, dtype in bundle.caches]
+        self._machine = VirtualMachine(bundle.path / LIBRARY, [*caches, *bundle.arrays().values()])
 
     def run(self, function: str, tokens: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """See `Session.run`."""
-        arrays = (tokens, positions, lengths)
-        if function not in self._calls:
-            self._calls[function] = self._call(function, arrays)
-        call, views, arguments = self._calls[function]
-        for view, array in zip(views, arrays, strict=True):
-            view[:] = array
-        return np.from_dlpack(call(*arguments))
-
-    def _call(self, function: str, arrays: tuple[np.ndarray, ...]) -> tuple:
-        """Return a function, and its inputs as arrays and as tensors: made once, each would take longer than a layer."""
-        tensors = [self._empty(array.shape, "int32") for array in arrays]
-        return self._machine[function], [np.from_dlpack(tensor) for tensor in tensors], [*tensors, self._packed]
+        return self._machine.run(function, (tokens, positions, lengths))
 
 
 def use_threads(count: int) -> None:
@@ -68,11 +50,9 @@ def use_threads(count: int) -> None:
     Left alone, TVM takes half the processors of an x86 machine and binds the caller to the first one, and with it
     everything that the process starts later.
     """
-    import tvm
-
     share_all = -3
     processors = [str(cpu) for cpu in sorted(os.sched_getaffinity(0))]
-    tvm.get_global_func("runtime.config_threadpool")(share_all, count, processors)
+    tvm_ffi().get_global_func("runtime.config_threadpool")(share_all, count, processors)
 
 
 def chunks(count: int, buckets: tuple[int, ...] | list[int]) -> list[tuple[int, int]]:
