@@ -27,7 +27,14 @@ def _block(rows: int, operations: tuple[OperationTimes, ...], profile: Profile) 
     for kind in KINDS:
         shares = (total(operations, form, kind) / total(operations, form) for form in profile.forms)
         lines.append((f"all {kind}", *(c for share in shares for c in ("", f"{100 * share:.1f}"))))
-    return f"{rows} row{'s' if rows > 1 else ''}, {profile.positions} positions\n{as_table(lines)}"
+    text = f"{rows} row{'s' if rows > 1 else ''}, {profile.positions} positions\n{as_table(lines)}"
+    return text if rows > 1 else f"{text}\n{_weight_stream(operations, profile.forms)}"
+
+
+def _weight_stream(operations: tuple[OperationTimes, ...], forms: tuple[str, ...]) -> str:
+    """Say which share of decoding the linears take: with one row they do little but read their weights."""
+    shares = (f"{100 * total(operations, form, 'linear') / total(operations, form):.0f} % ({form})" for form in forms)
+    return f"weight stream: {', '.join(shares)}"
 
 
 def _cells(operation: OperationTimes, operations: tuple[OperationTimes, ...], forms: tuple[str, ...]) -> list[str]:

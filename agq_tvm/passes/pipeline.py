@@ -8,6 +8,7 @@ from agq_tvm.passes.fuse_activation_quantize import FuseActivationQuantize
 from agq_tvm.passes.lower_norms import LowerNorms
 from agq_tvm.passes.quantize_linears import LinearFormat, QuantizeLinears
 from agq_tvm.passes.schedule_kernels import ScheduleKernels
+from agq_tvm.passes.share_tensors import ShareTensors
 from agq_tvm.tvm_seam import relax, tvm
 
 
@@ -33,8 +34,8 @@ def lowering() -> list:
         transform.RemovePurityChecking(),
         transform.CallTIRRewrite(),
         transform.StaticPlanBlockMemory(),
+        ShareTensors(),
         transform.LowerAllocTensor(),
-        transform.KillAfterLastUse(),
         transform.LowerRuntimeBuiltin(),
         transform.ComputePrimValue(),
         transform.VMShapeLower(),

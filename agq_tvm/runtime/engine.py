@@ -10,6 +10,7 @@ from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.runtime.bundle import LIBRARY, Bundle
 from agq_tvm.runtime.threads import Threads
+from agq_tvm.runtime.virtual_machine import VirtualMachine, aligned
 from agq_tvm.targets import detect
 
 
@@ -36,26 +37,17 @@ class LocalSession:
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None):
-        import tvm
-        from tvm import relax
-
         bundle.check_runs_on(detect.machine(), detect.cpu_features())
         self._threads = Threads(threads or bundle.manifest["device"]["threads"])
         self._threads.configure()
         self.threads = self._threads.count
-        self._tensor = tvm.runtime.tensor
-        self._arrays = bundle.arrays()  # the tensors below are views of it
-        self.library = tvm.runtime.load_module(str(bundle.path / LIBRARY))
-        self._machine = relax.VirtualMachine(self.library, tvm.cpu())
-        caches = [tvm.runtime.tensor(np.zeros(shape, dtype)) for _, shape, dtype in bundle.caches]
-        weights = [tvm.runtime.from_dlpack(array) for array in self._arrays.values()]
-        self._packed = tvm.runtime.convert([*caches, *weights])
+        caches = [aligned(shape, dtype) for _, shape, dtype in bundle.caches]
+        self._machine = VirtualMachine(bundle.path / LIBRARY, [*caches, *bundle.arrays().values()])
 
     def run(self, function: str, tokens: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """See `Session.run`."""
-        inputs = (self._tensor(array) for array in (tokens, positions, lengths))
         with self._threads.running():
-            return self._machine[function](*inputs, self._packed).numpy()
+            return self._machine.run(function, (tokens, positions, lengths))
 
 
 def chunks(count: int, buckets: tuple[int, ...] | list[int]) -> list[tuple[int, int]]:
@@ -101,6 +93,8 @@ class Engine:
         self.vocab_size: int = bundle.manifest["model"]["vocab_size"]
         self.buckets: list[int] = bundle.manifest["buckets"]
         self.pruning = read_schedule(bundle.manifest.get("pruning"))
+        places = np.arange(self.context + max(self.buckets), dtype="int32")
+        self._positions = np.minimum(places, self.context - 1)  # those of padding are not used
         self.reset()
 
     def reset(self) -> None:
@@ -170,7 +164,7 @@ class Engine:
         valid = len(tokens)
         padded = np.zeros(rows, "int32")
         padded[:valid] = tokens
-        positions = np.minimum(self.length + np.arange(rows), self.context - 1).astype("int32")
+        positions = self._positions[self.length : self.length + rows]
         lengths, counts = self._lengths(valid, all_rows, ends_prompt)
         name = "decode" if rows == 1 else f"prefill_{rows}_all" if all_rows else f"prefill_{rows}"
         logits = self.session.run(name, padded, positions, lengths)

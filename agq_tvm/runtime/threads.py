@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from agq_tvm.targets.processors import Processor, alike, best_first, processor_quota, usable_processors
+from agq_tvm.tvm_runtime import tvm_ffi
 
 SPINS = 2000
 """How often a thread without work looks for some, and lets others run, before it sleeps; the board server's, too."""
@@ -45,10 +46,8 @@ class Threads:
 
     def configure(self) -> None:
         """Make the pool of the calling thread; where the caller itself may run stays as it is."""
-        import tvm
-
         os.environ.setdefault(_SPIN_VARIABLE, str(SPINS))
-        configure, before = tvm.get_global_func(_CONFIGURE), os.sched_getaffinity(0)
+        configure, before = tvm_ffi().get_global_func(_CONFIGURE), os.sched_getaffinity(0)
         if not hasattr(_pool, "arguments"):  # its size is that of the first call
             configure(*_whole_pool(self._processors))
         configure(*self._arguments)

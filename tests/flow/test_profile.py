@@ -103,6 +103,8 @@ def test_profile_of_this_machine(tiny_checkpoint, tmp_path):
     text = as_text(made)
     assert "1 row, 256 positions" in text and f"{1e6 * total(made.blocks[4], 'w4a8'):.1f}" in text
     assert made.proposal.reason in text
+    stream = 100 * total(made.blocks[1], "w4a8", "linear") / total(made.blocks[1], "w4a8")
+    assert text.count("weight stream: ") == 1 and f", {stream:.0f} % (w4a8), " in text
     assert cache_bytes() % 1024 == 0
 
 
