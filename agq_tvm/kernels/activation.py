@@ -314,8 +314,9 @@ def _scale_of(kernel, y, start, extent: int, peaks, peak, scalar) -> None:
         T.buffer_store(peaks, tirx.max(peaks[j], tirx.reinterpret("int32", magnitude)), [j])
     reduce_integers(peaks, "smax", peak)
     largest = tirx.reinterpret("float32", peak[0])
-    scale = largest / float32(kernel.limit)
-    T.buffer_store(scalar, T.Select(largest < float32(SMALLEST_MAXIMUM), float32(1), scale), [0])
+    limit = float32(kernel.limit)
+    # L / L is 1, and choosing before the division leaves LLVM nothing to branch around.
+    T.buffer_store(scalar, T.Select(largest < float32(SMALLEST_MAXIMUM), limit, largest) / limit, [0])
     T.buffer_store(scalar, float32(1) / scalar[0], [1])
 
 
