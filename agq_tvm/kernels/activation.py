@@ -275,9 +275,10 @@ def _quantize_row(kernel, static, shift, m, more, y, scalar, counts, total, outp
     elif kernel.mode == "per-token":
         _scale_of(kernel, y, 0, G * size, counts, total, scalar)
         T.buffer_store(scales, scalar[0], [m, 0])
+    # Two groups at once: what is left of each is short chains.
     at_once = lane_chunks(G, 2)[1]
-    with T.serial(G // at_once) as first, T.unroll(at_once) as more_groups:
-        g = first * at_once + more_groups
+    with T.serial(G // at_once) as pair, T.unroll(at_once) as which:
+        g = pair * at_once + which
         if kernel.mode == "per-token-group":
             _scale_of(kernel, y, g * size, size, counts, total, scalar)
             T.buffer_store(scales, scalar[0], [m, g])

@@ -1,5 +1,7 @@
 """The quantized matrix product: definition in plain TIR, and its schedules for decode and prefill.
 
+`linear_panels.py` has what takes a schedule's place where prefill's inner loop is written in assembly.
+
     out[m, n] = Σ_g s_x[m, g] · (s_w[g, n] · dot[m, g, n] + o_w[g, n] · xsum[m, g]) + bias[n]
     dot[m, g, n] = Σ_{k in group g} q_x[m, k] · q_w[n, k]                            (integers)
 

@@ -13,13 +13,15 @@ from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
 _FLOATS = 4
+_GROUPS = 1365
+"""The scales of a tile's last row are as far from the first as an instruction's offset reaches: 3 · 1365 · 4 bytes."""
 
 
 def loop_for(kernel, isa: InstructionSet) -> Assembly | None:
     """Return an instruction set's loop for a `LinearKernel`, or None where there is none in assembly."""
     own = kernel.activation_bits == 4 and isa.multiply_4x4 is not None
     loop = isa.assembly_4x4 if own else isa.assembly
-    if loop is None or kernel.bits != 4 or kernel.packed:
+    if loop is None or kernel.bits != 4 or kernel.packed or kernel.groups > _GROUPS:
         return None
     return loop if kernel.rows % loop.rows == 0 and kernel.group_size in loop.groups else None
 

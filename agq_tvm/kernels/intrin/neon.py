@@ -6,6 +6,8 @@ Two channels of a column stand in neighbouring lanes. 4 bit: a lane sums 16 prod
 4 x 4 bit, `NEON`: byte lanes, sixteen products in one `mul` or `mla`, where weights are unpacked for several rows; one
 row takes `smlal`, which needs no more instructions there. 4 x 4 bit, `NEON_PAPER`: Algorithm 1 of the Agile-Quant
 paper, two weights in one lane. All give the same integers, from the same weights.
+
+Prefill takes q - 8 and has its loops, of `smlal` and of byte lanes, in assembly where groups have 32 channels.
 """
 
 import itertools
