@@ -5,7 +5,7 @@ them, as many at a time as the loop has registers for. Float sums are in memory 
 asymmetric weights, a product of its own of G channels, are what the sums start at.
 """
 
-from agq_tvm.kernels.emit import float32, task_loop
+from agq_tvm.kernels.emit import float32, lane_chunks, task_loop
 from agq_tvm.kernels.intrin import assembly
 from agq_tvm.kernels.intrin.assembly import MAGIC, Assembly, Form, unroll_of
 from agq_tvm.kernels.intrin.base import InstructionSet
@@ -92,7 +92,8 @@ class _Product:
         self.magic = T.sblock_alloc_buffer((16,), "float32")
         if self.kernel.offsets:
             self.offsets = T.sblock_alloc_buffer((self.kernel.groups * width,), "float32")
-            self.start = T.sblock_alloc_buffer((self.loop.rows * self.loop.chunk,), "float32")
+            self.start = T.sblock_alloc_buffer((self.loop.rows * width,), "float32")
+            self.code_sums = T.sblock_alloc_buffer((self.loop.rows * self.kernel.groups,), "float32")
 
     def _vector(self, buffer, t, g, column: int):
         """Load 4 columns of a parameter [NT, G, V, L] as floats."""
@@ -141,21 +142,32 @@ class _Product:
                 eights = self._vector(self.ws, t, g, column) * T.broadcast(float32(8), _FLOATS)
                 value = self._vector(self.wo, t, g, column) + eights
                 T.buffer_store(self.offsets, value, [tirx.Ramp(g * width + column, 1, _FLOATS)])
-        vectors = [(r, i) for r in range(rows) for i in range(0, chunk, _FLOATS)]
-        with T.serial(self.kernel.code_rows // rows) as m, T.serial(width // chunk) as c:
+        vectors = [(r, i) for r in range(rows) for i in range(0, width, _FLOATS)]
+        with T.serial(self.kernel.code_rows // rows) as m:
+            self._code_sums(m)
             for r, i in vectors:
-                T.buffer_store(self.start, zero, [tirx.Ramp(r * chunk + i, 1, _FLOATS)])
+                T.buffer_store(self.start, zero, [tirx.Ramp(r * width + i, 1, _FLOATS)])
             with T.serial(self.kernel.groups) as g:
                 for r, i in vectors:
-                    at = tirx.Ramp(r * chunk + i, 1, _FLOATS)
-                    x = T.Cast("float32", self.xsum[m * rows + r, g])
-                    x = x * self.sx[m * rows + r, g] if self.kernel.per_group else x
-                    offsets = self.offsets[tirx.Ramp(g * width + c * chunk + i, 1, _FLOATS)]
-                    T.buffer_store(self.start, self.start[at] + offsets * T.broadcast(x, _FLOATS), [at])
+                    at = tirx.Ramp(r * width + i, 1, _FLOATS)
+                    x = T.broadcast(self.code_sums[r * self.kernel.groups + g], _FLOATS)
+                    offsets = self.offsets[tirx.Ramp(g * width + i, 1, _FLOATS)]
+                    T.buffer_store(self.start, self.start[at] + offsets * x, [at])
             for r, i in vectors:
-                at = ((m * (width // chunk) + c) * rows + r) * chunk + i
-                value = self.start[tirx.Ramp(r * chunk + i, 1, _FLOATS)]
+                at = ((m * (width // chunk) + i // chunk) * rows + r) * chunk + i % chunk
+                value = self.start[tirx.Ramp(r * width + i, 1, _FLOATS)]
                 T.buffer_store(self.sums, value, [tirx.Ramp(at, 1, _FLOATS)])
+
+    def _code_sums(self, m) -> None:
+        """Store the sums of the codes of a tile's rows, times their scales if there are scales of groups."""
+        rows, groups = self.loop.rows, self.kernel.groups
+        chunks, lanes = lane_chunks(groups)
+        for r in range(rows):
+            with T.serial(chunks) as c, T.vectorized(lanes) as j:
+                g = c * lanes + j
+                x = T.Cast("float32", self.xsum[m * rows + r, g])
+                x = x * self.sx[m * rows + r, g] if self.kernel.per_group else x
+                T.buffer_store(self.code_sums, x, [r * groups + g])
 
     def multiply(self, panel, groups) -> None:
         """Call the loop for every tile of rows."""
