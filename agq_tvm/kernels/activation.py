@@ -16,7 +16,9 @@ from agq_tvm.kernels.emit import (
     erf,
     exp,
     float32,
-    reduce_lanes,
+    lane_chunks,
+    reduce_integers,
+    rounded,
     store_vector,
     task_loop,
 )
@@ -26,7 +28,6 @@ from agq_tvm.kernels.mixed import quantize_mixed_row
 from agq_tvm.kernels.norm import store_moments, store_sum
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
-_MAGNITUDE_BITS = 0x7FFFFFFF
 SMALLEST_MAXIMUM = 127 * 2.0**-126
 """Below it a row counts as zeros, so that 1/s stays finite."""
 
@@ -98,6 +99,12 @@ class QuantizeKernel:
         form += "_two_terms" if self.terms == 2 else "_mixed" if self.mixed else "_shifted" if self.shifted else ""
         return f"{prefix}quantize_{form}_g{self.group_size}_m{self.rows}_k{self.channels}"
 
+    @property
+    def in_place(self) -> bool:
+        """Whether y is the input itself, in whole groups, so that nothing has to be copied."""
+        changed = self.refined or self.shifted or self.mixed or self.terms == 2 or self.mode == "none"
+        return self.source == "plain" and not changed and self.channels % self.group_size == 0
+
     def input_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the float32 inputs.
 
@@ -149,12 +156,13 @@ def build(kernel: QuantizeKernel, layout: Layout):
                 for name, (shape, dtype) in zip(names, kernel.output_shapes(layout), strict=True)
             ]
             with task_loop("row", kernel.rows, [*inputs, *indices], outputs) as m:
-                y = T.sblock_alloc_buffer((padded,), "float32")
+                y = _Row(inputs[0], m) if kernel.in_place else T.sblock_alloc_buffer((padded,), "float32")
                 partial = T.sblock_alloc_buffer((LANES,), "float32")
                 scalar = T.sblock_alloc_buffer((2,), "float32")
                 counts = T.sblock_alloc_buffer((LANES,), "int32")
                 total = T.sblock_alloc_buffer((1,), "int32")
-                SOURCES[kernel.source](kernel, inputs, m, y, partial, scalar)
+                if not kernel.in_place:
+                    SOURCES[kernel.source](kernel, inputs, m, y, partial, scalar)
                 refine = inputs[-2 if kernel.mode == "static" else -1]
                 if kernel.shifted:
                     made, y = y, T.sblock_alloc_buffer((padded,), "float32")
@@ -175,6 +183,16 @@ def build(kernel: QuantizeKernel, layout: Layout):
                         more = term + 1 < kernel.terms
                         _quantize_row(kernel, inputs[-1], shift, row, more, y, scalar, counts, total, outputs, layout)
     return builder.get()
+
+
+class _Row:
+    """A row of a matrix, to be read like a vector."""
+
+    def __init__(self, matrix, m):
+        self.matrix, self.m = matrix, m
+
+    def __getitem__(self, k):
+        return self.matrix[self.m, k]
 
 
 def _plain(kernel, inputs, m, y, partial, scalar) -> None:
@@ -257,7 +275,10 @@ def _quantize_row(kernel, static, shift, m, more, y, scalar, counts, total, outp
     elif kernel.mode == "per-token":
         _scale_of(kernel, y, 0, G * size, counts, total, scalar)
         T.buffer_store(scales, scalar[0], [m, 0])
-    with T.serial(G) as g:
+    # Two groups at once: what is left of each is short chains.
+    at_once = lane_chunks(G, 2)[1]
+    with T.serial(G // at_once) as pair, T.unroll(at_once) as which:
+        g = pair * at_once + which
         if kernel.mode == "per-token-group":
             _scale_of(kernel, y, g * size, size, counts, total, scalar)
             T.buffer_store(scales, scalar[0], [m, g])
@@ -277,7 +298,7 @@ def _quantize_row(kernel, static, shift, m, more, y, scalar, counts, total, outp
                 k = g * size + c * LANES + j
                 rest = y[k] - scalar[0] * T.Cast("float32", _code(kernel, y, static, scalar, k))
                 T.buffer_store(y, rest, [k])
-        reduce_lanes(counts, lambda a, b: a + b, total)
+        reduce_integers(counts, "add", total)
         T.buffer_store(sums, total[0], [m, g])
 
 
@@ -290,19 +311,20 @@ def _scale_of(kernel, y, start, extent: int, peaks, peak, scalar) -> None:
     with T.vectorized(LANES) as j:
         T.buffer_store(peaks, tirx.const(0, "int32"), [j])
     with T.serial(extent // LANES) as c, T.vectorized(LANES) as j:
-        magnitude = T.bitwise_and(tirx.reinterpret("int32", y[start + c * LANES + j]), _MAGNITUDE_BITS)
-        T.buffer_store(peaks, tirx.max(peaks[j], magnitude), [j])
-    reduce_lanes(peaks, tirx.max, peak)
+        magnitude = tirx.call_llvm_pure_intrin("float32", "llvm.fabs", y[start + c * LANES + j])
+        T.buffer_store(peaks, tirx.max(peaks[j], tirx.reinterpret("int32", magnitude)), [j])
+    reduce_integers(peaks, "smax", peak)
     largest = tirx.reinterpret("float32", peak[0])
-    scale = largest / float32(kernel.limit)
-    T.buffer_store(scalar, T.Select(largest < float32(SMALLEST_MAXIMUM), float32(1), scale), [0])
+    limit = float32(kernel.limit)
+    # L / L is 1, and choosing before the division leaves LLVM nothing to branch around.
+    T.buffer_store(scalar, T.Select(largest < float32(SMALLEST_MAXIMUM), limit, largest) / limit, [0])
     T.buffer_store(scalar, float32(1) / scalar[0], [1])
 
 
 def _code(kernel, y, static, scalar, k):
     """Return the int32 code of channel k."""
     if kernel.mode != "static":
-        return T.Cast("int32", tirx.nearbyint(y[k] * scalar[1]))
+        return rounded(y[k] * scalar[1])
     limit = float32(kernel.limit)
     q = tirx.nearbyint(y[k] * (float32(1) / static[0])) + static[1]
     q = T.Cast("int32", tirx.max(tirx.min(q, limit), float32(0) - limit))

@@ -45,9 +45,26 @@ def reduce_lanes(partial, combine, result) -> None:
         T.buffer_store(result, combine(result[0], partial[lane]), [0])
 
 
+def reduce_integers(partial, operation: str, result) -> None:
+    """Combine the `LANES` int32 of `partial` into ``result[0]`` by LLVM's reduction: ``"add"`` or ``"smax"``."""
+    lanes = partial.vload([0], f"int32x{LANES}")
+    name = f"llvm.vector.reduce.{operation}.v{LANES}i32"
+    T.buffer_store(result, tirx.call_llvm_pure_intrin("int32", name, lanes), [0])
+
+
 def float32(value: float):
     """Make a float32 constant."""
     return tirx.const(value, "float32")
+
+
+def rounded(x):
+    """Return the int32 nearest to float32 x, ties to even, for |x| < 2^22.
+
+    Floats from 2^23 to 2^24 have no fraction, and their bits count up with them. The fence keeps LLVM from
+    rounding a product and this sum at once.
+    """
+    product = tirx.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", x)
+    return tirx.reinterpret("int32", product + float32(1.5 * 2.0**23)) - tirx.const(0x4B400000, "int32")
 
 
 def erf(x):

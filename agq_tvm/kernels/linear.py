@@ -1,5 +1,7 @@
 """The quantized matrix product: definition in plain TIR, and its schedules for decode and prefill.
 
+`linear_panels.py` has what takes a schedule's place where prefill's inner loop is written in assembly.
+
     out[m, n] = Σ_g s_x[m, g] · (s_w[g, n] · dot[m, g, n] + o_w[g, n] · xsum[m, g]) + bias[n]
     dot[m, g, n] = Σ_{k in group g} q_x[m, k] · q_w[n, k]                            (integers)
 
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from tvm import te
 
 from agq_tvm.errors import AgqError
+from agq_tvm.kernels import linear_panels
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, intrinsic, nibble, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.tvm_seam import Schedule, T
@@ -293,6 +296,8 @@ def _place_conversions(sch: Schedule, kernel, names: list[str], g) -> None:
 
 
 def build(kernel: LinearKernel, isa: InstructionSet):
-    """Return the scheduled PrimFunc of a matrix product."""
+    """Return the scheduled PrimFunc of a matrix product, or the one around a loop in assembly where there is one."""
+    if linear_panels.loop_for(kernel, isa):
+        return linear_panels.build(kernel, isa)
     func = define(kernel, isa)
     return schedule(func, kernel, isa).mod["main"].with_attr("global_symbol", kernel.name)

@@ -1,0 +1,85 @@
+"""Loops in assembly: sums stay in their ranges, and what LLVM is given is what its registers hold."""
+
+import re
+
+import numpy as np
+import pytest
+
+from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
+from agq_tvm.kernels.intrin.assembly import MAGIC, OPERANDS, UNPACK_OPERANDS, Form, unroll_of
+from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear_panels import loop_for
+from tests.kernels.test_linear import assembly_of
+
+LOOPS = {
+    f"{name} {bits}": (loop, bits)
+    for name, isa in INSTRUCTION_SETS.items()
+    for loop, bits in ((isa.assembly, 8), (isa.assembly_4x4, 4))
+    if loop
+}
+_EXACT = 1 << 22
+"""From here on an integer added to the bits of `MAGIC` changes its exponent."""
+
+
+def as_float(dot: int) -> float:
+    return float((np.float32(MAGIC).view("int32") + np.int32(dot)).view("float32"))
+
+
+def test_magic_holds_22_bits():
+    for dot in (0, 1, -1, _EXACT - 1, -_EXACT):
+        assert as_float(dot) == MAGIC + dot
+    assert as_float(_EXACT) == MAGIC + _EXACT  # 2^24, whose neighbour above is 2 away
+    assert as_float(_EXACT + 1) != MAGIC + _EXACT + 1
+    assert as_float(-_EXACT - 1) != MAGIC - _EXACT - 1
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_sums_stay_in_range(name):
+    loop, bits = LOOPS[name]
+    product = 8 * (127 if bits == 8 else 7)
+    assert max(loop.groups) * product * loop.code_scale(True) < _EXACT
+    summed = loop.panel if loop.running else max(loop.groups)
+    assert summed * product * loop.code_scale(False) < _EXACT
+    assert 128 >= 8 * loop.code_scale(True)
+    if not name.startswith("dotprod"):
+        # Two channels of a column stand side by side, so that 16 products meet in a sum of 16 bits: half a group.
+        assert (16 if bits == 8 else 32) * product < 1 << 15
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+@pytest.mark.parametrize("name", LOOPS)
+def test_scale_times_magic_is_exact(name, per_group):
+    """Every float16, over the scale of codes, times `MAGIC` is a float32: else scaling would round twice."""
+    scales = np.arange(1 << 16, dtype="uint16").view("float16").astype("float64")
+    scales = scales[np.isfinite(scales)] / LOOPS[name][0].code_scale(per_group)
+    assert ((scales * MAGIC).astype("float32") == scales * MAGIC).all()
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_operands_are_known(name):
+    loop = LOOPS[name][0]
+    for per_group in (False, True):
+        for lines, known in (
+            (loop.lines(Form(per_group, 1, 8, 4)), OPERANDS),
+            (loop.unpack(per_group), UNPACK_OPERANDS),
+        ):
+            assert set(re.findall(r"\{(\w+)\}", "\n".join(lines))) <= set(known)
+
+
+def test_rounds_divide_groups():
+    assert [unroll_of(groups, 1) for groups in (1, 2, 5, 6, 8, 64)] == [1, 2, 1, 2, 4, 4]
+    assert [unroll_of(64, blocks) for blocks in (1, 2, 4)] == [4, 2, 1]
+
+
+@pytest.mark.parametrize("isa,count", [("dotprod", 64), ("neon", 256)])
+@pytest.mark.parametrize("per_group", [False, True])
+def test_a_round_has_the_multiplies_of_four_groups(isa, count, per_group):
+    """However often LLVM repeats the loop."""
+    isa = INSTRUCTION_SETS[isa]
+    kernel = LinearKernel(8, isa.layout_4bit.width, 256, 4, 32, per_group, None, False)
+    assert loop_for(kernel, isa) is isa.assembly
+    blocks = re.findall(r"//APP(.*?)//NO_APP", assembly_of(kernel, isa), re.DOTALL)
+    loops = [block for block in blocks if re.search(r"\t(sdot|smull)\t", block)]
+    for block in loops:
+        assert len(re.findall(r"^\t(?:sdot|smull2?|smlal2?)\t", block, re.MULTILINE)) == 4 * count
+    assert loops
