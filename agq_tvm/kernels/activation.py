@@ -17,6 +17,7 @@ from agq_tvm.kernels.emit import (
     exp,
     float32,
     reduce_lanes,
+    rounded,
     store_vector,
     task_loop,
 )
@@ -26,7 +27,6 @@ from agq_tvm.kernels.mixed import quantize_mixed_row
 from agq_tvm.kernels.norm import store_moments, store_sum
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
-_MAGNITUDE_BITS = 0x7FFFFFFF
 SMALLEST_MAXIMUM = 127 * 2.0**-126
 """Below it a row counts as zeros, so that 1/s stays finite."""
 
@@ -98,6 +98,12 @@ class QuantizeKernel:
         form += "_two_terms" if self.terms == 2 else "_mixed" if self.mixed else "_shifted" if self.shifted else ""
         return f"{prefix}quantize_{form}_g{self.group_size}_m{self.rows}_k{self.channels}"
 
+    @property
+    def in_place(self) -> bool:
+        """Whether y is the input itself, in whole groups, so that nothing has to be copied."""
+        changed = self.refined or self.shifted or self.mixed or self.terms == 2 or self.mode == "none"
+        return self.source == "plain" and not changed and self.channels % self.group_size == 0
+
     def input_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the float32 inputs.
 
@@ -149,12 +155,13 @@ def build(kernel: QuantizeKernel, layout: Layout):
                 for name, (shape, dtype) in zip(names, kernel.output_shapes(layout), strict=True)
             ]
             with task_loop("row", kernel.rows, [*inputs, *indices], outputs) as m:
-                y = T.sblock_alloc_buffer((padded,), "float32")
+                y = _Row(inputs[0], m) if kernel.in_place else T.sblock_alloc_buffer((padded,), "float32")
                 partial = T.sblock_alloc_buffer((LANES,), "float32")
                 scalar = T.sblock_alloc_buffer((2,), "float32")
                 counts = T.sblock_alloc_buffer((LANES,), "int32")
                 total = T.sblock_alloc_buffer((1,), "int32")
-                SOURCES[kernel.source](kernel, inputs, m, y, partial, scalar)
+                if not kernel.in_place:
+                    SOURCES[kernel.source](kernel, inputs, m, y, partial, scalar)
                 refine = inputs[-2 if kernel.mode == "static" else -1]
                 if kernel.shifted:
                     made, y = y, T.sblock_alloc_buffer((padded,), "float32")
@@ -175,6 +182,16 @@ def build(kernel: QuantizeKernel, layout: Layout):
                         more = term + 1 < kernel.terms
                         _quantize_row(kernel, inputs[-1], shift, row, more, y, scalar, counts, total, outputs, layout)
     return builder.get()
+
+
+class _Row:
+    """A row of a matrix, to be read like a vector."""
+
+    def __init__(self, matrix, m):
+        self.matrix, self.m = matrix, m
+
+    def __getitem__(self, k):
+        return self.matrix[self.m, k]
 
 
 def _plain(kernel, inputs, m, y, partial, scalar) -> None:
@@ -290,8 +307,8 @@ def _scale_of(kernel, y, start, extent: int, peaks, peak, scalar) -> None:
     with T.vectorized(LANES) as j:
         T.buffer_store(peaks, tirx.const(0, "int32"), [j])
     with T.serial(extent // LANES) as c, T.vectorized(LANES) as j:
-        magnitude = T.bitwise_and(tirx.reinterpret("int32", y[start + c * LANES + j]), _MAGNITUDE_BITS)
-        T.buffer_store(peaks, tirx.max(peaks[j], magnitude), [j])
+        magnitude = tirx.call_llvm_pure_intrin("float32", "llvm.fabs", y[start + c * LANES + j])
+        T.buffer_store(peaks, tirx.max(peaks[j], tirx.reinterpret("int32", magnitude)), [j])
     reduce_lanes(peaks, tirx.max, peak)
     largest = tirx.reinterpret("float32", peak[0])
     scale = largest / float32(kernel.limit)
@@ -302,7 +319,7 @@ def _scale_of(kernel, y, start, extent: int, peaks, peak, scalar) -> None:
 def _code(kernel, y, static, scalar, k):
     """Return the int32 code of channel k."""
     if kernel.mode != "static":
-        return T.Cast("int32", tirx.nearbyint(y[k] * scalar[1]))
+        return rounded(y[k] * scalar[1])
     limit = float32(kernel.limit)
     q = tirx.nearbyint(y[k] * (float32(1) / static[0])) + static[1]
     q = T.Cast("int32", tirx.max(tirx.min(q, limit), float32(0) - limit))

@@ -50,6 +50,16 @@ def float32(value: float):
     return tirx.const(value, "float32")
 
 
+def rounded(x):
+    """Return the int32 nearest to float32 x, ties to even, for |x| < 2^22.
+
+    Floats from 2^23 to 2^24 have no fraction, and their bits count up with them. The fence keeps LLVM from
+    rounding a product and this sum at once.
+    """
+    product = tirx.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", x)
+    return tirx.reinterpret("int32", product + float32(1.5 * 2.0**23)) - tirx.const(0x4B400000, "int32")
+
+
 def erf(x):
     """Return the error function of float32 x within 5e-7, as arithmetic that vectorizes.
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from tvm import te
 
 from agq_tvm.errors import AgqError
+from agq_tvm.kernels import linear_panels
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, intrinsic, nibble, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.tvm_seam import Schedule, T
@@ -293,6 +294,8 @@ def _place_conversions(sch: Schedule, kernel, names: list[str], g) -> None:
 
 
 def build(kernel: LinearKernel, isa: InstructionSet):
-    """Return the scheduled PrimFunc of a matrix product."""
+    """Return the scheduled PrimFunc of a matrix product, or the one around a loop in assembly where there is one."""
+    if linear_panels.applies(kernel, isa):
+        return linear_panels.build(kernel, isa)
     func = define(kernel, isa)
     return schedule(func, kernel, isa).mod["main"].with_attr("global_symbol", kernel.name)

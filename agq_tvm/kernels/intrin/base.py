@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from agq_tvm.kernels.intrin.assembly import Assembly
 from agq_tvm.kernels.layout import K_BLOCK, Layout
 from agq_tvm.tvm_seam import IRBuilder, T, TensorIntrin, tirx
 
@@ -85,6 +86,8 @@ class InstructionSet:
         Vectors of the register tile in prefill; 0 for those of the layout.
     panel : int
         Channels that a register tile goes through with its sums in registers; their codes are unpacked together.
+    assembly : Assembly or None
+        Prefill's inner loop for 4-bit weights and activations -127..127, where it is written in assembly.
     """
 
     name: str
@@ -97,6 +100,7 @@ class InstructionSet:
     multiply_pairs: Multiply | None = None
     tile_vectors: int = 0
     panel: int = K_BLOCK
+    assembly: Assembly | None = None
 
     def layout(self, bits: int) -> Layout:
         """Return the packed layout for 4 or 8 bits."""

@@ -8,8 +8,10 @@ row takes `smlal`, which needs no more instructions there. 4 x 4 bit, `NEON_PAPE
 paper, two weights in one lane. All give the same integers, from the same weights.
 """
 
+import itertools
 from dataclasses import replace
 
+from agq_tvm.kernels.intrin.assembly import Assembly, Form, registers, scale_loads
 from agq_tvm.kernels.intrin.base import InstructionSet, Multiply
 from agq_tvm.kernels.layout import Layout
 from agq_tvm.tvm_seam import T, tirx
@@ -83,6 +85,65 @@ def _all_lanes(value: int):
     return T.broadcast(T.uint32(value), 4)
 
 
+def _groups(form: Form) -> list[str]:
+    """Sum a panel of groups of 32 channels, 2 rows by 4 vectors of 8 columns; float sums stay in memory.
+
+    v0-v15 sums of 16 bits, two registers for each row and vector; v16-v19 weights, v20 and v21 repeated activations,
+    v24-v27 activations, v28 and v29 their scales. After a group v16-v27 take factors and sums.
+    """
+    lines = ["1:", *(scale_loads(form, 2, 28) if form.per_group else [])]
+    for group in range(form.unroll):
+        lines += _k_block()
+        for half in range(2):
+            lines += _scaled(half, group) if form.per_group else _converted(half)
+        lines.append("sub {sums}, {sums}, #256")
+    return [*lines, "subs {count}, {count}, #1", "b.ne 1b"]
+
+
+def _k_block() -> list[str]:
+    lines = [f"ld1 {registers('16b', 24)}, [{{x}}], {{stride}}"]
+    for word in range(16):
+        operation = "smlal" if word else "smull"
+        lines.append(f"ld1 {registers('16b', 16)}, [{{codes}}], #64")
+        lines += [f"dup v{20 + r}.8h, v{24 + 2 * r + word // 8}.h[{word % 8}]" for r in range(2)]
+        for r, v in itertools.product(range(2), range(4)):
+            total, weights = 8 * r + 2 * v, 16 + v
+            lines.append(f"{operation} v{total}.8h, v{weights}.8b, v{20 + r}.8b")
+            lines.append(f"{operation}2 v{total + 1}.8h, v{weights}.16b, v{20 + r}.16b")
+    return lines
+
+
+def _scaled(half: int, group: int) -> list[str]:
+    """Scale the sums of 16 columns, of both rows; those of 16 bits make room for the second factors."""
+    lines = [f"ld1 {registers('4s', 20)}, [{{factors}}], #64"]
+    for r in range(2):
+        first, step = 8 * r + 4 * half, ", #64" if r else ""
+        lines.append(f"ld1 {registers('4s', 16)}, [{{magic}}]")
+        lines += [f"sadalp v{16 + i}.4s, v{first + i}.8h" for i in range(4)]
+        lines += [f"ld1 {registers('4s', first)}, [{{factors}}]{step}", f"ld1 {registers('4s', 24)}, [{{sums}}]"]
+        lines += [f"fmla v{first + i}.4s, v{16 + i}.4s, v{20 + i}.4s" for i in range(4)]
+        lines += [f"fmla v{24 + i}.4s, v{first + i}.4s, v{28 + r}.s[{group}]" for i in range(4)]
+        lines.append(f"st1 {registers('4s', 24)}, [{{sums}}], #64")
+    return lines
+
+
+def _converted(half: int) -> list[str]:
+    lines = [f"ld1 {registers('4s', 20)}, [{{factors}}], #64"]
+    for r in range(2):
+        first = 8 * r + 4 * half
+        lines += [f"saddlp v{16 + i}.4s, v{first + i}.8h" for i in range(4)]
+        lines += [f"scvtf v{16 + i}.4s, v{16 + i}.4s" for i in range(4)]
+        lines.append(f"ld1 {registers('4s', 24)}, [{{sums}}]")
+        lines += [f"fmla v{24 + i}.4s, v{16 + i}.4s, v{20 + i}.4s" for i in range(4)]
+        lines.append(f"st1 {registers('4s', 24)}, [{{sums}}], #64")
+    return lines
+
+
+def _factors(per_group: bool) -> list[tuple[str, int]]:
+    halves = (range(4), range(4, 8))
+    return [(kind, i) for half in halves for kind in ("st" if per_group else "s") for i in half]
+
+
 NEON = InstructionSet(
     name="neon",
     layout_4bit=Layout(bits=4, vectors=4, lanes=8, depth=2, zero=0),
@@ -111,6 +172,17 @@ NEON = InstructionSet(
         halves=2,
         center=8,
         unroll=False,
+    ),
+    assembly=Assembly(
+        rows=2,
+        columns=32,
+        chunk=16,
+        code_scale=1,
+        panel=512,
+        groups=(32,),
+        running=False,
+        lines=_groups,
+        factors=_factors,
     ),
 )
 

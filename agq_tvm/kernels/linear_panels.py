@@ -1,0 +1,229 @@
+"""The matrix product of prefill around an inner loop in assembly: what `linear.define` says, bit for bit in integers.
+
+Threads take tiles of columns. A tile's codes and factors are unpacked for a panel of channels, then rows pass over
+them, as many at a time as the loop has registers for. Float sums are in memory between panels. The offsets of
+asymmetric weights, a product of its own of G channels, are what the sums start at.
+"""
+
+from agq_tvm.kernels.emit import float32, task_loop
+from agq_tvm.kernels.intrin import assembly
+from agq_tvm.kernels.intrin.assembly import MAGIC, Form, unroll_of
+from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.layout import K_BLOCK, k_blocks
+from agq_tvm.tvm_seam import IRBuilder, T, tirx
+
+_BYTES = 16
+_FLOATS = 4
+
+
+def applies(kernel, isa: InstructionSet) -> bool:
+    """Tell whether an instruction set has a loop in assembly for a `LinearKernel`."""
+    loop = isa.assembly
+    if loop is None or kernel.bits != 4 or kernel.packed:
+        return False
+    own = kernel.activation_bits == 4 and isa.multiply_4x4 is not None
+    return not own and kernel.rows % loop.rows == 0 and kernel.group_size in loop.groups
+
+
+class _Product:
+    """The parts of one product, as they are emitted."""
+
+    def __init__(self, kernel, isa: InstructionSet):
+        self.kernel, self.loop, self.layout = kernel, isa.assembly, isa.layout_4bit
+        self.blocks = kernel.group_size // K_BLOCK
+        self.panel = min(kernel.groups, self.loop.panel // kernel.group_size)
+        self.panels = -(-kernel.groups // self.panel)
+        self.last = kernel.groups - (self.panels - 1) * self.panel
+        unroll = min(unroll_of(self.panel, self.blocks), unroll_of(self.last, self.blocks))
+        unroll = min(unroll, unroll_of(kernel.groups, self.blocks))
+        self.form = Form(kernel.per_group, self.blocks, kernel.groups, unroll)
+        self.calls = self.layout.width // self.loop.columns
+        self.factors = self.loop.factors(kernel.per_group)
+
+    @property
+    def symbol(self) -> str:
+        """Name of the function in assembly: the same text has the same name."""
+        return f"agq_{self.layout.name}_{self.form.name}"
+
+    def args(self):
+        """Declare the operands, as `linear.define` lists them."""
+        kernel, layout = self.kernel, self.layout
+        R, G, KB = kernel.code_rows, kernel.groups, k_blocks(kernel.channels, kernel.group_size)
+        NT, V, L = layout.tiles(kernel.columns), layout.vectors, layout.lanes
+        forms = {
+            "x": ((KB, R, layout.steps, 2, layout.depth), "int8"),
+            "sx": ((R, G if kernel.per_group else 1), "float32"),
+            "xsum": ((R, G), "int32"),
+            "w": (layout.packed_shape(kernel.columns, KB * K_BLOCK), "uint8"),
+            "ws": ((NT, G, V, L), "float16"),
+            "wo": ((NT, G, V, L), kernel.offsets),
+            "bias": ((NT, V, L), "float32"),
+            "out": ((kernel.rows, NT * layout.width), "float32"),
+        }
+        if not kernel.offsets:
+            del forms["wo"]
+        if not kernel.bias:
+            del forms["bias"]
+        args = {name: T.arg(name, T.buffer(*form)) for name, form in forms.items()}
+        self.x, self.sx, self.xsum, self.w, self.ws = (args[name] for name in ("x", "sx", "xsum", "w", "ws"))
+        self.wo, self.bias, self.out = args.get("wo"), args.get("bias"), args["out"]
+        return args
+
+    def allocate(self) -> None:
+        """Allocate what a tile needs."""
+        width, groups = self.layout.width, self.panel
+        self.codes = T.sblock_alloc_buffer((groups * self.kernel.group_size * width,), "int8")
+        self.scaled = T.sblock_alloc_buffer((self.calls * groups * len(self.factors) * _FLOATS,), "float32")
+        self.sums = T.sblock_alloc_buffer((self.kernel.code_rows * width,), "float32")
+        self.magic = T.sblock_alloc_buffer((16,), "float32")
+        if self.kernel.offsets:
+            self.offsets = T.sblock_alloc_buffer((self.kernel.groups * width,), "float32")
+            self.start = T.sblock_alloc_buffer((self.loop.rows * self.loop.chunk,), "float32")
+
+    def _vector(self, buffer, t, g, column: int):
+        """Load 4 columns of a parameter [NT, G, V, L] as floats."""
+        v, j = column // self.layout.lanes, column % self.layout.lanes
+        return T.Cast(f"float32x{_FLOATS}", buffer.vload([t, g, v, j], f"{buffer.dtype}x{_FLOATS}"))
+
+    def unpack(self, t, panel, groups) -> None:
+        """Unpack the codes of a panel, call by call; a nibble becomes `code_scale` (q - 8)."""
+        layout, vectors = self.layout, self.loop.columns // self.layout.lanes
+        size = 2 * layout.steps * vectors * _BYTES
+        for call in range(self.calls):
+            with T.serial(groups * self.blocks) as kb:
+                start = (call * self.panel * self.blocks + kb) * size
+                for s in range(layout.steps):
+                    for v in range(vectors):
+                        at = [t, panel * (self.panel * self.blocks) + kb, s, call * vectors + v, 0, 0]
+                        signed = T.bitwise_xor(self.w.vload(at, "uint8x16"), _bytes("uint8", 0x88))
+                        for half in range(2):
+                            place = start + ((2 * s + half) * vectors + v) * _BYTES
+                            T.buffer_store(self.codes, self._nibble(signed, half), [tirx.Ramp(place, 1, _BYTES)])
+
+    def _nibble(self, signed, half: int):
+        """Extract nibbles in two's complement, into the upper half of a byte or into a whole one."""
+        if self.loop.code_scale == 16 and half:
+            return tirx.reinterpret("int8x16", T.bitwise_and(signed, _bytes("uint8", 0xF0)))
+        upper = tirx.reinterpret("int8x16", signed if half else T.shift_left(signed, _bytes("uint8", 4)))
+        return upper if self.loop.code_scale == 16 else T.shift_right(upper, _bytes("int8", 4))
+
+    def scale(self, t, panel, groups) -> None:
+        """Store the factors of a panel, call by call."""
+        with T.serial(groups) as i:
+            g = panel * self.panel + i
+            for call in range(self.calls):
+                for place, (kind, vector) in enumerate(self.factors):
+                    column = call * self.loop.columns + vector * _FLOATS
+                    value = self._vector(self.ws, t, g, column)
+                    if self.loop.running and not self.kernel.per_group:
+                        follows = T.Select(i + 1 < groups, float32(1), float32(0))
+                        after = self._vector(self.ws, t, tirx.min(g + 1, self.kernel.groups - 1), column)
+                        value = value - after * T.broadcast(follows, _FLOATS)
+                    factor = (-MAGIC if kind == "t" else 1.0) / self.loop.code_scale
+                    at = ((call * self.panel + i) * len(self.factors) + place) * _FLOATS
+                    value = value * T.broadcast(float32(factor), _FLOATS)
+                    T.buffer_store(self.scaled, value, [tirx.Ramp(at, 1, _FLOATS)])
+
+    def start_sums(self, t) -> None:
+        """Let the sums start at what the offsets give, or at 0."""
+        rows, chunk, zero = self.loop.rows, self.loop.chunk, T.broadcast(float32(0), _FLOATS)
+        if not self.kernel.offsets:
+            with T.serial(self.kernel.code_rows * self.layout.width // _FLOATS) as i:
+                T.buffer_store(self.sums, zero, [tirx.Ramp(i * _FLOATS, 1, _FLOATS)])
+            return
+        width = self.layout.width
+        with T.serial(self.kernel.groups) as g:
+            for column in range(0, width, _FLOATS):
+                eights = self._vector(self.ws, t, g, column) * T.broadcast(float32(8), _FLOATS)
+                value = self._vector(self.wo, t, g, column) + eights
+                T.buffer_store(self.offsets, value, [tirx.Ramp(g * width + column, 1, _FLOATS)])
+        vectors = [(r, i) for r in range(rows) for i in range(0, chunk, _FLOATS)]
+        with T.serial(self.kernel.code_rows // rows) as m, T.serial(width // chunk) as c:
+            for r, i in vectors:
+                T.buffer_store(self.start, zero, [tirx.Ramp(r * chunk + i, 1, _FLOATS)])
+            with T.serial(self.kernel.groups) as g:
+                for r, i in vectors:
+                    at = tirx.Ramp(r * chunk + i, 1, _FLOATS)
+                    x = T.Cast("float32", self.xsum[m * rows + r, g])
+                    x = x * self.sx[m * rows + r, g] if self.kernel.per_group else x
+                    offsets = self.offsets[tirx.Ramp(g * width + c * chunk + i, 1, _FLOATS)]
+                    T.buffer_store(self.start, self.start[at] + offsets * T.broadcast(x, _FLOATS), [at])
+            for r, i in vectors:
+                at = ((m * (width // chunk) + c) * rows + r) * chunk + i
+                value = self.start[tirx.Ramp(r * chunk + i, 1, _FLOATS)]
+                T.buffer_store(self.sums, value, [tirx.Ramp(at, 1, _FLOATS)])
+
+    def multiply(self, panel, groups) -> None:
+        """Call the loop for every tile of rows."""
+        kernel, loop = self.kernel, self.loop
+        tile, size = loop.rows * K_BLOCK, self.panel * kernel.group_size * loop.columns
+        with T.serial(kernel.code_rows // loop.rows) as m:
+            for call in range(self.calls):
+                first = panel * self.panel
+                operands = {
+                    "x": self.x.access_ptr("r", offset=first * self.blocks * kernel.code_rows * K_BLOCK + m * tile),
+                    "codes": self.codes.access_ptr("r", offset=call * size),
+                    "factors": self.scaled.access_ptr(
+                        "r", offset=call * self.panel * len(self.factors) * _FLOATS
+                    ),
+                    "scales": self.sx.access_ptr(
+                        "r", offset=m * (loop.rows * kernel.groups) + first if kernel.per_group else 0
+                    ),
+                    "sums": self.sums.access_ptr(
+                        "rw", offset=m * (loop.rows * self.layout.width) + call * loop.rows * loop.columns
+                    ),
+                    "count": T.Cast("int64", groups // self.form.unroll),
+                    "stride": T.int64(kernel.code_rows * K_BLOCK - tile + 64),
+                    "magic": self.magic.access_ptr("r"),
+                }
+                assert tuple(operands) == assembly.OPERANDS
+                T.evaluate(tirx.call_extern("void", self.symbol, *operands.values()))
+
+    def finish(self, t) -> None:
+        """Put the terms together, with the scales of rows and the bias."""
+        kernel, rows, chunk, width = self.kernel, self.loop.rows, self.loop.chunk, self.layout.width
+        tiles = kernel.rows // rows
+        with T.serial(tiles) as m:
+            for r in range(rows):
+                for column in range(0, width, _FLOATS):
+                    value = None
+                    for term in range(kernel.terms):
+                        tile = m + term * tiles
+                        at = ((tile * (width // chunk) + column // chunk) * rows + r) * chunk + column % chunk
+                        part = self.sums[tirx.Ramp(at, 1, _FLOATS)]
+                        if not kernel.per_group:
+                            part = part * T.broadcast(self.sx[tile * rows + r, 0], _FLOATS)
+                        value = part if value is None else value + part
+                    if kernel.bias:
+                        v, j = column // self.layout.lanes, column % self.layout.lanes
+                        value = value + self.bias.vload([t, v, j], f"float32x{_FLOATS}")
+                    T.buffer_store(self.out, value, [m * rows + r, tirx.Ramp(t * width + column, 1, _FLOATS)])
+
+
+def build(kernel, isa: InstructionSet):
+    """Return the PrimFunc of a matrix product, of the operands of `linear.define`."""
+    product = _Product(kernel, isa)
+    text = assembly.function(product.symbol, isa.assembly.lines(product.form))
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(kernel.name)
+            T.func_attr({"global_symbol": kernel.name, "tirx.noalias": True})
+            *inputs, out = product.args().values()
+            with (
+                T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text),
+                task_loop("tile", isa.layout_4bit.tiles(kernel.columns), inputs, [out]) as t,
+            ):
+                product.allocate()
+                product.start_sums(t)
+                T.buffer_store(product.magic, T.broadcast(float32(MAGIC), 16), [tirx.Ramp(0, 1, 16)])
+                with T.serial(product.panels) as panel:
+                    groups = tirx.min(product.kernel.groups - panel * product.panel, product.panel)
+                    product.unpack(t, panel, groups)
+                    product.scale(t, panel, groups)
+                    product.multiply(panel, groups)
+                product.finish(t)
+    return builder.get()
+
+
+def _bytes(dtype: str, value: int):
+    return T.broadcast(tirx.const(value, dtype), _BYTES)
