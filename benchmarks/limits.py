@@ -95,7 +95,7 @@ def multiply_kernel(isa: InstructionSet, rounds: int):
 
 def activations_at_once(isa: InstructionSet) -> int:
     """Return X, how many vectors of activations the multiply loop handles together."""
-    return 2 if isa.name == "avx2" else 3
+    return 2 if isa.name in ("avx2", "avxvnni") else 3
 
 
 def _store(buffer, index: list, lanes: int, value) -> None:

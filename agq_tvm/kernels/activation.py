@@ -16,7 +16,8 @@ from agq_tvm.kernels.emit import (
     erf,
     exp,
     float32,
-    reduce_lanes,
+    lane_chunks,
+    reduce_integers,
     rounded,
     store_vector,
     task_loop,
@@ -274,7 +275,9 @@ def _quantize_row(kernel, static, shift, m, more, y, scalar, counts, total, outp
     elif kernel.mode == "per-token":
         _scale_of(kernel, y, 0, G * size, counts, total, scalar)
         T.buffer_store(scales, scalar[0], [m, 0])
-    with T.serial(G) as g:
+    at_once = lane_chunks(G, 2)[1]
+    with T.serial(G // at_once) as first, T.unroll(at_once) as more_groups:
+        g = first * at_once + more_groups
         if kernel.mode == "per-token-group":
             _scale_of(kernel, y, g * size, size, counts, total, scalar)
             T.buffer_store(scales, scalar[0], [m, g])
@@ -294,7 +297,7 @@ def _quantize_row(kernel, static, shift, m, more, y, scalar, counts, total, outp
                 k = g * size + c * LANES + j
                 rest = y[k] - scalar[0] * T.Cast("float32", _code(kernel, y, static, scalar, k))
                 T.buffer_store(y, rest, [k])
-        reduce_lanes(counts, lambda a, b: a + b, total)
+        reduce_integers(counts, "add", total)
         T.buffer_store(sums, total[0], [m, g])
 
 
@@ -309,10 +312,11 @@ def _scale_of(kernel, y, start, extent: int, peaks, peak, scalar) -> None:
     with T.serial(extent // LANES) as c, T.vectorized(LANES) as j:
         magnitude = tirx.call_llvm_pure_intrin("float32", "llvm.fabs", y[start + c * LANES + j])
         T.buffer_store(peaks, tirx.max(peaks[j], tirx.reinterpret("int32", magnitude)), [j])
-    reduce_lanes(peaks, tirx.max, peak)
+    reduce_integers(peaks, "smax", peak)
     largest = tirx.reinterpret("float32", peak[0])
-    scale = largest / float32(kernel.limit)
-    T.buffer_store(scalar, T.Select(largest < float32(SMALLEST_MAXIMUM), float32(1), scale), [0])
+    limit = float32(kernel.limit)
+    # L / L is 1, and choosing before the division leaves LLVM nothing to branch around.
+    T.buffer_store(scalar, T.Select(largest < float32(SMALLEST_MAXIMUM), limit, largest) / limit, [0])
     T.buffer_store(scalar, float32(1) / scalar[0], [1])
 
 

@@ -45,6 +45,13 @@ def reduce_lanes(partial, combine, result) -> None:
         T.buffer_store(result, combine(result[0], partial[lane]), [0])
 
 
+def reduce_integers(partial, operation: str, result) -> None:
+    """Combine the `LANES` int32 of `partial` into ``result[0]`` by LLVM's reduction: ``"add"`` or ``"smax"``."""
+    lanes = partial.vload([0], f"int32x{LANES}")
+    name = f"llvm.vector.reduce.{operation}.v{LANES}i32"
+    T.buffer_store(result, tirx.call_llvm_pure_intrin("int32", name, lanes), [0])
+
+
 def float32(value: float):
     """Make a float32 constant."""
     return tirx.const(value, "float32")

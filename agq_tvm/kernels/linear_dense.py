@@ -16,7 +16,7 @@ from agq_tvm.tvm_seam import Schedule, T
 CHANNEL_BLOCK = 8
 """Channels of one unrolled step; every tile of weights has a multiple of it."""
 _ROWS = 4
-_TILES = {"avx512vnni": (4, 16), "avx2": (2, 8), "generic": (2, 4)}
+_TILES = {"avx512vnni": (4, 16), "avxvnni": (2, 8), "avx2": (2, 8), "generic": (2, 4)}
 _ARM_TILE = (4, 4)
 
 

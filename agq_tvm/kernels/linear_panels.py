@@ -12,7 +12,6 @@ from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
-_BYTES = 16
 _FLOATS = 4
 
 
@@ -44,6 +43,16 @@ class _Product:
     def symbol(self) -> str:
         """Name of the function in assembly: the same text has the same name."""
         return f"agq_{self.layout.name}_{self.form.name}"
+
+    @property
+    def unpack_symbol(self) -> str:
+        """Name of the function that unpacks."""
+        return f"agq_{self.layout.name}_unpack"
+
+    def text(self) -> str:
+        """Return LLVM's text of both functions."""
+        loop = assembly.function(self.symbol, self.loop.lines(self.form), assembly.OPERANDS)
+        return loop + assembly.function(self.unpack_symbol, self.loop.unpack, assembly.UNPACK_OPERANDS)
 
     def args(self):
         """Declare the operands, as `linear.define` lists them."""
@@ -86,26 +95,16 @@ class _Product:
         return T.Cast(f"float32x{_FLOATS}", buffer.vload([t, g, v, j], f"{buffer.dtype}x{_FLOATS}"))
 
     def unpack(self, t, panel, groups) -> None:
-        """Unpack the codes of a panel, call by call; a nibble becomes `code_scale` (q - 8)."""
-        layout, vectors = self.layout, self.loop.columns // self.layout.lanes
-        size = 2 * layout.steps * vectors * _BYTES
-        for call in range(self.calls):
-            with T.serial(groups * self.blocks) as kb:
-                start = (call * self.panel * self.blocks + kb) * size
-                for s in range(layout.steps):
-                    for v in range(vectors):
-                        at = [t, panel * (self.panel * self.blocks) + kb, s, call * vectors + v, 0, 0]
-                        signed = T.bitwise_xor(self.w.vload(at, "uint8x16"), _bytes("uint8", 0x88))
-                        for half in range(2):
-                            place = start + ((2 * s + half) * vectors + v) * _BYTES
-                            T.buffer_store(self.codes, self._nibble(signed, half), [tirx.Ramp(place, 1, _BYTES)])
-
-    def _nibble(self, signed, half: int):
-        """Extract nibbles in two's complement, into the upper half of a byte or into a whole one."""
-        if self.loop.code_scale == 16 and half:
-            return tirx.reinterpret("int8x16", T.bitwise_and(signed, _bytes("uint8", 0xF0)))
-        upper = tirx.reinterpret("int8x16", signed if half else T.shift_left(signed, _bytes("uint8", 4)))
-        return upper if self.loop.code_scale == 16 else T.shift_right(upper, _bytes("int8", 4))
+        """Unpack the codes of a panel, those of each call by themselves."""
+        size, first = self.panel * self.kernel.group_size * self.loop.columns, panel * (self.panel * self.blocks)
+        operands = {
+            "packed": tirx.address_of(self.w[t, first, 0, 0, 0, 0]),
+            "codes": self.codes.access_ptr("w"),
+            "next_codes": self.codes.access_ptr("w", offset=size * (self.calls - 1)),
+            "count": T.Cast("int64", groups * self.blocks),
+        }
+        assert tuple(operands) == assembly.UNPACK_OPERANDS
+        T.evaluate(tirx.call_extern("void", self.unpack_symbol, *operands.values()))
 
     def scale(self, t, panel, groups) -> None:
         """Store the factors of a panel, call by call."""
@@ -163,9 +162,7 @@ class _Product:
                 operands = {
                     "x": self.x.access_ptr("r", offset=first * self.blocks * kernel.code_rows * K_BLOCK + m * tile),
                     "codes": self.codes.access_ptr("r", offset=call * size),
-                    "factors": self.scaled.access_ptr(
-                        "r", offset=call * self.panel * len(self.factors) * _FLOATS
-                    ),
+                    "factors": self.scaled.access_ptr("r", offset=call * self.panel * len(self.factors) * _FLOATS),
                     "scales": self.sx.access_ptr(
                         "r", offset=m * (loop.rows * kernel.groups) + first if kernel.per_group else 0
                     ),
@@ -203,14 +200,13 @@ class _Product:
 def build(kernel, isa: InstructionSet):
     """Return the PrimFunc of a matrix product, of the operands of `linear.define`."""
     product = _Product(kernel, isa)
-    text = assembly.function(product.symbol, isa.assembly.lines(product.form))
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(kernel.name)
             T.func_attr({"global_symbol": kernel.name, "tirx.noalias": True})
             *inputs, out = product.args().values()
             with (
-                T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text),
+                T.attr(tirx.const(0, "int32"), "pragma_import_llvm", product.text()),
                 task_loop("tile", isa.layout_4bit.tiles(kernel.columns), inputs, [out]) as t,
             ):
                 product.allocate()
@@ -223,7 +219,3 @@ def build(kernel, isa: InstructionSet):
                     product.multiply(panel, groups)
                 product.finish(t)
     return builder.get()
-
-
-def _bytes(dtype: str, value: int):
-    return T.broadcast(tirx.const(value, dtype), _BYTES)

@@ -210,7 +210,9 @@ def test_busy_board_is_told(boards):
 
 
 def test_unknown_key_is_told_with_the_known_ones(boards):
-    with pytest.raises(AgqError, match=r"no board 'pi' at .*; registered: raspberry-pi-4, snapdragon-8-gen-1, snapdragon-870"):
+    with pytest.raises(
+        AgqError, match=r"no board 'pi' at .*; registered: raspberry-pi-4, snapdragon-8-gen-1, snapdragon-870"
+    ):
         tracker.connect(boards.tracker, "pi")
 
 

@@ -18,7 +18,7 @@ from agq_tvm.quantize.shifts import BLOCK, INT32_LARGEST, block_shifts, channel_
 from tests.kernels.operands import compiled, runs_here, target_of
 from tests.kernels.shifted_operands import falling, random_shifted, shifted_corners
 
-NATIVE = ("avx512vnni", "avxvnni", "avx2", "generic")
+NATIVE = ("avx512vnni", "avx2", "generic")
 # N is no multiple of any tile; K has a short last block, or is cut into chunks of 5, 6, 7 and 1 blocks.
 FORMS = [
     ShiftedKernel(1, 100, 150, "float16"),

@@ -22,6 +22,8 @@ count : rounds of the loop, each of `Form.unroll` groups.
 stride : bytes to the next k-block of activations, from the last 64 that a loop reads of this one.
 magic : pointer to 16 times `MAGIC`.
 """
+UNPACK_OPERANDS = ("packed", "codes", "next_codes", "count")
+"""What unpacking is given: packed weights, where the codes of the first and of the second call go, and k-blocks."""
 _LANES_OF_SCALES = 4
 
 
@@ -65,6 +67,8 @@ class Assembly:
         Columns whose sums stand side by side: sums are [M / R, chunks, R, chunk].
     code_scale : int
         Unpacked codes are q - 8 times this.
+    unpack : list of str
+        Instructions that unpack codes, with operands of `UNPACK_OPERANDS`.
     panel : int
         Channels that a call goes through at most.
     groups : tuple of int
@@ -83,6 +87,7 @@ class Assembly:
     columns: int
     chunk: int
     code_scale: int
+    unpack: list[str]
     panel: int
     groups: tuple[int, ...]
     running: bool
@@ -107,16 +112,21 @@ def scale_loads(form: Form, rows: int, first: int) -> list[str]:
     return [*lines, f"ldr {name}{first}, [{{scales}}], #{size}"]
 
 
-def function(name: str, lines: list[str]) -> str:
-    """Return LLVM's text of a function that runs `lines` with pointers and two integers as `OPERANDS`."""
-    kinds = ["i64" if operand in ("count", "stride") else "ptr" for operand in OPERANDS]
+def looped(lines: list[str]) -> list[str]:
+    """Repeat instructions ``{count}`` times."""
+    return ["1:", *lines, "subs {count}, {count}, #1", "b.ne 1b"]
+
+
+def function(name: str, lines: list[str], operands: tuple[str, ...]) -> str:
+    """Return LLVM's text of a function that runs `lines`; its arguments are `operands`, pointers and integers."""
+    kinds = ["i64" if operand in ("count", "stride") else "ptr" for operand in operands]
     text = "\\0A".join(lines)
-    for place, operand in enumerate(OPERANDS):
+    for place, operand in enumerate(operands):
         text = text.replace("{" + operand + "}", f"${place}")
-    outputs = ",".join(["=&r"] * len(OPERANDS))
-    inputs = ",".join(str(i) for i in range(len(OPERANDS)))
+    outputs = ",".join(["=&r"] * len(operands))
+    inputs = ",".join(str(i) for i in range(len(operands)))
     clobbers = ",".join(f"~{{v{i}}}" for i in range(32))
-    arguments = ", ".join(f"{kind} %{operand}" for kind, operand in zip(kinds, OPERANDS, strict=True))
+    arguments = ", ".join(f"{kind} %{operand}" for kind, operand in zip(kinds, operands, strict=True))
     results = "{" + ", ".join(kinds) + "}"
     constraints = f"{outputs},{inputs},{clobbers},~{{memory}},~{{cc}}"
     return (

@@ -6,7 +6,7 @@ upper half of a byte, as 16 (q - 8), which takes one instruction for each nibble
 
 import itertools
 
-from agq_tvm.kernels.intrin.assembly import Assembly, Form, registers, scale_loads
+from agq_tvm.kernels.intrin.assembly import Assembly, Form, looped, registers, scale_loads
 from agq_tvm.kernels.intrin.base import InstructionSet, Multiply
 from agq_tvm.kernels.layout import Layout
 from agq_tvm.tvm_seam import tirx
@@ -25,15 +25,15 @@ def _groups(form: Form) -> list[str]:
     """
     lines = [f"ld1 {registers('4s', 8)}, [{{sums}}], #64", f"ld1 {registers('4s', 12)}, [{{sums}}]"]
     lines += [] if form.per_group else [f"movi v{i}.2d, #0" for i in range(8)]
-    lines += ["1:", *(scale_loads(form, 4, 28) if form.per_group else [])]
+    body = scale_loads(form, 4, 28) if form.per_group else []
     for group in range(form.unroll):
         if form.per_group:
-            lines += [f"ld1 {registers('4s', first)}, [{{magic}}]" for first in (0, 4)]
+            body += [f"ld1 {registers('4s', first)}, [{{magic}}]" for first in (0, 4)]
         for _ in range(form.blocks):
-            lines += _k_block()
-        lines += _scaled(group) if form.per_group else _scaled_by_differences()
-    lines += ["subs {count}, {count}, #1", "b.ne 1b"]
-    return [*lines, f"st1 {registers('4s', 12)}, [{{sums}}]", "sub {sums}, {sums}, #64", f"st1 {registers('4s', 8)}, [{{sums}}]"]
+            body += _k_block()
+        body += _scaled(group) if form.per_group else _scaled_by_differences()
+    lines += [*looped(body), f"st1 {registers('4s', 12)}, [{{sums}}]", "sub {sums}, {sums}, #64"]
+    return [*lines, f"st1 {registers('4s', 8)}, [{{sums}}]"]
 
 
 def _k_block() -> list[str]:
@@ -59,6 +59,22 @@ def _scaled_by_differences() -> list[str]:
     return lines + [f"fmla v{8 + i}.4s, v{20 + i}.4s, v{16 + i % 2}.4s" for i in range(8)]
 
 
+def _unpack() -> list[str]:
+    """Turn nibbles into 16 (q - 8): two vectors of columns go to one call, two to the next."""
+    lines = []
+    for _ in range(4):
+        lines.append(f"ld1 {registers('16b', 0)}, [{{packed}}], #64")
+        lines += [f"eor v{v}.16b, v{v}.16b, v31.16b" for v in range(4)]
+        for call, codes in enumerate(("codes", "next_codes")):
+            for v in range(2):
+                lines += [
+                    f"shl v{4 + v}.16b, v{2 * call + v}.16b, #4",
+                    f"and v{6 + v}.16b, v{2 * call + v}.16b, v30.16b",
+                ]
+            lines.append(f"st1 {registers('16b', 4)}, [{{{codes}}}], #64")
+    return ["movi v30.16b, #0xf0", "movi v31.16b, #0x88", *looped(lines)]
+
+
 def _factors(per_group: bool) -> list[tuple[str, int]]:
     return [*([("t", 0), ("t", 1)] * 2 if per_group else []), ("s", 0), ("s", 1)]
 
@@ -77,6 +93,7 @@ DOTPROD = InstructionSet(
         columns=8,
         chunk=8,
         code_scale=16,
+        unpack=_unpack(),
         panel=2048,
         groups=(32, 64, 128),
         running=True,

@@ -11,7 +11,7 @@ paper, two weights in one lane. All give the same integers, from the same weight
 import itertools
 from dataclasses import replace
 
-from agq_tvm.kernels.intrin.assembly import Assembly, Form, registers, scale_loads
+from agq_tvm.kernels.intrin.assembly import Assembly, Form, looped, registers, scale_loads
 from agq_tvm.kernels.intrin.base import InstructionSet, Multiply
 from agq_tvm.kernels.layout import Layout
 from agq_tvm.tvm_seam import T, tirx
@@ -91,13 +91,13 @@ def _groups(form: Form) -> list[str]:
     v0-v15 sums of 16 bits, two registers for each row and vector; v16-v19 weights, v20 and v21 repeated activations,
     v24-v27 activations, v28 and v29 their scales. After a group v16-v27 take factors and sums.
     """
-    lines = ["1:", *(scale_loads(form, 2, 28) if form.per_group else [])]
+    lines = scale_loads(form, 2, 28) if form.per_group else []
     for group in range(form.unroll):
         lines += _k_block()
         for half in range(2):
             lines += _scaled(half, group) if form.per_group else _converted(half)
         lines.append("sub {sums}, {sums}, #256")
-    return [*lines, "subs {count}, {count}, #1", "b.ne 1b"]
+    return looped(lines)
 
 
 def _k_block() -> list[str]:
@@ -139,6 +139,19 @@ def _converted(half: int) -> list[str]:
     return lines
 
 
+def _unpack() -> list[str]:
+    """Turn nibbles into q - 8."""
+    lines = []
+    for _ in range(8):
+        lines.append(f"ld1 {registers('16b', 0)}, [{{packed}}], #64")
+        lines += [f"eor v{v}.16b, v{v}.16b, v31.16b" for v in range(4)]
+        lines += [f"shl v{4 + v}.16b, v{v}.16b, #4" for v in range(4)]
+        lines += [f"sshr v{4 + v}.16b, v{4 + v}.16b, #4" for v in range(4)]
+        lines += [f"sshr v{8 + v}.16b, v{v}.16b, #4" for v in range(4)]
+        lines += [f"st1 {registers('16b', first)}, [{{codes}}], #64" for first in (4, 8)]
+    return ["movi v31.16b, #0x88", *looped(lines)]
+
+
 def _factors(per_group: bool) -> list[tuple[str, int]]:
     halves = (range(4), range(4, 8))
     return [(kind, i) for half in halves for kind in ("st" if per_group else "s") for i in half]
@@ -178,6 +191,7 @@ NEON = InstructionSet(
         columns=32,
         chunk=16,
         code_scale=1,
+        unpack=_unpack(),
         panel=512,
         groups=(32,),
         running=False,
