@@ -1,6 +1,6 @@
 """The table of kernels: what there is, for which instruction set, in which layout, and which devices choose it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from agq_tvm.kernels import activation, embedding, prune
 from agq_tvm.kernels.activation import QuantizeKernel
@@ -85,6 +85,8 @@ def _products(isa: InstructionSet) -> list[KernelRow]:
             rows.append(_row(isa, bits, activation_bits, operation, tile_rows))
             if bits == 4:
                 rows.append(_row(isa, bits, activation_bits, operation, tile_rows, shifted=True))
+    if isa.assembly:
+        rows += [_panel_row(isa, bits) for bits in (8, 4) if bits == 8 or isa.multiply_4x4 is None]
     return rows + [_float_row(isa, bits, *each) for bits in (4, 8) for each in (("gemv", 1), ("gemm", isa.rows))]
 
 
@@ -102,6 +104,21 @@ def _row(isa, bits: int, activation_bits: int, operation: str, rows: int, shifte
         instruction_set=isa.name,
         instruction=multiply.instruction if multiply else "-",
         packer=_PACKERS[bits],
+    )
+
+
+def _panel_row(isa, activation_bits: int) -> KernelRow:
+    loop, layout = isa.assembly, isa.layout_4bit
+    layout = replace(layout, vectors=loop.columns // layout.lanes)
+    return KernelRow(
+        name=f"panels.{isa.name}.{layout.name}.m{loop.rows}",
+        operation=f"gemm, groups of {', '.join(map(str, loop.groups))}",
+        bits=f"w4a{activation_bits}",
+        tile=f"{loop.rows}x{loop.columns}x{loop.panel}",
+        layout=isa.layout_4bit.name,
+        instruction_set=isa.name,
+        instruction=isa.multiply(4, activation_bits, False, loop.rows).instruction,
+        packer=_PACKERS[4],
     )
 
 
