@@ -47,12 +47,14 @@ class _Product:
     @property
     def unpack_symbol(self) -> str:
         """Name of the function that unpacks."""
-        return f"agq_{self.layout.name}_unpack"
+        return f"agq_{self.layout.name}_unpack_{'group' if self.kernel.per_group else 'token'}"
 
     def text(self) -> str:
         """Return LLVM's text of both functions."""
         loop = assembly.function(self.symbol, self.loop.lines(self.form), assembly.OPERANDS)
-        return loop + assembly.function(self.unpack_symbol, self.loop.unpack, assembly.UNPACK_OPERANDS)
+        return loop + assembly.function(
+            self.unpack_symbol, self.loop.unpack(self.kernel.per_group), assembly.UNPACK_OPERANDS
+        )
 
     def args(self):
         """Declare the operands, as `linear.define` lists them."""
@@ -118,7 +120,7 @@ class _Product:
                         follows = T.Select(i + 1 < groups, float32(1), float32(0))
                         after = self._vector(self.ws, t, tirx.min(g + 1, self.kernel.groups - 1), column)
                         value = value - after * T.broadcast(follows, _FLOATS)
-                    factor = (-MAGIC if kind == "t" else 1.0) / self.loop.code_scale
+                    factor = (-MAGIC if kind == "t" else 1.0) / self.loop.code_scale(self.kernel.per_group)
                     at = ((call * self.panel + i) * len(self.factors) + place) * _FLOATS
                     value = value * T.broadcast(float32(factor), _FLOATS)
                     T.buffer_store(self.scaled, value, [tirx.Ramp(at, 1, _FLOATS)])

@@ -65,10 +65,10 @@ class Assembly:
         R and the columns of one call.
     chunk : int
         Columns whose sums stand side by side: sums are [M / R, chunks, R, chunk].
-    code_scale : int
-        Unpacked codes are q - 8 times this.
-    unpack : list of str
-        Instructions that unpack codes, with operands of `UNPACK_OPERANDS`.
+    code_scale : callable
+        ``f(per_group) -> int``: unpacked codes are q - 8 times this.
+    unpack : callable
+        ``f(per_group) -> list of str``: instructions that unpack codes, with operands of `UNPACK_OPERANDS`.
     panel : int
         Channels that a call goes through at most.
     groups : tuple of int
@@ -86,8 +86,8 @@ class Assembly:
     rows: int
     columns: int
     chunk: int
-    code_scale: int
-    unpack: list[str]
+    code_scale: Callable[[bool], int]
+    unpack: Callable[[bool], list[str]]
     panel: int
     groups: tuple[int, ...]
     running: bool

@@ -1,7 +1,8 @@
 """Armv8.2 dot product: `sdot`, 16 signed products in one instruction.
 
 Codes 0..15 are valid signed bytes, so 4-bit weights need no sign extension. In prefill they are unpacked into the
-upper half of a byte, as 16 (q - 8), which takes one instruction for each nibble.
+upper half of a byte, as 16 (q - 8), which takes one instruction for each nibble. Where sums run on from group to
+group they are of q - 8, so that 2048 channels stay within 22 bits: 2048 * 8 * 127 = 2080768 < 2^22.
 """
 
 import itertools
@@ -20,20 +21,20 @@ def sdot(total, weights, activations):
 def _groups(form: Form) -> list[str]:
     """Sum a panel of groups, 4 rows by 2 vectors of 4 columns.
 
-    v0-v7 dot products, v8-v15 float sums, v16-v19 weights, v20-v27 activations, v28-v31 their scales. Between groups
-    weights and activations make room for factors.
+    v0-v7 dot products, v8-v15 float sums, v16-v19 weights, v20-v27 activations, v28-v31 their scales, or v31 `MAGIC`.
+    Between groups weights and activations make room for factors. Dot products start at `MAGIC`: anew for every group,
+    or once where they run on.
     """
-    lines = [f"ld1 {registers('4s', 8)}, [{{sums}}], #64", f"ld1 {registers('4s', 12)}, [{{sums}}]"]
-    lines += [] if form.per_group else [f"movi v{i}.2d, #0" for i in range(8)]
+    lines = [f"ld1 {registers('4s', first)}, [{{sums}}], #64" for first in (8, 12)]
+    lines += [f"ld1 {registers('4s', first)}, [{{magic}}]" for first in (0, 4)]
     body = scale_loads(form, 4, 28) if form.per_group else []
+    lines += [] if form.per_group else ["ldr q31, [{magic}]"]
     for group in range(form.unroll):
-        if form.per_group:
-            body += [f"ld1 {registers('4s', first)}, [{{magic}}]" for first in (0, 4)]
         for _ in range(form.blocks):
             body += _k_block()
         body += _scaled(group) if form.per_group else _scaled_by_differences()
-    lines += [*looped(body), f"st1 {registers('4s', 12)}, [{{sums}}]", "sub {sums}, {sums}, #64"]
-    return [*lines, f"st1 {registers('4s', 8)}, [{{sums}}]"]
+    lines += [*looped(body), "sub {sums}, {sums}, #128"]
+    return [*lines, *(f"st1 {registers('4s', first)}, [{{sums}}], #64" for first in (8, 12))]
 
 
 def _k_block() -> list[str]:
@@ -48,35 +49,39 @@ def _k_block() -> list[str]:
 
 
 def _scaled(group: int) -> list[str]:
-    lines = [f"ld1 {registers('4s', 20)}, [{{factors}}]", f"ld1 {registers('4s', 24)}, [{{factors}}], #64"]
-    lines.append("ldp q16, q17, [{factors}], #32")
-    lines += [f"fmla v{20 + i}.4s, v{i}.4s, v{16 + i % 2}.4s" for i in range(8)]
-    return lines + [f"fmla v{8 + i}.4s, v{20 + i}.4s, v{28 + i // 2}.s[{group}]" for i in range(8)]
+    """Scale dot products, add them up and start the next ones; loads stand apart, as they take several slots."""
+    dots = [f"fmla v{20 + i}.4s, v{i}.4s, v{16 + i % 2}.4s" for i in range(8)]
+    sums = [f"fmla v{8 + i}.4s, v{20 + i}.4s, v{28 + i // 2}.s[{group}]" for i in range(8)]
+    lines = ["ldp q16, q17, [{factors}], #32", f"ld1 {registers('4s', 20)}, [{{factors}}]", *dots[:4], sums[0]]
+    lines += [f"ld1 {registers('4s', 24)}, [{{factors}}], #64", dots[4], f"ld1 {registers('4s', 0)}, [{{magic}}]"]
+    return [*lines, *dots[5:], *sums[1:3], f"ld1 {registers('4s', 4)}, [{{magic}}]", *sums[3:]]
 
 
 def _scaled_by_differences() -> list[str]:
-    lines = ["ldp q16, q17, [{factors}], #32", *(f"scvtf v{20 + i}.4s, v{i}.4s" for i in range(8))]
+    lines = ["ldp q16, q17, [{factors}], #32", *(f"fsub v{20 + i}.4s, v{i}.4s, v31.4s" for i in range(8))]
     return lines + [f"fmla v{8 + i}.4s, v{20 + i}.4s, v{16 + i % 2}.4s" for i in range(8)]
 
 
-def _unpack() -> list[str]:
-    """Turn nibbles into 16 (q - 8): two vectors of columns go to one call, two to the next."""
+def _unpack(per_group: bool) -> list[str]:
+    """Turn nibbles into 16 (q - 8), or q - 8: two vectors of columns go to one call, two to the next."""
     lines = []
     for _ in range(4):
         lines.append(f"ld1 {registers('16b', 0)}, [{{packed}}], #64")
         lines += [f"eor v{v}.16b, v{v}.16b, v31.16b" for v in range(4)]
         for call, codes in enumerate(("codes", "next_codes")):
-            for v in range(2):
-                lines += [
-                    f"shl v{4 + v}.16b, v{2 * call + v}.16b, #4",
-                    f"and v{6 + v}.16b, v{2 * call + v}.16b, v30.16b",
-                ]
+            pairs = [(4 + v, 2 * call + v) for v in range(2)]
+            lines += [f"shl v{low}.16b, v{v}.16b, #4" for low, v in pairs]
+            if per_group:
+                lines += [f"and v{low + 2}.16b, v{v}.16b, v30.16b" for low, v in pairs]
+            else:
+                lines += [f"sshr v{low}.16b, v{low}.16b, #4" for low, v in pairs]
+                lines += [f"sshr v{low + 2}.16b, v{v}.16b, #4" for low, v in pairs]
             lines.append(f"st1 {registers('16b', 4)}, [{{{codes}}}], #64")
     return ["movi v30.16b, #0xf0", "movi v31.16b, #0x88", *looped(lines)]
 
 
 def _factors(per_group: bool) -> list[tuple[str, int]]:
-    return [*([("t", 0), ("t", 1)] * 2 if per_group else []), ("s", 0), ("s", 1)]
+    return [("s", 0), ("s", 1), *([("t", 0), ("t", 1)] * 2 if per_group else [])]
 
 
 DOTPROD = InstructionSet(
@@ -92,8 +97,8 @@ DOTPROD = InstructionSet(
         rows=4,
         columns=8,
         chunk=8,
-        code_scale=16,
-        unpack=_unpack(),
+        code_scale=lambda per_group: 16 if per_group else 1,
+        unpack=_unpack,
         panel=2048,
         groups=(32, 64, 128),
         running=True,

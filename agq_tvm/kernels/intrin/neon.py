@@ -139,7 +139,7 @@ def _converted(half: int) -> list[str]:
     return lines
 
 
-def _unpack() -> list[str]:
+def _unpack(_per_group: bool) -> list[str]:
     """Turn nibbles into q - 8."""
     lines = []
     for _ in range(8):
@@ -190,8 +190,8 @@ NEON = InstructionSet(
         rows=2,
         columns=32,
         chunk=16,
-        code_scale=1,
-        unpack=_unpack(),
+        code_scale=lambda per_group: 1,
+        unpack=_unpack,
         panel=512,
         groups=(32,),
         running=False,
