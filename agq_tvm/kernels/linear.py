@@ -295,7 +295,7 @@ def _place_conversions(sch: Schedule, kernel, names: list[str], g) -> None:
 
 def build(kernel: LinearKernel, isa: InstructionSet):
     """Return the scheduled PrimFunc of a matrix product, or the one around a loop in assembly where there is one."""
-    if linear_panels.applies(kernel, isa):
+    if linear_panels.loop_for(kernel, isa):
         return linear_panels.build(kernel, isa)
     func = define(kernel, isa)
     return schedule(func, kernel, isa).mod["main"].with_attr("global_symbol", kernel.name)

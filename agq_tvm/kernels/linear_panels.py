@@ -7,7 +7,7 @@ asymmetric weights, a product of its own of G channels, are what the sums start 
 
 from agq_tvm.kernels.emit import float32, task_loop
 from agq_tvm.kernels.intrin import assembly
-from agq_tvm.kernels.intrin.assembly import MAGIC, Form, unroll_of
+from agq_tvm.kernels.intrin.assembly import MAGIC, Assembly, Form, unroll_of
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
@@ -15,20 +15,21 @@ from agq_tvm.tvm_seam import IRBuilder, T, tirx
 _FLOATS = 4
 
 
-def applies(kernel, isa: InstructionSet) -> bool:
-    """Tell whether an instruction set has a loop in assembly for a `LinearKernel`."""
-    loop = isa.assembly
-    if loop is None or kernel.bits != 4 or kernel.packed:
-        return False
+def loop_for(kernel, isa: InstructionSet) -> Assembly | None:
+    """Return an instruction set's loop for a `LinearKernel`, or None where there is none in assembly."""
     own = kernel.activation_bits == 4 and isa.multiply_4x4 is not None
-    return not own and kernel.rows % loop.rows == 0 and kernel.group_size in loop.groups
+    loop = isa.assembly_4x4 if own else isa.assembly
+    if loop is None or kernel.bits != 4 or kernel.packed:
+        return None
+    return loop if kernel.rows % loop.rows == 0 and kernel.group_size in loop.groups else None
 
 
 class _Product:
     """The parts of one product, as they are emitted."""
 
     def __init__(self, kernel, isa: InstructionSet):
-        self.kernel, self.loop, self.layout = kernel, isa.assembly, isa.layout_4bit
+        self.kernel, self.loop, self.layout = kernel, loop_for(kernel, isa), isa.layout_4bit
+        self.narrow = self.loop is isa.assembly_4x4
         self.blocks = kernel.group_size // K_BLOCK
         self.panel = min(kernel.groups, self.loop.panel // kernel.group_size)
         self.panels = -(-kernel.groups // self.panel)
@@ -42,7 +43,7 @@ class _Product:
     @property
     def symbol(self) -> str:
         """Name of the function in assembly: the same text has the same name."""
-        return f"agq_{self.layout.name}_{self.form.name}"
+        return f"agq_{self.layout.name}{'_a4' if self.narrow else ''}_{self.form.name}"
 
     @property
     def unpack_symbol(self) -> str:

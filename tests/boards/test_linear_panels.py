@@ -25,6 +25,8 @@ FORMS = [
     LinearKernel(8, 65, 620, 4, 32, True, None, True, terms=2),
     LinearKernel(8, 65, 2200, 4, 32, False, "float16", False),
     LinearKernel(8, 65, 2200, 4, 32, True, "float32", False),
+    LinearKernel(4, 65, 128, 4, 32, True, "float16", False, 4),
+    LinearKernel(8, 33, 620, 4, 32, False, None, True, 4),
     LinearKernel(8, 65, 190, 4, 64, True, "float16", False),
     LinearKernel(8, 65, 300, 4, 128, True, None, False),
     LinearKernel(8, 65, 300, 4, 128, False, None, False),
@@ -70,7 +72,7 @@ def test_whole_products(product):
 @pytest.mark.parametrize("product", BOARDS, indirect=True)
 def test_each_group_has_its_own_sum(product):
     """With one group's scale at 1 and the others at 0, the kernel returns that group's dot product."""
-    for kernel in (FORMS[0], FORMS[3], FORMS[7]):
+    for kernel in (FORMS[0], FORMS[3], FORMS[9]):
         operands = random_operands(kernel)
         dots = operands.dots()
         for group in range(kernel.groups):
@@ -81,9 +83,12 @@ def test_each_group_has_its_own_sum(product):
 
 def test_where_they_apply():
     dotprod, neon = instruction_set("dotprod"), instruction_set("neon")
-    assert all(linear_panels.applies(kernel, dotprod) for kernel in FORMS)
-    assert [linear_panels.applies(kernel, neon) for kernel in FORMS] == [kernel.group_size == 32 for kernel in FORMS]
+    for kernel in FORMS:
+        assert linear_panels.loop_for(kernel, dotprod) is dotprod.assembly
+        own = neon.assembly_4x4 if kernel.activation_bits == 4 else neon.assembly
+        assert linear_panels.loop_for(kernel, neon) is (own if kernel.group_size == 32 else None)
     form = FORMS[0]
     for other in (replace(form, rows=1), replace(form, rows=3), replace(form, bits=8), replace(form, group_size=256)):
-        assert not linear_panels.applies(other, dotprod)
-    assert not linear_panels.applies(replace(form, activation_bits=4), neon)
+        assert linear_panels.loop_for(other, dotprod) is None
+    narrow = replace(form, activation_bits=4)
+    assert linear_panels.loop_for(narrow, instruction_set("neon-paper")) is None

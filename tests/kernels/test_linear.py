@@ -93,8 +93,8 @@ def test_instruction_is_in_the_code(isa, rows, bits):
 @pytest.mark.parametrize(
     "isa,rows,counts",
     [
-        # A loop's round has 4 vectors of 8 columns, 4 channels and the rows; `smlal` has its 8 rounds unrolled.
-        ("neon", 2, {"mul": 8, "mla": 8, "sadalp": 8, "smlal": 0, "smlal2": 0}),
+        # 4 groups of 8 steps of 4 channels, 4 vectors of 8 columns, 2 rows; `smlal` has its 8 steps unrolled.
+        ("neon", 2, {"mul": 256, "mla": 256, "saddlp": 32, "sadalp": 224, "smlal": 0, "smlal2": 0}),
         ("neon", 1, {"smull": 4, "smull2": 4, "smlal": 60, "smlal2": 60, "mla": 0}),
         ("neon-paper", 2, {"mul": 32, "orr": 32, "smlal": 0, "mla": 0}),
         ("neon-paper", 1, {"mul": 16, "orr": 16, "smlal": 0, "mla": 0}),

@@ -88,6 +88,8 @@ class InstructionSet:
         Channels that a register tile goes through with its sums in registers; their codes are unpacked together.
     assembly : Assembly or None
         Prefill's inner loop for 4-bit weights and activations -127..127, where it is written in assembly.
+    assembly_4x4 : Assembly or None
+        That for activations -7..7, where `multiply_4x4` is not None; else they take `assembly`.
     """
 
     name: str
@@ -101,6 +103,7 @@ class InstructionSet:
     tile_vectors: int = 0
     panel: int = K_BLOCK
     assembly: Assembly | None = None
+    assembly_4x4: Assembly | None = None
 
     def layout(self, bits: int) -> Layout:
         """Return the packed layout for 4 or 8 bits."""

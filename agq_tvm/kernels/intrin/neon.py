@@ -139,6 +139,56 @@ def _converted(half: int) -> list[str]:
     return lines
 
 
+def _groups_4x4(form: Form) -> list[str]:
+    """Sum a panel of groups of 32 channels for 4-bit activations, in byte lanes as `byte_lanes` does.
+
+    v0-v7 sums of 16 bits, v8-v11 products, v12 `MAGIC`, v14 and v15 scales of activations, v16-v23 weights, v24-v27
+    repeated activations, v28-v31 activations.
+    """
+    lines = scale_loads(form, 2, 14) if form.per_group else []
+    for group in range(form.unroll):
+        lines += _k_block_4x4()
+        for half in range(2):
+            lines += _scaled_4x4(form, half, group)
+        lines.append("sub {sums}, {sums}, #256")
+    return ["ldr q12, [{magic}]", *looped(lines)]
+
+
+def _k_block_4x4() -> list[str]:
+    lines = [f"ld1 {registers('16b', 28)}, [{{x}}], {{stride}}"]
+    for step in range(8):
+        lines += [f"ld1 {registers('16b', first)}, [{{codes}}], #64" for first in (16, 20)]
+        for r, half in itertools.product(range(2), range(2)):
+            word = 2 * step + half
+            lines.append(f"dup v{24 + 2 * r + half}.8h, v{28 + 2 * r + word // 8}.h[{word % 8}]")
+        for r in range(2):
+            first, second, add = 24 + 2 * r, 25 + 2 * r, "sadalp" if step else "saddlp"
+            lines += [f"mul v{8 + v}.16b, v{16 + v}.16b, v{first}.16b" for v in range(4)]
+            lines += [f"mla v{8 + v}.16b, v{20 + v}.16b, v{second}.16b" for v in range(4)]
+            lines += [f"{add} v{4 * r + v}.8h, v{8 + v}.16b" for v in range(4)]
+    return lines
+
+
+def _scaled_4x4(form: Form, half: int, group: int) -> list[str]:
+    """Scale the sums of 16 columns, of both rows."""
+    lines = [f"ld1 {registers('4s', 20)}, [{{factors}}], #64"]
+    for r in range(2):
+        total = 4 * r + 2 * half
+        for v in range(2):
+            lines.append(f"saddw v{16 + 2 * v}.4s, v12.4s, v{total + v}.4h")
+            lines.append(f"saddw2 v{17 + 2 * v}.4s, v12.4s, v{total + v}.8h")
+        lines.append(f"ld1 {registers('4s', 28)}, [{{sums}}]")
+        if form.per_group:
+            lines.append(f"ld1 {registers('4s', 24)}, [{{factors}}]{', #64' if r else ''}")
+            lines += [f"fmla v{24 + i}.4s, v{16 + i}.4s, v{20 + i}.4s" for i in range(4)]
+            lines += [f"fmla v{28 + i}.4s, v{24 + i}.4s, v{14 + r}.s[{group}]" for i in range(4)]
+        else:
+            lines += [f"fsub v{16 + i}.4s, v{16 + i}.4s, v12.4s" for i in range(4)]
+            lines += [f"fmla v{28 + i}.4s, v{16 + i}.4s, v{20 + i}.4s" for i in range(4)]
+        lines.append(f"st1 {registers('4s', 28)}, [{{sums}}], #64")
+    return lines
+
+
 def _unpack(_per_group: bool) -> list[str]:
     """Turn nibbles into q - 8."""
     lines = []
@@ -156,6 +206,19 @@ def _factors(per_group: bool) -> list[tuple[str, int]]:
     halves = (range(4), range(4, 8))
     return [(kind, i) for half in halves for kind in ("st" if per_group else "s") for i in half]
 
+
+_ASSEMBLY = Assembly(
+    rows=2,
+    columns=32,
+    chunk=16,
+    code_scale=lambda per_group: 1,
+    unpack=_unpack,
+    panel=512,
+    groups=(32,),
+    running=False,
+    lines=_groups,
+    factors=_factors,
+)
 
 NEON = InstructionSet(
     name="neon",
@@ -186,23 +249,14 @@ NEON = InstructionSet(
         center=8,
         unroll=False,
     ),
-    assembly=Assembly(
-        rows=2,
-        columns=32,
-        chunk=16,
-        code_scale=lambda per_group: 1,
-        unpack=_unpack,
-        panel=512,
-        groups=(32,),
-        running=False,
-        lines=_groups,
-        factors=_factors,
-    ),
+    assembly=_ASSEMBLY,
+    assembly_4x4=replace(_ASSEMBLY, lines=_groups_4x4),
 )
 
 NEON_PAPER = replace(
     NEON,
     name="neon-paper",
+    assembly_4x4=None,
     multiply_4x4=Multiply("mul", packed_pairs, total="uint32", total_lanes=4, fold=split_pairs, offset=8, unroll=False),
 )
 """The same weights and kernels, but 4-bit activations are multiplied as the paper does it."""
