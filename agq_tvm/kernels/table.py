@@ -86,7 +86,8 @@ def _products(isa: InstructionSet) -> list[KernelRow]:
             if bits == 4:
                 rows.append(_row(isa, bits, activation_bits, operation, tile_rows, shifted=True))
     if isa.assembly:
-        rows += [_panel_row(isa, bits) for bits in (8, 4) if bits == 8 or isa.multiply_4x4 is None]
+        loops = {8: isa.assembly, 4: isa.assembly_4x4 if isa.multiply_4x4 else isa.assembly}
+        rows += [_panel_row(isa, bits, loop) for bits, loop in loops.items() if loop]
     return rows + [_float_row(isa, bits, *each) for bits in (4, 8) for each in (("gemv", 1), ("gemm", isa.rows))]
 
 
@@ -107,11 +108,11 @@ def _row(isa, bits: int, activation_bits: int, operation: str, rows: int, shifte
     )
 
 
-def _panel_row(isa, activation_bits: int) -> KernelRow:
-    loop, layout = isa.assembly, isa.layout_4bit
-    layout = replace(layout, vectors=loop.columns // layout.lanes)
+def _panel_row(isa, activation_bits: int, loop) -> KernelRow:
+    layout = replace(isa.layout_4bit, vectors=loop.columns // isa.layout_4bit.lanes)
+    activations = "" if loop is isa.assembly else ".a4"
     return KernelRow(
-        name=f"panels.{isa.name}.{layout.name}.m{loop.rows}",
+        name=f"panels.{isa.name}.{layout.name}{activations}.m{loop.rows}",
         operation=f"gemm, groups of {', '.join(map(str, loop.groups))}",
         bits=f"w4a{activation_bits}",
         tile=f"{loop.rows}x{loop.columns}x{loop.panel}",
