@@ -1,10 +1,10 @@
 """The table of kernels: what there is, for which instruction set, in which layout, and which devices choose it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from agq_tvm.kernels import activation, embedding, prune
 from agq_tvm.kernels.activation import QuantizeKernel
-from agq_tvm.kernels.attention import AttentionKernel
+from agq_tvm.kernels.attention_form import AttentionForm, AttentionKernel
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.kernels.intrin.base import InstructionSet, intrinsic
 from agq_tvm.kernels.linear_dense import DenseKernel, tile_of
@@ -17,7 +17,7 @@ from agq_tvm.targets import device_names, known, load_device
 ANY = "any"
 """Stands for every instruction set: loops that LLVM makes vectors of."""
 _ROWS, _COLUMNS, _CHANNELS, _CONTEXT = 128, 32000, 2048, 2048
-_PACKERS = {4: "pack_linear", 8: "pack_linear, pack_table"}
+_PACKERS = {4: "pack_linear, pack_table", 8: "pack_linear, pack_table"}
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,9 @@ def _products(isa: InstructionSet) -> list[KernelRow]:
             rows.append(_row(isa, bits, activation_bits, operation, tile_rows))
             if bits == 4:
                 rows.append(_row(isa, bits, activation_bits, operation, tile_rows, shifted=True))
+    if isa.assembly:
+        loops = {8: isa.assembly, 4: isa.assembly_4x4 if isa.multiply_4x4 else isa.assembly}
+        rows += [_panel_row(isa, bits, loop) for bits, loop in loops.items() if loop]
     return rows + [_float_row(isa, bits, *each) for bits in (4, 8) for each in (("gemv", 1), ("gemm", isa.rows))]
 
 
@@ -102,6 +105,21 @@ def _row(isa, bits: int, activation_bits: int, operation: str, rows: int, shifte
         instruction_set=isa.name,
         instruction=multiply.instruction if multiply else "-",
         packer=_PACKERS[bits],
+    )
+
+
+def _panel_row(isa, activation_bits: int, loop) -> KernelRow:
+    layout = replace(isa.layout_4bit, vectors=loop.columns // isa.layout_4bit.lanes)
+    activations = "" if loop is isa.assembly else ".a4"
+    return KernelRow(
+        name=f"panels.{isa.name}.{layout.name}{activations}.m{loop.rows}",
+        operation=f"gemm, groups of {', '.join(map(str, loop.groups))}",
+        bits=f"w4a{activation_bits}",
+        tile=f"{loop.rows}x{loop.columns}x{loop.panel}",
+        layout=isa.layout_4bit.name,
+        instruction_set=isa.name,
+        instruction=isa.multiply(4, activation_bits, False, loop.rows).instruction,
+        packer=_PACKERS[4],
     )
 
 
@@ -143,15 +161,19 @@ def _quantizers() -> list[KernelRow]:
 
 def _attention() -> list[KernelRow]:
     book = CODE_BOOKS["log2"]
-    forms = [{}, {"alibi": True}, {"importance": True}, {"book": book}]
-    kernels = [AttentionKernel(_ROWS, 32, 4, 64, _CONTEXT, **form) for form in forms]
-    rows = [
-        KernelRow(kernel.name, "attention", f"keys float16, values {kernel.value_dtype}", "a key head, some rows")
-        for kernel in kernels
-    ]
-    appended = f"float16, or values {kernels[-1].value_dtype}"
-    names = {kernels[0].rope_name: "rotate and cache", kernels[0].append_name: "cache"}
-    return rows + [KernelRow(name, operation, appended, "a row") for name, operation in names.items()]
+    forms = [AttentionForm(), AttentionForm(book=book), AttentionForm("int8"), AttentionForm("int8", book)]
+    sizes = (_ROWS, 32, 4, 64, _CONTEXT)
+    kernels = [AttentionKernel(*sizes, form) for form in forms]
+    kernels += [AttentionKernel(*sizes, **{flag: True}) for flag in ("alibi", "importance")]
+    rows = [KernelRow(kernel.name, "attention", _cached(kernel), "a key head, some rows") for kernel in kernels]
+    for kernel in kernels[: len(forms)]:
+        for rotary, operation in ((True, "rotate and cache"), (False, "cache")):
+            rows.append(KernelRow(kernel.append_name(rotary), operation, _cached(kernel), "a row"))
+    return rows
+
+
+def _cached(kernel: AttentionKernel) -> str:
+    return ", ".join(f"{name} {dtype}" for name, _, dtype in kernel.caches if "scales" not in name)
 
 
 def _copies() -> list[KernelRow]:

@@ -11,7 +11,7 @@ from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.targets import load_device
 from tests.boards import kernels
-from tests.boards.conftest import DEVICES
+from tests.boards.conftest import BOARDS
 from tests.kernels.operands import corner_operands, random_operands
 
 pytestmark = pytest.mark.emulator
@@ -56,7 +56,7 @@ def product(boards, tmp_path, request):
         loaded.clear()
 
 
-@pytest.mark.parametrize("product", DEVICES, indirect=True)
+@pytest.mark.parametrize("product", BOARDS, indirect=True)
 def test_whole_products(product):
     for kernel in FORMS:
         whole = random_operands(kernel, 3)
@@ -69,7 +69,7 @@ def test_whole_products(product):
                 np.testing.assert_array_equal(product(operands), operands.expected(), err_msg=f"{kernel.name} {name}")
 
 
-@pytest.mark.parametrize("product", DEVICES, indirect=True)
+@pytest.mark.parametrize("product", BOARDS, indirect=True)
 def test_each_group_has_its_own_sum(product):
     """With one group's scale at 1 and the others at 0, the kernel returns that group's dot product."""
     for kernel in (FORMS[0], FORMS[3], FORMS[9]):

@@ -6,7 +6,9 @@ sums for a column, added at the end of a k-block.
 """
 
 import itertools
+from dataclasses import replace
 
+from agq_tvm.kernels.intrin.assembly import Form, looped, registers, scale_loads
 from agq_tvm.kernels.intrin.base import (
     InstructionSet,
     Multiply,
@@ -15,7 +17,7 @@ from agq_tvm.kernels.intrin.base import (
     tile_signature,
     whole,
 )
-from agq_tvm.kernels.intrin.dotprod import sdot
+from agq_tvm.kernels.intrin.dotprod import DOTPROD, sdot
 from agq_tvm.kernels.layout import Layout
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
@@ -100,6 +102,76 @@ def matrix_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, cen
     return builder.get()
 
 
+def _groups(form: Form) -> list[str]:
+    """Sum a panel of groups, 4 rows by 2 vectors of 4 columns.
+
+    v0-v7 dot products of two rows by two columns, v8-v15 float sums of rows, v16-v19 and v24-v27 pairs of rows of
+    activations, v20-v23 weights, v28-v31 activation scales, or v31 `MAGIC`. Between groups v16-v27 take factors.
+    """
+    lines = [f"ld1 {registers('4s', first)}, [{{sums}}], #64" for first in (8, 12)]
+    lines += [f"ld1 {registers('4s', first)}, [{{magic}}]" for first in (0, 4)]
+    body = scale_loads(form, 4, 28) if form.per_group else []
+    lines += [] if form.per_group else ["ldr q31, [{magic}]"]
+    for group in range(form.unroll):
+        for _ in range(form.blocks):
+            body += _k_block()
+        body += _scaled(group) if form.per_group else _scaled_by_differences()
+    lines += [*looped(body), "sub {sums}, {sums}, #128"]
+    return [*lines, *(f"st1 {registers('4s', first)}, [{{sums}}], #64" for first in (8, 12))]
+
+
+def _k_block() -> list[str]:
+    lines = []
+    for first, step in ((24, "#64"), (16, "{stride}")):
+        lines.append(f"ld1 {registers('16b', 20)}, [{{x}}], {step}")
+        for s, h in itertools.product(range(2), range(2)):
+            lines.append(f"zip{h + 1} v{first + 2 * s + h}.2d, v{20 + s}.2d, v{22 + s}.2d")
+    for word in range(4):
+        lines.append(f"ld1 {registers('16b', 20)}, [{{codes}}], #64")
+        for pair, i in itertools.product(range(2), range(4)):
+            activations = (24, 16)[pair] + word
+            lines.append(f"smmla v{4 * pair + i}.4s, v{activations}.16b, v{20 + i}.16b")
+    return lines
+
+
+def _scaled(group: int) -> list[str]:
+    """Put dot products in the order of rows, scale them, add them up and start the next ones."""
+    lines = ["ldp q16, q17, [{factors}], #32", f"ld1 {registers('4s', 20)}, [{{factors}}]"]
+    lines.append(f"ld1 {registers('4s', 24)}, [{{factors}}], #64")
+    for pair, v in itertools.product(range(2), range(2)):
+        first, even, odd = 4 * pair + 2 * v, 4 * pair + v, 4 * pair + 2 + v
+        lines += [f"zip{half} v{to}.2d, v{first}.2d, v{first + 1}.2d" for half, to in ((1, 18 + v), (2, first + 1))]
+        lines += [f"fmla v{20 + even}.4s, v{18 + v}.4s, v{16 + v}.4s"]
+        lines += [f"fmla v{20 + odd}.4s, v{first + 1}.4s, v{16 + v}.4s"]
+    sums = [f"fmla v{8 + i}.4s, v{20 + i}.4s, v{28 + i // 2}.s[{group}]" for i in range(8)]
+    starts = [f"ld1 {registers('4s', first)}, [{{magic}}]" for first in (0, 4)]
+    return [*lines, starts[0], *sums[:4], starts[1], *sums[4:]]
+
+
+def _scaled_by_differences() -> list[str]:
+    lines = ["ldp q16, q17, [{factors}], #32"]
+    for pair, v, odd in itertools.product(range(2), range(2), range(2)):
+        first, i = 4 * pair + 2 * v, 4 * pair + 2 * odd + v
+        lines.append(f"zip{odd + 1} v{20 + i}.2d, v{first}.2d, v{first + 1}.2d")
+    lines += [f"fsub v{20 + i}.4s, v{20 + i}.4s, v31.4s" for i in range(8)]
+    return lines + [f"fmla v{8 + i}.4s, v{20 + i}.4s, v{16 + i % 2}.4s" for i in range(8)]
+
+
+def _unpack(per_group: bool) -> list[str]:
+    """Turn nibbles into 16 (q - 8), or q - 8: two vectors of columns go to one call, two to the next."""
+    lines = []
+    for codes in ("codes", "next_codes") * 2:
+        lines.append(f"ld1 {registers('16b', 0)}, [{{packed}}], #64")
+        lines += [f"eor v{v}.16b, v{v}.16b, v31.16b" for v in range(4)]
+        lines += [f"shl v{4 + v}.16b, v{v}.16b, #4" for v in range(4)]
+        if per_group:
+            lines += [f"and v{v}.16b, v{v}.16b, v30.16b" for v in range(4)]
+        else:
+            lines += [f"sshr v{v}.16b, v{v}.16b, #4" for v in range(8)]
+        lines += [f"st1 {registers('16b', first)}, [{{{codes}}}], #64" for first in (4, 0)]
+    return ["movi v30.16b, #0xf0", "movi v31.16b, #0x88", *looped(lines)]
+
+
 SDOT = Multiply("sdot", sdot_pairs, total="int32", total_lanes=8, fold=add_pairs, by_lane=True, center=8)
 
 I8MM = InstructionSet(
@@ -112,4 +184,5 @@ I8MM = InstructionSet(
     multiply_4bit=SDOT,
     multiply_8bit=SDOT,
     multiply_pairs=Multiply("smmla", smmla, center=8, implement=matrix_impl),
+    assembly=replace(DOTPROD.assembly, unpack=_unpack, lines=_groups),
 )
