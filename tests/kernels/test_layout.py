@@ -39,6 +39,12 @@ def test_every_code_stands_where_the_layout_says(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_threads_write_whole_cache_lines(layout):
+    """Threads take tiles of columns, whose outputs are float32."""
+    assert layout.width * 4 % 64 == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_names_tell_layouts_apart(layout):
     assert [other for other in LAYOUTS if other.name == layout.name and other != layout] == []
 
