@@ -105,8 +105,8 @@ class QuantizeKernel:
     def input_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the float32 inputs.
 
-        x, twice if it is a sum; by source the norm's gain and bias; the refining vector; static (s, z), or the powers of two of mixed codes,
-        see `agq_tvm.kernels.mixed`.
+        x, or the two that are added; by source the norm's gain and bias; the refining vector; static (s, z), or the
+        powers of two of mixed codes, see `agq_tvm.kernels.mixed`.
         """
         M, K = self.rows, self.channels
         vectors = {"rms_norm": 1, "layer_norm": 2}.get(self.source, 0)
