@@ -59,6 +59,8 @@ class QuantizeKernel:
         the sum of the codes is shifted left before each k-block. For refined static codes of one group.
     mixed : bool
         With scales of groups: whether each channel has bits and a step of its own.
+    adds : bool
+        Of a norm: whether its input is the sum of the first two inputs, a residual, which is the last output.
     """
 
     source: str
@@ -72,6 +74,7 @@ class QuantizeKernel:
     terms: int = 1
     shifted: bool = False
     mixed: bool = False
+    adds: bool = False
 
     @property
     def limit(self) -> int:
@@ -91,7 +94,7 @@ class QuantizeKernel:
     @property
     def name(self) -> str:
         """E.g. ``rms_norm_quantize_per_token_group_g32_m128_k576``."""
-        prefix = "" if self.source == "plain" else f"{self.source}_"
+        prefix = "" if self.source == "plain" else f"{'add_' if self.adds else ''}{self.source}_"
         if self.mode == "none":
             return f"{prefix}float_g{self.group_size}_m{self.rows}_k{self.channels}"
         mode = self.mode.replace("-", "_")
@@ -108,12 +111,12 @@ class QuantizeKernel:
     def input_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the float32 inputs.
 
-        x; by source the norm's gain and bias; the refining vector; static (s, z), or the powers of two of mixed codes,
-        see `agq_tvm.kernels.mixed`.
+        x, or the two that are added; by source the norm's gain and bias; the refining vector; static (s, z), or the
+        powers of two of mixed codes, see `agq_tvm.kernels.mixed`.
         """
         M, K = self.rows, self.channels
         vectors = {"rms_norm": 1, "layer_norm": 2}.get(self.source, 0)
-        shapes = [(M, 2 * K if self.source == "silu_mul" else K), *[(K,)] * vectors]
+        shapes = [(M, 2 * K if self.source == "silu_mul" else K)] * (1 + self.adds) + [(K,)] * vectors
         shapes += [(K,)] * self.refined
         if self.mixed:
             return [*shapes, (3, self.groups * self.group_size)]
@@ -126,15 +129,17 @@ class QuantizeKernel:
     def output_shapes(self, layout: Layout) -> list[tuple[tuple[int, ...], str]]:
         """Shapes and types of codes [KB, R, S, 2, D], scales [R, G or 1] and sums [R, G]; R is M times the terms.
 
-        Without codes: of y [M, K in whole groups], float32.
+        Without codes: of y [M, K in whole groups], float32. Then of the residual [M, K], if there is one.
         """
+        residual = [((self.rows, self.channels), "float32")] * self.adds
         blocks, rows = k_blocks(self.channels, self.group_size), self.terms * self.rows
         if self.mode == "none":
-            return [((rows, blocks * K_BLOCK), "float32")]
+            return [((rows, blocks * K_BLOCK), "float32"), *residual]
         return [
             ((blocks, rows, layout.steps, 2, layout.depth), "int8"),
             ((rows, self.scales), "float32"),
             ((rows, self.groups), "int32"),
+            *residual,
         ]
 
 
@@ -151,11 +156,14 @@ def build(kernel: QuantizeKernel, layout: Layout):
                 for name, shape in zip(("order", "shift"), kernel.index_shapes(), strict=False)
             ]
             names = ("y",) if kernel.mode == "none" else ("codes", "scales", "sums")
+            names += ("residual",) * kernel.adds
             outputs = [
                 T.arg(name, T.buffer(shape, dtype))
                 for name, (shape, dtype) in zip(names, kernel.output_shapes(layout), strict=True)
             ]
             with task_loop("row", kernel.rows, [*inputs, *indices], outputs) as m:
+                if kernel.adds:
+                    inputs, outputs = _add(kernel, inputs, m, outputs)
                 y = _Row(inputs[0], m) if kernel.in_place else T.sblock_alloc_buffer((padded,), "float32")
                 partial = T.sblock_alloc_buffer((LANES,), "float32")
                 scalar = T.sblock_alloc_buffer((2,), "float32")
@@ -193,6 +201,16 @@ class _Row:
 
     def __getitem__(self, k):
         return self.matrix[self.m, k]
+
+
+def _add(kernel, inputs, m, outputs) -> tuple[list, list]:
+    """Store the sum of the first two inputs; return the inputs with it instead of them, and the other outputs."""
+    (a, b, *others), (*outputs, total) = inputs, outputs
+    chunks, lanes = lane_chunks(kernel.channels)
+    with T.serial(chunks) as c, T.vectorized(lanes) as j:
+        k = c * lanes + j
+        T.buffer_store(total, a[m, k] + b[m, k], [m, k])
+    return [total, *others], outputs
 
 
 def _plain(kernel, inputs, m, y, partial, scalar) -> None:

@@ -4,6 +4,7 @@ quantize(rms_norm(x, gain))            ->  rms_norm_quantize(x, gain)
 quantize(layer_norm(x, gain, bias))    ->  layer_norm_quantize(x, gain, bias)
 quantize(silu(split(x)[0]) * split(x)[1])  ->  silu_mul_quantize(x)
 quantize(relu(x))                      ->  relu_quantize(x), and so for the forms of gelu
+s = add(a, b), quantize(norm(s, …))    ->  add_norm_quantize(a, b, …), which returns s, too
 
 A norm that something else needs too, a residual, stays by itself.
 """
@@ -44,6 +45,7 @@ class _Fuser(relax.PyExprMutator):
 
     def fuse(self, func):
         self.users = relax.analysis.udchain(func.body.blocks[0])
+        self.values = {binding.var: binding.value for binding in func.body.blocks[0].bindings}
         return self.visit_expr(func)
 
     def visit_call_(self, original):
@@ -59,12 +61,32 @@ class _Fuser(relax.PyExprMutator):
         if producer is None or (producer[0] in _NORMS.values() and not used_once):
             return call
         source, inputs, epsilon = producer
-        kernel = dataclasses.replace(kernel, source=source, epsilon=epsilon)
+        residual = self._residual(original.args[1][0], source)
+        if residual is not None:
+            inputs = [*(self.visit_expr(argument) for argument in self.values[residual].args), *inputs[1:]]
+        kernel = dataclasses.replace(kernel, source=source, epsilon=epsilon, adds=residual is not None)
         func = annotate(activation.build(kernel, self.isa.layout_4bit), kernel)
         gvar = self.builder_.add_func(func, kernel.name)
-        outputs = call.ty_args[0]
-        outputs = list(outputs.fields) if isinstance(outputs, relax.TupleType) else outputs
-        return relax.call_tir(gvar, [*inputs, *vectors], outputs)
+        types = [relax.TensorType(shape, dtype) for shape, dtype in kernel.output_shapes(self.isa.layout_4bit)]
+        made = relax.call_tir(gvar, [*inputs, *vectors], types if len(types) > 1 else types[0])
+        return made if residual is None else self._with_residual(made, residual, len(types))
+
+    def _residual(self, normed, source: str):
+        """Return the variable of the sum that a norm is of, None if it is of something else."""
+        if source not in _NORMS.values():
+            return None
+        x = self.values[normed].args[0]
+        total = self.values.get(x)
+        is_sum = _is_call(total, "relax.add") and all(term.ty == x.ty for term in total.args)
+        return x if is_sum else None
+
+    def _with_residual(self, made, residual, outputs: int):
+        """Let what reads the sum from here on read the kernel's last output; return the others."""
+        made = self.builder_.emit(made)
+        self.set_var_remap(residual, self.builder_.emit(relax.TupleGetItem(made, outputs - 1)))
+        if outputs == 2:
+            return relax.TupleGetItem(made, 0)
+        return relax.Tuple([relax.TupleGetItem(made, i) for i in range(outputs - 1)])
 
     def _producer(self, x):
         """Recognize what makes x: (source, its inputs, epsilon), or None."""

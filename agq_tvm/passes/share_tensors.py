@@ -1,4 +1,4 @@
-"""Leave out what the virtual machine need not do: an instruction takes about 0.15 µs, a small model's decode thousands.
+"""Leave out what the virtual machine need not do: a small model's decode has thousands of its instructions.
 
 Planned memory is a few storages, but every intermediate result gets a tensor of its own on one of them. Those of the
 same place, shape and type become one: alloc_tensor(storage, 0, s, t) twice  ->  once. Tuples that nothing reads go.

@@ -1,5 +1,6 @@
 """Activation codes against the contract in numpy."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -78,6 +79,26 @@ def test_a_second_term_has_the_codes_of_what_the_first_left():
     np.testing.assert_array_equal(sums, codes.reshape(6, 3, 64).sum(-1))
     both = (scales[..., None] * codes.reshape(6, 3, 64)).reshape(2, 3, -1).sum(0)[:, :150]
     assert abs(both - x).max() <= abs(x).max() / 127 / 2 / 127
+
+
+@pytest.mark.parametrize("mode", [*MODES, "none"])
+@pytest.mark.parametrize("source", ["rms_norm", "layer_norm"])
+def test_a_norm_of_a_sum_is_that_of_what_it_also_returns(source, mode):
+    plain = QuantizeKernel(source, 3, 150, 64, mode, 1e-5)
+    adding = dataclasses.replace(plain, adds=True)
+    rng = np.random.default_rng(3)
+    a, *rest = (rng.standard_normal(shape).astype("float32") * 3 for shape in adding.input_shapes())
+    if mode == "static":
+        rest[-1] = STATIC
+    inputs, results = {plain: [a + rest[0], *rest[1:]], adding: [a, *rest]}, {}
+    for kernel, values in inputs.items():
+        outputs = [tvm.runtime.tensor(np.full(s, 99, d)) for s, d in kernel.output_shapes(LAYOUT)]
+        compiled(activation.build(kernel, LAYOUT), "generic")(*map(tvm.runtime.tensor, values), *outputs)
+        results[kernel] = [output.numpy() for output in outputs]
+    *others, residual = results[adding]
+    np.testing.assert_array_equal(residual, a + rest[0])
+    for ours, expected in zip(others, results[plain], strict=True):
+        np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.parametrize("source", activation.SOURCES)

@@ -61,7 +61,8 @@ def test_quantization_is_fused_with_what_comes_before(dumped):
     texts, _, _ = dumped
     decode = relax_part(texts["fuse_activation_quantize"], "decode")
     assert "R.nn.rms_norm" not in decode and "R.nn.silu" not in decode and "R.split" not in decode
-    assert len(re.findall(r"[(.]rms_norm_quantize_", decode)) == 2 * LAYERS + 1
+    assert len(re.findall(r"[(.]rms_norm_quantize_", decode)) == 1  # before it there is no residual
+    assert len(re.findall(r"[(.]add_rms_norm_quantize_", decode)) == 2 * LAYERS and "R.add(" not in decode
     assert len(re.findall(r"[(.]silu_mul_quantize_", decode)) == LAYERS
     assert len(re.findall(r"[(.]quantize_", decode)) == LAYERS  # of what attention returns
 
@@ -117,7 +118,7 @@ SHARED = {"apply_residual_connection_post_layernorm": True}
 def test_norms_are_fused_unless_a_residual_needs_them(fused, family, overrides, counts, activation):
     decode = fused(family, **overrides)
     assert "R.nn." not in decode
-    patterns = ("layer_norm_quantize_", "layer_norm_m", "quantize_per", f"{activation}_quantize_")
+    patterns = ("(?:add_)?layer_norm_quantize_", "layer_norm_m", "quantize_per", f"{activation}_quantize_")
     assert [len(re.findall(rf"call_tir\((?:cls\.)?{pattern}", decode)) for pattern in patterns] == [*counts, 1]
 
 
@@ -125,4 +126,18 @@ def test_biases_are_added_by_the_linears(fused):
     decode = fused("qwen2", **ONE_LAYER)
     assert len(re.findall(r"call_tir\((?:cls\.)?linear_w4a8g64_group_sym_bias_", decode)) == 1
     assert len(re.findall(r"call_tir\((?:cls\.)?linear_w4a8g64_group_sym_m1", decode)) == 3
-    assert decode.count("R.add(") == 2  # the two residuals
+    assert "R.add(" not in decode  # the two residuals are added by the norms after them
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "counts"),
+    [  # how many residuals are added by a norm that is fused, and how many stay
+        ("opt", {"num_hidden_layers": 2}, [5, 0]),  # the first adds learned positions
+        ("opt", {"num_hidden_layers": 2, "do_layer_norm_before": False}, [1, 4]),
+        ("bloom", {"n_layer": 2} | SHARED, [1, 3]),
+    ],
+)
+def test_residuals_are_added_by_the_norms_that_read_them(fused, family, overrides, counts):
+    decode = fused(family, **overrides)
+    patterns = (r"call_tir\((?:cls\.)?add_layer_norm_quantize_", r"R\.add\(")
+    assert [len(re.findall(pattern, decode)) for pattern in patterns] == counts
