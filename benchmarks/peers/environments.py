@@ -26,7 +26,7 @@ def requirements(environment: str) -> list[str]:
 
 def interpreter(work: Path, environment: str) -> str:
     """Return the Python of an environment: ours if it is our own, or if there is no such environment."""
-    python = work / environment / "bin" / "python"
+    python = work.absolute() / environment / "bin" / "python"  # not resolved: the link is what makes the environment
     return str(python) if environment and python.exists() else sys.executable
 
 
