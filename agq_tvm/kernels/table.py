@@ -197,12 +197,12 @@ def _pruning() -> list[KernelRow]:
 
 
 def _dense() -> list[KernelRow]:
-    """List the products that profiles compare with; no bundle holds them."""
+    """List the float products: of heads stored in 16 bits, and what profiles compare with."""
     width = "x".join(map(str, tile_of(INSTRUCTION_SETS["generic"])))
     return [
         KernelRow(
             DenseKernel(_ROWS, _CHANNELS, _CHANNELS, storage, False).name,
-            "gemm in profiles",
+            "float gemm",
             f"w{storage[5:]}a32",
             f"4x({width})x8 or more",
         )
