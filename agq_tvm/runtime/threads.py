@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from agq_tvm.targets.processors import Processor, alike, best_first, processor_quota, usable_processors
 from agq_tvm.tvm_runtime import tvm_ffi
 
-SPINS = 2000
+SPINS = 50
 """How often a thread without work looks for some, and lets others run, before it sleeps; the board server's, too."""
 _SPIN_VARIABLE = "TVM_THREAD_POOL_SPIN_COUNT"  # read once, when the process starts its first pool
 _BIG, _ONE_PROCESSOR_EACH, _SHARE_ALL = 1, -2, -3  # TVM's modes

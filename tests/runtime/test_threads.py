@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from agq_tvm.runtime.threads import configure_board, pool_arguments
+import agq_tvm.boards
+from agq_tvm.runtime.threads import SPINS, configure_board, pool_arguments
 from agq_tvm.targets.processors import Processor
 
 _PROBE = """
@@ -125,3 +128,8 @@ def test_a_board_of_ours_is_told_its_processors():
     assert calls == [(-3, 4, "2 3 0 1"), (-2, 2, "2 3 0 1")]
     configure_board(functions.__getitem__, 8)
     assert calls[-1][1] == 4
+
+
+def test_threads_of_boards_look_for_work_as_often():
+    server = Path(agq_tvm.boards.__file__).parent / "server" / "session.c"
+    assert re.findall(r'#define SPINS "(\d+)"', server.read_text()) == [str(SPINS)]

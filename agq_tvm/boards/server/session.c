@@ -55,7 +55,7 @@ static int remove_one(const char *path, const struct stat *status, int kind, str
 }
 
 /* How often a thread without work looks for some before it sleeps, as in agq_tvm/runtime/threads.py. */
-#define SPINS "2000"
+#define SPINS "50"
 
 /* The child: never returns. */
 static void serve(int connection, const char *folder, int emulated) {
