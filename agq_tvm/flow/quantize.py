@@ -14,21 +14,14 @@ from agq_tvm.files import fresh_directory
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.progress import progress, say
 from agq_tvm.quantize.calibration_report import CalibrationReport
-from agq_tvm.quantize.checkpoint import (
-    QuantizedLinear,
-    Table,
-    group_count,
-    linear_shapes,
-    table_shapes,
-    vector_shapes,
-    write_checkpoint,
-)
+from agq_tvm.quantize.checkpoint import QuantizedLinear, Table, write_checkpoint
 from agq_tvm.quantize.fold import folded
 from agq_tvm.quantize.mixed_format import average_bits
 from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.scheme import GROUP_SIZES, Scheme, check_roles, roles_of
 from agq_tvm.quantize.source import Source, open_source, quantize_matrix
 from agq_tvm.quantize.tables import quantize_table
+from agq_tvm.quantize.tensor_names import group_count, linear_shapes, table_shapes, vector_shapes
 from agq_tvm.quantize.texts import load_text, title
 from agq_tvm.quantize.weights import dequantize
 from agq_tvm.runtime.engine import prompt_chunks

@@ -19,9 +19,17 @@ from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.quantize.scheme import Scheme, check_roles
 from agq_tvm.quantize.shifts import BLOCK, is_blocked
 from agq_tvm.quantize.tensor_file import write_tensors
+from agq_tvm.quantize.tensor_names import (
+    TABLE_GROUP,
+    check_tensors,
+    damaged,
+    expected_tensors,
+    linear_shapes,
+    table_shapes,
+    value_scale_names,
+)
 
 FORMAT_VERSION = 1
-TABLE_GROUP = 32
 _FIELDS = (
     "qweight",
     "scales",
@@ -95,54 +103,6 @@ Table = QuantizedLinear | np.ndarray
 """A matrix outside the layers: float16 [V, K], or codes of 8 bits (symmetric) or 4 bits in groups of 32."""
 
 
-def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """Name every quantized matrix of a model, in the order in which they run, with its shape (N, K)."""
-    return {
-        config.layer_prefix.format(layer=layer) + part: (rows, linear.in_features)
-        for layer in range(config.num_layers)
-        for linear in config.linears
-        for part, rows in zip(linear.parts, linear.rows, strict=True)
-    }
-
-
-def bias_shapes(config: DecoderConfig) -> dict[str, tuple[int]]:
-    """Name the bias of every quantized matrix that has one, with its shape (N,)."""
-    return {
-        f"{config.layer_prefix.format(layer=layer)}{part}.bias": (rows,)
-        for layer in range(config.num_layers)
-        for linear in config.linears
-        if linear.bias
-        for part, rows in zip(linear.parts, linear.rows, strict=True)
-    }
-
-
-def table_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """Name the matrices outside the layers (embedding, head, projections) with their shape (N, K)."""
-    return {getattr(config, role): shape for role, shape in config.tables.items()}
-
-
-def vector_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Name what stays float32, with its shape: weights and biases of norms, and the table of learned positions."""
-    parts = config.norm.parts if config.norm.affine else ()
-    shapes = {f"{module}.{part}": (config.hidden_size,) for module in config.norm_modules for part in parts}
-    if config.position_table:
-        rows = config.position_offset + config.context_length
-        shapes[f"{config.position_table}.weight"] = (rows, config.hidden_size)
-    return shapes
-
-
-def value_scale_names(config: DecoderConfig) -> list[str]:
-    """Name the scales of the values of every layer: they belong to the matrix that the values come from."""
-    qkv = next(linear for linear in config.linears if linear.name == "qkv")
-    prefixes = (config.layer_prefix.format(layer=layer) for layer in range(config.num_layers))
-    return [f"{prefix}{qkv.parts[-1]}.value_scale" for prefix in prefixes]
-
-
-def group_count(in_features: int, group_size: int) -> int:
-    """Return the number of groups of a row, the last one possibly short."""
-    return -(-in_features // group_size)
-
-
 def quantization_config(raw_config: Mapping) -> dict | None:
     """Return our part of a ``config.json``, or None if it is not of a checkpoint of ours."""
     ours = raw_config.get("quantization_config")
@@ -178,7 +138,7 @@ def write_checkpoint(
         If a file cannot be written.
     """
     directory = Path(directory)
-    names = _expected_tensors(describe(dict(raw_config)), scheme)
+    names = expected_tensors(describe(dict(raw_config)), scheme)
     tensors = _tensors(linears, tables, vectors)
     write_tensors(directory / "model.safetensors", names, tensors, {"format": "agq"})
     described = {"quant_method": "agq", "format_version": FORMAT_VERSION, **asdict(scheme)}
@@ -231,8 +191,8 @@ def read_checkpoint(path: str | os.PathLike) -> "Checkpoint":
         found = {name: file.get_slice(name) for name in file.keys()}
         found = {name: (value.get_dtype(), tuple(value.get_shape())) for name, value in found.items()}
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, f" cannot be read ({error})") from error
-    _check_tensors(path, _expected_tensors(config, scheme), found)
+        raise damaged(path, f" cannot be read ({error})") from error
+    check_tensors(path, expected_tensors(config, scheme), found)
     return Checkpoint(path, config, scheme, MappingProxyType(raw_config), file)
 
 
@@ -338,7 +298,7 @@ class Checkpoint:
         return value
 
     def _damaged(self, what: str) -> AgqError:
-        return _damaged(self.path, f": {what}")
+        return damaged(self.path, f": {what}")
 
 
 def _read_scheme(ours: Mapping) -> Scheme:
@@ -358,57 +318,3 @@ def _read_scheme(ours: Mapping) -> Scheme:
     names = ("shifts", "weight_bits", "mixed_bits", "fold", "head_bits")
     more = {name: ours[name] for name in names if name in ours}
     return Scheme(*values, ours.get("max_refine", 0), tuple(four_bit), pruning, attention, **more)
-
-
-def _expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
-    """Give the allowed types and the shape of every tensor."""
-    floats = vector_shapes(config) | bias_shapes(config)
-    if scheme.attention != "float":
-        floats |= dict.fromkeys(value_scale_names(config), (config.num_kv_heads,))
-    expected = {name: (("F32",), shape) for name, shape in floats.items()}
-    for name, (rows, columns) in table_shapes(config).items():
-        expected |= _expected_table(name, rows, columns, scheme.head_bits)
-    for name, (rows, columns) in linear_shapes(config).items():
-        groups = (rows, group_count(columns, scheme.group_of(columns)))
-        expected[f"{name}.qweight"] = _expected_codes(rows, columns, scheme.weight_bits)
-        expected[f"{name}.scales"] = (("F16",), groups)
-        if not scheme.symmetric:
-            expected[f"{name}.offsets"] = (("F16", "F32"), groups)
-        if scheme.activation == "static":
-            expected[f"{name}.act_scale"] = (("F32",), (1,))
-            expected[f"{name}.act_zero"] = (("I32",), (1,))
-        if scheme.max_refine:
-            expected[f"{name}.alpha"] = (("I8",), (columns,) if scheme.shifts else groups[1:])
-        if scheme.mixed_bits:
-            expected[f"{name}.act_bits"] = (("U8",), (columns,))
-            expected[f"{name}.act_steps"] = (("U8",), (columns,))
-    return expected
-
-
-def _expected_table(name: str, rows: int, columns: int, bits: int) -> dict:
-    if bits == 16:
-        return {f"{name}.weight": (("F16",), (rows, columns))}
-    grid = (("F16",), (rows, group_count(columns, TABLE_GROUP)))
-    expected = {f"{name}.qweight": _expected_codes(rows, columns, bits), f"{name}.scales": grid}
-    return expected if bits == 8 else expected | {f"{name}.offsets": grid}
-
-
-def _expected_codes(rows: int, columns: int, bits: int) -> tuple[tuple[str], tuple[int, int]]:
-    return (("U8",), (rows, -(-columns // 2))) if bits == 4 else (("I8",), (rows, columns))
-
-
-def _check_tensors(path: Path, expected: Mapping, found: Mapping) -> None:
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    for names, what in ((missing, "has no tensor"), (extra, "has an unexpected tensor")):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise _damaged(path, f" {what} {names[0]}{more}")
-    for name, (dtypes, shape) in expected.items():
-        dtype, real = found[name]
-        if dtype not in dtypes or real != shape:
-            wanted = f"{'/'.join(dtypes)} {list(shape)}"
-            raise _damaged(path, f": {name} is {dtype} {list(real)}, not {wanted} as config.json says")
-
-
-def _damaged(path: Path, what: str) -> AgqError:
-    return AgqError(f"{path / 'model.safetensors'}{what}: the checkpoint is damaged, make it again")

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from agq_tvm.errors import AgqError
-from agq_tvm.quantize.checkpoint import TABLE_GROUP, QuantizedLinear, linear_shapes
+from agq_tvm.quantize.checkpoint import QuantizedLinear
 from agq_tvm.quantize.gguf_file import GgufTensor, read_gguf
 from agq_tvm.quantize.gguf_tokenizer import write_tokenizer
 from agq_tvm.quantize.source import Source, check_shapes
+from agq_tvm.quantize.tensor_names import TABLE_GROUP, linear_shapes
 from agq_tvm.quantize.weights import pack
 
 _GROUP = 32

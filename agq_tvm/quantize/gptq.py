@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from agq_tvm.errors import AgqError
-from agq_tvm.quantize.checkpoint import QuantizedLinear, group_count
+from agq_tvm.quantize.checkpoint import QuantizedLinear
+from agq_tvm.quantize.tensor_names import group_count
 from agq_tvm.quantize.weights import assemble, choose_grid, encode
 
 DAMPING = 0.05

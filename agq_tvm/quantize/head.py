@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from agq_tvm.errors import AgqError
-from agq_tvm.quantize.checkpoint import TABLE_GROUP, QuantizedLinear
+from agq_tvm.quantize.checkpoint import QuantizedLinear
 from agq_tvm.quantize.forward import read_norm
 from agq_tvm.quantize.gptq import gptq
 from agq_tvm.quantize.operators import FloatLinear
 from agq_tvm.quantize.source import Source
 from agq_tvm.quantize.streaming import token_weights
+from agq_tvm.quantize.tensor_names import TABLE_GROUP
 
 _INDEPENDENT = 1e-3
 """Counted for a channel that is always 0, as a share of the mean: its weights may be those of an embedding."""

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from agq_tvm.quantize.activations import ActivationQuantizer
-from agq_tvm.quantize.checkpoint import TABLE_GROUP, QuantizedLinear
+from agq_tvm.quantize.checkpoint import QuantizedLinear
 from agq_tvm.quantize.grouping import to_groups
 from agq_tvm.quantize.mixed import MixedFormat
 from agq_tvm.quantize.shifts import BLOCK, block_shifts, channel_order
 from agq_tvm.quantize.source import Source
+from agq_tvm.quantize.tensor_names import TABLE_GROUP
 from agq_tvm.quantize.weights import codes_of, dequantize, grid_of
 
 _LARGEST_PRODUCT = 127 * 15

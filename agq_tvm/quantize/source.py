@@ -15,16 +15,10 @@ from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json, write_json
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.models.registry import describe
-from agq_tvm.quantize.checkpoint import (
-    QuantizedLinear,
-    bias_shapes,
-    linear_shapes,
-    quantization_config,
-    table_shapes,
-    vector_shapes,
-)
+from agq_tvm.quantize.checkpoint import QuantizedLinear, quantization_config
 from agq_tvm.quantize.known import KNOWN, fetch_known
 from agq_tvm.quantize.scheme import Scheme
+from agq_tvm.quantize.tensor_names import bias_shapes, linear_shapes, table_shapes, vector_shapes
 from agq_tvm.quantize.weights import checked, rtn, rtn_8bit
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

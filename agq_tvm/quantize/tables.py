@@ -8,7 +8,8 @@
 
 import numpy as np
 
-from agq_tvm.quantize.checkpoint import TABLE_GROUP, QuantizedLinear, Table, group_count
+from agq_tvm.quantize.checkpoint import QuantizedLinear, Table
+from agq_tvm.quantize.tensor_names import TABLE_GROUP, group_count
 from agq_tvm.quantize.weights import assemble, dequantize, encode, rtn_8bit
 
 _ROWS = 4096

@@ -11,7 +11,8 @@ the grid that the codes were made for.
 import numpy as np
 
 from agq_tvm.errors import AgqError
-from agq_tvm.quantize.checkpoint import QuantizedLinear, group_count
+from agq_tvm.quantize.checkpoint import QuantizedLinear
+from agq_tvm.quantize.tensor_names import group_count
 
 _LARGEST = float(np.finfo("float16").max)
 

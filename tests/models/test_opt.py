@@ -2,7 +2,7 @@ import pytest
 
 from agq_tvm.errors import AgqError
 from agq_tvm.models.registry import describe
-from agq_tvm.quantize.checkpoint import bias_shapes, linear_shapes, table_shapes, vector_shapes
+from agq_tvm.quantize.tensor_names import bias_shapes, linear_shapes, table_shapes, vector_shapes
 from tests.tiny import tiny_config
 
 

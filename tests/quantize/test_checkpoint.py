@@ -7,10 +7,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from agq_tvm.errors import AgqError
-from agq_tvm.quantize.checkpoint import linear_shapes, read_checkpoint, table_shapes, vector_shapes
+from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.source import open_source
 from agq_tvm.quantize.tables import dequantize_table
+from agq_tvm.quantize.tensor_names import linear_shapes, table_shapes, vector_shapes
 from agq_tvm.quantize.weights import dequantize, rtn, rtn_8bit
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -5,10 +5,11 @@ import pytest
 
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.quantize import quantize
-from agq_tvm.quantize.checkpoint import linear_shapes, read_checkpoint
+from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.gptq import DAMPING, gptq, inverse_factor
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.source import open_source
+from agq_tvm.quantize.tensor_names import linear_shapes
 from agq_tvm.quantize.weights import dequantize
 from tests.degenerate import spoil
 from tests.quantize.conftest import FEW

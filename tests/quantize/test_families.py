@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.quantize import Calibration, quantize
 from agq_tvm.quantize.calibration import encode_text
-from agq_tvm.quantize.checkpoint import bias_shapes, read_checkpoint
+from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.source import open_source
+from agq_tvm.quantize.tensor_names import bias_shapes
 from agq_tvm.quantize.texts import load_text
 from tests.tiny import write_tiny_model
 

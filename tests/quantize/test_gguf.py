@@ -9,10 +9,11 @@ from tokenizers import Tokenizer
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.quantize import quantize
 from agq_tvm.models.registry import describe
-from agq_tvm.quantize.checkpoint import linear_shapes, read_checkpoint, table_shapes
+from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.gguf_file import read_gguf
 from agq_tvm.quantize.source import open_source
 from agq_tvm.quantize.tables import dequantize_table
+from agq_tvm.quantize.tensor_names import linear_shapes, table_shapes
 from agq_tvm.quantize.weights import dequantize
 from tests.quantize.gguf_models import CONFIG, TOKENS, write_gguf
 

@@ -8,7 +8,7 @@ import torch
 
 from agq_tvm.flow.quantize import Calibration, quantize
 from agq_tvm.quantize.calibration import cut_windows
-from agq_tvm.quantize.checkpoint import read_checkpoint, value_scale_names
+from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.quantize.log2 import (
     Log2Attention,
@@ -19,6 +19,7 @@ from agq_tvm.quantize.log2 import (
     weighted_sums,
 )
 from agq_tvm.quantize.reference import ReferenceModel
+from agq_tvm.quantize.tensor_names import value_scale_names
 from tests.quantize.conftest import FEW
 from tests.tiny import write_tiny_model
 from tests.watch import watch_values

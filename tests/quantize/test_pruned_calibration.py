@@ -7,11 +7,11 @@ import pytest
 
 from agq_tvm.quantize import streaming
 from agq_tvm.quantize.activations import ActivationQuantizer
-from agq_tvm.quantize.checkpoint import linear_shapes
 from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.source import Source, open_source
+from agq_tvm.quantize.tensor_names import linear_shapes
 from agq_tvm.quantize.weights import dequantize, rtn
 from tests.tiny import write_tiny_model
 

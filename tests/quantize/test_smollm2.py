@@ -5,9 +5,10 @@ from tokenizers import Tokenizer
 
 from agq_tvm.flow.evaluate import evaluate_reference
 from agq_tvm.flow.quantize import quantize
-from agq_tvm.quantize.checkpoint import linear_shapes, read_checkpoint
+from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.source import open_source
+from agq_tvm.quantize.tensor_names import linear_shapes
 from agq_tvm.runtime.perplexity import compare
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import torch
 
 from agq_tvm.errors import AgqError
 from agq_tvm.quantize.activations import ActivationQuantizer, static_range
-from agq_tvm.quantize.checkpoint import linear_shapes, read_checkpoint
+from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.forward import attention_positions, layer_steps, read_norms, run_layer
 from agq_tvm.quantize.gptq import gptq
 from agq_tvm.quantize.reference import ReferenceModel
@@ -14,6 +14,7 @@ from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.source import open_source
 from agq_tvm.quantize.streaming import drained, quantize_layers, token_weights
 from agq_tvm.quantize.tables import quantize_table
+from agq_tvm.quantize.tensor_names import linear_shapes
 from agq_tvm.quantize.weights import dequantize, rtn
 from tests.tiny import write_tiny_model
 

@@ -11,11 +11,12 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json, write_json
 from agq_tvm.flow.quantize import Calibration, quantize
-from agq_tvm.quantize.checkpoint import read_checkpoint, table_shapes
+from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.head import HeadFit
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.source import open_source
 from agq_tvm.quantize.tables import dequantize_table, quantize_table
+from agq_tvm.quantize.tensor_names import table_shapes
 from agq_tvm.quantize.weights import dequantize, grid_of, rtn, spread
 from tests.quantize.gguf_models import write_gguf
 from tests.tiny import write_tiny_model
