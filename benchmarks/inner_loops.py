@@ -8,17 +8,15 @@ decides whether a multiply is worth writing, before it is written.
 
 import argparse
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from agq_tvm.errors import AgqError
+from benchmarks.instructions.core_model import find_simulator
 from benchmarks.tables import RESULTS, aligned, report, write_report
 
-OLDEST = 17
-"""Older releases of llvm-mca give the Cortex-A76's relatives the tables of the A57."""
 _ROUNDS = 1000
 _ARM = {"cortex-a72": "aarch64", "neoverse-n1": "aarch64", "neoverse-n2": "aarch64"}
 
@@ -174,26 +172,12 @@ def cycles(loop: Loop, core: str, tool: str) -> float:
     return int(found[1]) / _ROUNDS
 
 
-def find_tool() -> str:
-    """Return the newest llvm-mca.
-
-    Raises
-    ------
-    AgqError
-        If there is none that knows the cores.
-    """
-    for version in range(30, OLDEST - 1, -1):
-        if tool := shutil.which(f"llvm-mca-{version}"):
-            return tool
-    raise AgqError(f"llvm-mca {OLDEST} or newer is missing: install it with: apt-get install llvm-22")
-
-
 def main() -> None:
     """Count, print, and write JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inner_loops", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, default=RESULTS / "inner_loops.json", metavar="FILE")
     arguments = parser.parse_args()
-    tool, rows = find_tool(), []
+    (tool, _), rows = find_simulator(), []
     for loop in (*arm_loops(), *x86_loops()):
         for core in loop.cores:
             taken, count = cycles(loop, core, tool), len(loop.lines)

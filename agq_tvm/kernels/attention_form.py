@@ -6,6 +6,7 @@ from typing import Any
 
 from agq_tvm.kernels.emit import LANES
 from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.intrin.dotprod import DOTPROD
 from agq_tvm.quantize.codebooks import CodeBook
 from agq_tvm.tvm_seam import T
 
@@ -58,7 +59,9 @@ class AttentionForm:
 
 def attention_form(isa: InstructionSet, cache: str = "float16", book: CodeBook | None = None) -> AttentionForm:
     """Return the form of attention on an instruction set."""
-    multiply, layout = isa.multiply_8bit, isa.layout_8bit
+    # What has smmla has sdot, and that reads 4 channels of a key at a time.
+    bytewise = DOTPROD if isa.name == "i8mm" else isa
+    multiply, layout = bytewise.multiply_8bit, bytewise.layout_8bit
     dot = None
     if cache == "int8" and multiply and layout.depth == DEPTH and multiply.total == "int32" and not multiply.fold:
         dot = ByteDot(multiply.accumulate, layout.lanes, layout.zero == 0)

@@ -161,6 +161,11 @@ def test_sums_at_the_ends_of_their_range(isa):
     np.testing.assert_allclose(out.numpy(), 127 * 2, rtol=1e-4)  # equal weights; scales of 1 and 3
 
 
+def test_smmla_leaves_caches_to_sdot():
+    dots = [attention_form(instruction_set(isa), "int8").dot for isa in ("i8mm", "dotprod")]
+    assert dots[0] == dots[1] is not None
+
+
 def test_the_reference_does_the_same():
     case = Case((8, 6, 2, 16, 48, 0, 8), "generic")
     k = case.kernel
