@@ -82,7 +82,7 @@ def test_a_padded_call_may_reach_past_the_context(engine):
     assert chunks(115, engine.buckets) == [(128, 115)]
     found = engine.prefill(tokens[-115:])
     assert engine.length == engine.context
-    assert agreement(expected[None], found[None]).mean_kl <= 1e-6
+    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
 
 
 def test_generation_is_greedy_and_stops(engine, tokens):
