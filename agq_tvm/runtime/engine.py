@@ -1,6 +1,7 @@
 """Running a bundle: chunks of prefill, decode, and the tokens between them."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,9 @@ from agq_tvm.runtime.bundle import LIBRARY, Bundle
 from agq_tvm.runtime.threads import Threads
 from agq_tvm.runtime.virtual_machine import VirtualMachine, aligned
 from agq_tvm.targets import detect
+
+CALL_ROWS = 4
+"""What a call takes besides its rows, in rows: the time of SmolLM2's functions goes with rows + 4 on AVX-512."""
 
 
 class Session(Protocol):
@@ -53,16 +57,33 @@ class LocalSession:
 def chunks(count: int, buckets: tuple[int, ...] | list[int]) -> list[tuple[int, int]]:
     """Cut a prompt into (rows of the compiled function, valid rows): a fixed function of its length.
 
-    The largest bucket that the rest fills, then one padded to the smallest that holds it; a single row is
-    `decode`'s.
+    The largest bucket as often as the prompt fills it, then what is cheapest, a call costing as much as `CALL_ROWS`
+    rows: buckets of falling size, of which the last may be padded. Of what costs the same, the fewer rows are taken.
+    A single row is `decode`'s.
+
+    Where a prompt is cut decides which of its tokens a model that prunes drops: the reference's cut, `prompt_chunks`,
+    is that of a bundle with all of `PREFILL_BUCKETS`.
+
+    Parameters
+    ----------
+    count : int
+        Tokens of the prompt.
+    buckets : sequence of int
+        Rows of the compiled functions.
     """
-    cut = []
-    while count:
-        full = [bucket for bucket in buckets if bucket <= count]
-        rows = 1 if count == 1 else max(full) if full else min(buckets)
-        cut.append((rows, min(rows, count)))
-        count -= cut[-1][1]
-    return cut
+    largest = max(buckets)
+    full = [(largest, largest)] * (count // largest)
+    return full + list(_cheapest_cut(count % largest, tuple(sorted(buckets))))
+
+
+@cache
+def _cheapest_cut(count: int, buckets: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    if count < 2:
+        return ((1, 1),) * count
+    cuts = [
+        ((bucket, min(bucket, count)), *_cheapest_cut(count - min(bucket, count), buckets)) for bucket in buckets[::-1]
+    ]
+    return min(cuts, key=lambda cut: (sum(rows + CALL_ROWS for rows, _ in cut), sum(rows for rows, _ in cut)))
 
 
 def prompt_chunks(count: int) -> list[int]:

@@ -11,11 +11,12 @@ from agq_tvm.models import relax_decoder
 from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.runtime.bench import compare_prefill
 from agq_tvm.runtime.bundle import Bundle
+from agq_tvm.runtime.engine import chunks, prompt_chunks
 from agq_tvm.runtime.perplexity import compare
-from tests.compiled import FUNCTIONS, ROWS
+from tests.compiled import functions
 from tests.tiny import write_tiny_model
 
-# Chunks of 8 and 4 tokens, whatever the buckets are, before 4 that are scored.
+ROWS = 16
 TEXT = {"data": "persuasion", "window": 16, "max_tokens": 160}
 
 
@@ -34,18 +35,27 @@ def pruned(tmp_path_factory):
     source = write_tiny_model(path / "model", "bloom", 5)
     quantize(source, path / "checkpoint", method="rtn", group_size=32, pruning=PruningSchedule((1,), 0.5))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relax_decoder, "function_names", lambda: FUNCTIONS)
+        patch.setattr(relax_decoder, "function_names", lambda: functions(ROWS))
         patch.setattr(compile, "PREFILL_BUCKETS", (ROWS,))
         patch.setattr(compile, "build_library", build)
         compile.compile_checkpoint(path / "checkpoint", "host", path / "bundle", context=64)
     return path
 
 
-def test_a_bundle_scores_what_the_reference_scores(pruned):
-    found, expected = evaluate_bundle(pruned / "bundle", **TEXT), evaluate_reference(pruned / "checkpoint", **TEXT)
-    assert found.protocol == expected.protocol == "suffix" and found.losses.shape == (10, 4)
+# Chunks of 12 tokens, of 15, and of 16 and 8, all of them but the 16 padded to 16 rows; then a quarter that is scored.
+@pytest.mark.parametrize("window", [16, 20, 32])
+def test_a_bundle_scores_what_the_reference_scores(pruned, window):
+    text, prompt, buckets = TEXT | {"window": window}, window * 3 // 4, Bundle(pruned / "bundle").manifest["buckets"]
+    # The reference cuts for all buckets, of which this bundle has one: only where both cut alike, the same tokens stay.
+    assert [valid for _, valid in chunks(prompt, buckets)] == prompt_chunks(prompt)
+    found, expected = evaluate_bundle(pruned / "bundle", **text), evaluate_reference(pruned / "checkpoint", **text)
+    assert found.protocol == expected.protocol == "suffix"
+    assert found.losses.shape == (160 // window, window - prompt)
     assert abs(compare(found, expected).nll) < 1e-3 * expected.nll
-    said = evaluate(pruned / "bundle", **TEXT)
+
+
+def test_a_bundle_is_told_from_a_checkpoint(pruned):
+    said, found = evaluate(pruned / "bundle", **TEXT), evaluate_bundle(pruned / "bundle", **TEXT)
     assert (said["protocol"], said["tokens"], said["nll"]) == ("suffix", 40, found.nll)
 
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import PREFILL_BUCKETS
@@ -9,7 +11,7 @@ from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.runtime.agreement import agreement
 from agq_tvm.runtime.bundle import Bundle
-from agq_tvm.runtime.engine import Engine, LocalSession, chunks
+from agq_tvm.runtime.engine import CALL_ROWS, Engine, LocalSession, chunks
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,18 @@ def test_the_context_can_be_filled_to_the_brim(engine):
         engine.decode(5)
 
 
+def test_a_padded_call_may_reach_past_the_context(engine):
+    tokens = np.random.default_rng(6).integers(0, engine.vocab_size, engine.context).tolist()
+    engine.reset()
+    expected = engine.prefill(tokens)
+    engine.reset()
+    engine.prefill(tokens[:-115])
+    assert chunks(115, engine.buckets) == [(128, 115)]
+    found = engine.prefill(tokens[-115:])
+    assert engine.length == engine.context
+    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+
+
 def test_generation_is_greedy_and_stops(engine, tokens):
     words = list(engine.generate(tokens[:10], 12))
     assert len(words) == 12
@@ -102,4 +116,35 @@ def test_chunks_cover_the_prompt(count):
     cut = chunks(count, PREFILL_BUCKETS)
     assert sum(valid for _, valid in cut) == count
     assert all(rows in (1, *PREFILL_BUCKETS) and 0 < valid <= rows for rows, valid in cut)
-    assert sum(rows - valid for rows, valid in cut) < min(PREFILL_BUCKETS)
+    assert all(rows == valid for rows, valid in cut[:-1])
+    assert [rows for rows, _ in cut] == sorted((rows for rows, _ in cut), reverse=True)
+
+
+@given(st.integers(1, 400))
+def test_filling_buckets_first_is_not_cheaper(count):
+    def cost(rows):
+        return sum(each + CALL_ROWS for each in rows)
+
+    greedy, rest = [], count
+    for bucket in sorted(PREFILL_BUCKETS, reverse=True):
+        greedy += [bucket] * (rest // bucket)
+        rest %= bucket
+    greedy += [1 if rest == 1 else min(PREFILL_BUCKETS)] * (rest > 0)
+    assert cost(rows for rows, _ in chunks(count, PREFILL_BUCKETS)) <= cost(greedy)
+
+
+def test_chunks_are_padded_where_that_is_cheaper():
+    cuts = {
+        7: [8],
+        9: [8, 1],
+        15: [16],
+        17: [16, 1],
+        18: [16, 8],
+        24: [16, 8],
+        31: [32],
+        40: [32, 8],
+        300: [128, 128, 32, 16],
+    }
+    for count, rows in cuts.items():
+        assert [each for each, _ in chunks(count, PREFILL_BUCKETS)] == rows
+    assert chunks(20, [128]) == [(128, 20)]
