@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from agq_tvm.kernels.attention_form import attention_form
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.models.registry import describe
 from agq_tvm.models.relax_decoder import build_decoder
@@ -21,7 +22,7 @@ LAYERS = 5
 def decode():
     """The source of `decode`, memory planned, before the pass and after it."""
     isa = INSTRUCTION_SETS["avx512vnni"]
-    module = build_decoder(describe(tiny_config(num_hidden_layers=LAYERS)), 64, 16)
+    module = build_decoder(describe(tiny_config(num_hidden_layers=LAYERS)), 64, attention_form(isa))
     phases = pipeline.phases(LinearFormat(4, 32, "per-token-group", "float16"), isa)
     passes = [step for name, steps in phases if name not in ("schedule_kernels", "lower") for step in steps]
     lowering = pipeline.lowering()
