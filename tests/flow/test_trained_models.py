@@ -1,4 +1,4 @@
-"""Trained models of any family, the whole way: ``pytest -m slow --models DIR``, a Hugging Face model in each folder."""
+"""Trained models of any family, the whole way: ``pytest -m slow --models=DIR``, a Hugging Face model in each folder."""
 
 import json
 
