@@ -151,6 +151,8 @@ def read_profile(path: str | os.PathLike) -> Profile:
         If there is none, or it is not as it should be.
     """
     path = Path(path)
+    if not path.exists():
+        raise AgqError(f"there is no profile {path}: give the directory that agq profile wrote")
     path = path / PROFILE if path.is_dir() else path
     return _Reader(path).profile(read_json(path, "profile"))
 

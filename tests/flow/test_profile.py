@@ -269,6 +269,11 @@ def test_quantize_takes_bits_from_a_profile(made, tmp_path, capsys):
     assert "no linear 'fc9'" in capsys.readouterr().err
 
 
+def test_a_profile_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(AgqError, match="there is no profile .*nowhere: give the directory"):
+        bits_from(tmp_path / "nowhere")
+
+
 def test_bits_from_an_emulated_board_are_refused(made, tmp_path):
     none = replace(made.proposal, four_bit=(), roles={})
     blocks = {1: tuple(OperationTimes(op.name, op.kind) for op in made.blocks[1])}
