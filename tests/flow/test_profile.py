@@ -270,7 +270,7 @@ def test_quantize_takes_bits_from_a_profile(made, tmp_path, capsys):
 
 
 def test_a_profile_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(AgqError, match="there is no profile .*nowhere: give the directory"):
+    with pytest.raises(AgqError, match="there is no profile"):
         bits_from(tmp_path / "nowhere")
 
 
