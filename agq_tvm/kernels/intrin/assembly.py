@@ -117,6 +117,38 @@ def looped(lines: list[str]) -> list[str]:
     return ["1:", *lines, "subs {count}, {count}, #1", "b.ne 1b"]
 
 
+def sums_in_registers(
+    form: Form,
+    k_block: Callable[[], list[str]],
+    scaled: Callable[[int], list[str]],
+    scaled_by_differences: Callable[[], list[str]],
+) -> list[str]:
+    """Take 4 rows by 8 columns through a panel of groups: v0-v7 dot products, v8-v15 float sums.
+
+    v28-v31 are the activation scales of the rows, or v31 is `MAGIC` where there is one for the row.
+
+    Parameters
+    ----------
+    form : Form
+    k_block : callable
+        Instructions that multiply a k-block and add its products to v0-v7.
+    scaled : callable
+        Those that end the round's i-th group where activations have a scale for each.
+    scaled_by_differences : callable
+        Those that end a group where dot products run on.
+    """
+    lines = [f"ld1 {registers('4s', first)}, [{{sums}}], #64" for first in (8, 12)]
+    lines += [f"ld1 {registers('4s', first)}, [{{magic}}]" for first in (0, 4)]
+    body = scale_loads(form, 4, 28) if form.per_group else []
+    lines += [] if form.per_group else ["ldr q31, [{magic}]"]
+    for group in range(form.unroll):
+        for _ in range(form.blocks):
+            body += k_block()
+        body += scaled(group) if form.per_group else scaled_by_differences()
+    lines += [*looped(body), "sub {sums}, {sums}, #128"]
+    return [*lines, *(f"st1 {registers('4s', first)}, [{{sums}}], #64" for first in (8, 12))]
+
+
 def function(name: str, lines: list[str], operands: tuple[str, ...]) -> str:
     """Return LLVM's text of a function that runs `lines`; its arguments are `operands`, pointers and integers."""
     kinds = ["i64" if operand in ("count", "stride") else "ptr" for operand in operands]

@@ -7,7 +7,7 @@ group they are of q - 8, so that 2048 channels stay within 22 bits: 2048 * 8 * 1
 
 import itertools
 
-from agq_tvm.kernels.intrin.assembly import Assembly, Form, looped, registers, scale_loads
+from agq_tvm.kernels.intrin.assembly import Assembly, Form, looped, registers, sums_in_registers
 from agq_tvm.kernels.intrin.base import InstructionSet, Multiply
 from agq_tvm.kernels.layout import Layout
 from agq_tvm.tvm_seam import tirx
@@ -25,16 +25,7 @@ def _groups(form: Form) -> list[str]:
     Between groups weights and activations make room for factors. Dot products start at `MAGIC`: anew for every group,
     or once where they run on.
     """
-    lines = [f"ld1 {registers('4s', first)}, [{{sums}}], #64" for first in (8, 12)]
-    lines += [f"ld1 {registers('4s', first)}, [{{magic}}]" for first in (0, 4)]
-    body = scale_loads(form, 4, 28) if form.per_group else []
-    lines += [] if form.per_group else ["ldr q31, [{magic}]"]
-    for group in range(form.unroll):
-        for _ in range(form.blocks):
-            body += _k_block()
-        body += _scaled(group) if form.per_group else _scaled_by_differences()
-    lines += [*looped(body), "sub {sums}, {sums}, #128"]
-    return [*lines, *(f"st1 {registers('4s', first)}, [{{sums}}], #64" for first in (8, 12))]
+    return sums_in_registers(form, _k_block, _scaled, _scaled_by_differences)
 
 
 def _k_block() -> list[str]:

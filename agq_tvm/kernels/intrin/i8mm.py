@@ -8,7 +8,7 @@ sums for a column, added at the end of a k-block.
 import itertools
 from dataclasses import replace
 
-from agq_tvm.kernels.intrin.assembly import Form, looped, registers, scale_loads
+from agq_tvm.kernels.intrin.assembly import Form, looped, registers, sums_in_registers
 from agq_tvm.kernels.intrin.base import (
     InstructionSet,
     Multiply,
@@ -108,16 +108,7 @@ def _groups(form: Form) -> list[str]:
     v0-v7 dot products of two rows by two columns, v8-v15 float sums of rows, v16-v19 and v24-v27 pairs of rows of
     activations, v20-v23 weights, v28-v31 activation scales, or v31 `MAGIC`. Between groups v16-v27 take factors.
     """
-    lines = [f"ld1 {registers('4s', first)}, [{{sums}}], #64" for first in (8, 12)]
-    lines += [f"ld1 {registers('4s', first)}, [{{magic}}]" for first in (0, 4)]
-    body = scale_loads(form, 4, 28) if form.per_group else []
-    lines += [] if form.per_group else ["ldr q31, [{magic}]"]
-    for group in range(form.unroll):
-        for _ in range(form.blocks):
-            body += _k_block()
-        body += _scaled(group) if form.per_group else _scaled_by_differences()
-    lines += [*looped(body), "sub {sums}, {sums}, #128"]
-    return [*lines, *(f"st1 {registers('4s', first)}, [{{sums}}], #64" for first in (8, 12))]
+    return sums_in_registers(form, _k_block, _scaled, _scaled_by_differences)
 
 
 def _k_block() -> list[str]:
