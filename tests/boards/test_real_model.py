@@ -68,4 +68,5 @@ def test_here(tmp_path_factory, real_checkpoint, tokens, floor):
     engine.reset()
     one_by_one = np.stack([engine.decode(token) for token in tokens])
     engine.reset()
-    np.testing.assert_allclose(engine.prefill(tokens, all_logits=True), one_by_one, rtol=0, atol=1e-3)
+    # Attention of one row adds up in another order than that of many.
+    check_against_floor(agreement(one_by_one, engine.prefill(tokens, all_logits=True)), floor)
