@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     results = {Path(bundle).name: measure(bundle, options.rounds) for bundle in options.bundles}
     print(as_text(results))
-    tables.write_report(options.output, tables.report("memory", ("apache-tvm",), bundles=results))
+    tables.write_report(options.output, tables.report("benchmarks.memory", ("apache-tvm",), bundles=results))
     return 0 if all(result["within_bounds"] for result in results.values()) else 1
 
 

@@ -115,6 +115,8 @@ def report(module: str, packages: tuple[str, ...], **contents) -> dict:
     packages : tuple of str
         Packages whose versions matter.
     """
+    # Where things lie on this machine is nobody's business.
+    arguments = [Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:]]
     return {
         "machine": {
             "cpu": cpu_name(),
@@ -123,7 +125,7 @@ def report(module: str, packages: tuple[str, ...], **contents) -> dict:
         },
         "versions": versions(*packages),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *arguments]),
         "commit": commit(),
         **contents,
     }
