@@ -14,7 +14,7 @@ from agq_tvm.quantize.reference import ReferenceModel
 from benchmarks.accuracy.scoring import Row, Subject, Workshop
 
 CHANNELS = 8
-SHIFTS = (0, 3, 6)
+SHIFTS = tuple(range(7))
 _WEIGHTS = {"method": "rtn", "group_size": 32, "calibration": Calibration(samples=8)}
 FORMS = {
     "static, up to 2^6": {"activation": "static", "max_refine": 6},
