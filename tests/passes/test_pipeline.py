@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from agq_tvm.errors import AgqError
 from agq_tvm.kernels.attention_form import AttentionForm
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.models.registry import describe
@@ -141,3 +142,10 @@ def test_residuals_are_added_by_the_norms_that_read_them(fused, family, override
     decode = fused(family, **overrides)
     patterns = (r"call_tir\((?:cls\.)?add_layer_norm_quantize_", r"R\.add\(")
     assert [len(re.findall(pattern, decode)) for pattern in patterns] == counts
+
+
+def test_a_mistake_found_in_a_pass_keeps_its_words():
+    module = build_decoder(describe(tiny_config(num_hidden_layers=1, intermediate_size=66_336)), 64, AttentionForm())
+    format = LinearFormat(8, "column", "per-token", None)
+    with pytest.raises(AgqError, match=r"^66336 products of 8-bit weights .* may leave 32 bits"):
+        pipeline.run(module, target_of("avx512vnni"), format, INSTRUCTION_SETS["avx512vnni"])
