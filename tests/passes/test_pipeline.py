@@ -58,6 +58,13 @@ def test_linears_are_quantized(dumped):
         assert after.count("(linear_w8a8") + after.count("cls.linear_w8a8") == 1
 
 
+def test_the_head_is_computed_for_the_rows_whose_logits_are_asked_for(dumped):
+    texts, _, _ = dumped
+    for name, rows, all_logits in function_names():
+        heads = re.findall(r"call_tir\((?:cls\.)?linear_w8a8\w*?_m(\d+)_n", relax_part(texts["quantize_linears"], name))
+        assert heads == [str(rows if all_logits else 1)]
+
+
 def test_quantization_is_fused_with_what_comes_before(dumped):
     texts, _, _ = dumped
     decode = relax_part(texts["fuse_activation_quantize"], "decode")
