@@ -7,8 +7,8 @@ kinds of kernels are thus searched alike, and a record's trace replays whatever 
 
 import random
 
-from tvm.s_tir import meta_schedule as ms
 from tvm.ir.utils import derived_object
+from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.schedule import Trace
 
 from agq_tvm.kernels.space import Space
