@@ -1,6 +1,7 @@
 """All kernels with a design space, by their descriptions: the spaces, and building a kernel from decisions."""
 
 import dataclasses
+import functools
 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels import linear, linear_panels, linear_shifted, linear_space
@@ -16,6 +17,7 @@ _VERSIONS = {"LinearKernel": 1, "ShiftedKernel": 1}
 """Raised whenever decisions come to mean something else, or a kernel's space or its default changes."""
 
 
+@functools.lru_cache(maxsize=1024)
 def space_of(kernel, isa: InstructionSet, threads: int = 1) -> Space | None:
     """Return the design space of a kernel, None if there is nothing to decide.
 

@@ -23,6 +23,7 @@ from agq_tvm.tuning.search import CostModel, Search, tuning_record
 from agq_tvm.tuning.task import Task
 
 _POLL = 0.02
+_HINTS = 2
 _MOST_LOST = 5
 """Candidates in a row without a verdict after which the boards are given up."""
 
@@ -253,7 +254,7 @@ class Tuner:
         known = [(record.decisions, record.seconds) for record in self._known(task)]
         settings, progress = self.settings, self.progress[task.name]
         self.display.update(progress)
-        search = Search(task, self._model, known, settings.batch, settings.default, settings.seed)
+        search = Search(task, self._model, known, settings.batch, settings.default, settings.seed, self._hints(task))
         runner = self.runner_of(task)
         try:
             self._search(task, search, runner)
@@ -263,6 +264,14 @@ class Tuner:
             if hasattr(runner, "close"):
                 runner.close()
             self.display.finish(progress)
+
+    def _hints(self, task: Task) -> list[dict[str, int]]:
+        """Return what was best for the kernels most like this one."""
+        if not self.settings.default:
+            return []
+        kernel, version = tunable.describe(task.kernel), tunable.version_of(task.kernel)
+        near = self.library.nearest(kernel, task.isa, task.threads, version)
+        return [record.decisions for record in near if record.task != task.name][:_HINTS]
 
     def _search(self, task: Task, search: Search, runner) -> None:
         flow, progress = _Flow(), self.progress[task.name]
