@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from tvm.s_tir import meta_schedule as ms
 
 from agq_tvm.errors import AgqError
-from agq_tvm.kernels import tunable
 from agq_tvm.kernels.space import Space
 from agq_tvm.tuning.carrier import carrier, scheduled, space_generator
 from agq_tvm.tuning.carrier import decisions_of as read
@@ -81,7 +80,7 @@ class Search:
         hints: Iterable[dict[str, int]] = (),
     ):
         self.task, self.batch, self.random = task, batch, random.Random(seed)
-        self.space: Space = tunable.space_of(task.kernel, task.instruction_set, task.threads)
+        self.space: Space = task.space
         self.model, self.module = cost_model, carrier(task.name)
         self.target = Target(task.device.tvm_target())
         points = self.space.points()
@@ -159,7 +158,7 @@ class Search:
 
 def tuning_record(task: Task, decisions: dict[str, int], seconds) -> list:
     """Return MetaSchedule's own tuning record of a measurement, as plain JSON."""
-    space = tunable.space_of(task.kernel, task.instruction_set, task.threads)
+    space = task.space
     module = carrier(task.name)
     workload = ms.database.Workload(module)
     sch = scheduled(module, space, decisions)
