@@ -46,7 +46,7 @@ def main() -> None:
     for line in jobs:
         job = json.loads(line)
         # The kernel ends this process, whatever a candidate does to it, even if the other end has died.
-        signal.alarm(int(job["limit"]) + _GRACE)
+        signal.alarm(int(job["limit"] + job.get("wait", 0)) + _GRACE)
         say(_answer(serve, job))
         signal.alarm(0)
 
