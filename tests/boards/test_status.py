@@ -55,6 +55,6 @@ def test_boards_are_checked_before_they_are_used(boards):
         check_fleet(boards.tracker, "raspberry-pi-4", load_device("snapdragon-870"))
     with pytest.raises(AgqError, match="is a board of another architecture: code for x86-64-avx2 does not run there"):
         check_fleet(boards.tracker, "raspberry-pi-4", load_device("x86-64-avx2"))
-    with pytest.raises(AgqError, match="no board 'pi' at the tracker .*; registered: raspberry-pi-4"):
+    with pytest.raises(AgqError, match=r"no board 'pi' at the tracker .*; registered: raspberry-pi-4"):
         check_fleet(boards.tracker, "pi", load_device("raspberry-pi-4"))
     assert check_fleet(boards.tracker, "raspberry-pi-4", load_device("raspberry-pi-4")) == 1  # and given back
