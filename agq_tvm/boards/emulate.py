@@ -94,10 +94,9 @@ def start_board(device: Device, tracker: str, key: str | None = None) -> Process
     emulator = find_emulator()
     tracker_summary(host, port)
     server = server_folder(device) / SERVER
-    log = processes.state_directory() / f"{key}-{time.time_ns()}.log"
-    command = [emulator, "-cpu", device.emulator, "-L", str(_SYSROOT), str(server)]
+    name, log = processes.free_name(key), processes.state_directory() / f"{key}-{time.time_ns()}.log"
+    command = [emulator, "-cpu", device.emulator, "-L", str(_SYSROOT), str(server), "--cache", str(_cache(name))]
     child, started = processes.launch([*command, "--key", key, "--tracker", tracker, "--emulated"], log)
-    name = processes.free_name(key)
     board = Process(name, "board", device.name, key, tracker, child.pid, started, str(log))
     return _ready(board, child, lambda: is_registered(board))
 
@@ -118,7 +117,7 @@ def list_boards() -> list[Process]:
 
 
 def stop_board(name: str) -> list[Process]:
-    """Stop the board or tracker of that name, or all of them; their logs go with them.
+    """Stop the board or tracker of that name, or all of them; their logs and what they kept go with them.
 
     Parameters
     ----------
@@ -143,7 +142,13 @@ def stop_board(name: str) -> list[Process]:
     for process in chosen:
         processes.stop(process)
         Path(process.log).unlink(missing_ok=True)
+        shutil.rmtree(_cache(process.name), ignore_errors=True)
     return chosen
+
+
+def _cache(name: str) -> Path:
+    """Return the folder of what a board keeps between sessions: until it is stopped, so that it has no traces here."""
+    return processes.state_directory() / f"{name}.cache"
 
 
 def _free_port() -> int:

@@ -11,12 +11,14 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
+from agq_tvm.boards.line import Line, sockets
 from agq_tvm.errors import AgqError
 
 if TYPE_CHECKING:
     from tvm.rpc import RPCSession
 
 _MAX_ANSWER = 1 << 20
+_LATE_SECONDS = 30.0  # for the board to say that the time of a session is over
 
 
 def parse_tracker(text: str) -> tuple[str, int]:
@@ -80,7 +82,9 @@ def tracker_summary(host: str, port: int, timeout: float = 5.0) -> dict[str, dic
     return keys
 
 
-def connect(tracker: str, key: str, timeout: float = 600.0, wait: float = 30.0) -> "RPCSession":
+def connect(
+    tracker: str, key: str, timeout: float = 600.0, wait: float = 30.0, reply: float | None = None
+) -> "RPCSession":
     """Open a session with a board; its attribute ``board`` is where that listens.
 
     Drop every module, tensor, device and function of a session before the next one: each keeps it open, and a
@@ -96,6 +100,9 @@ def connect(tracker: str, key: str, timeout: float = 600.0, wait: float = 30.0) 
         Seconds after which the board ends the session.
     wait : float
         Longest wait in seconds for a board that serves somebody else.
+    reply : float, optional
+        Longest wait in seconds for an answer of the board; `timeout` and a little more by default. The session's
+        ``line`` can be cut earlier.
 
     Raises
     ------
@@ -118,11 +125,13 @@ def connect(tracker: str, key: str, timeout: float = 600.0, wait: float = 30.0) 
         raise AgqError(f"board {key!r} at the tracker {tracker} is still in use after {wait:g} s") from None
     except (TypeError, ValueError) as error:
         raise AgqError(f"{tracker} does not answer like TVM's tracker: is it another program?") from error
+    before = sockets()
     try:
         session = rpc.connect(address, board_port, f"{match_key} -user={_user()}", session_timeout=timeout)
     except Exception as error:  # TVM raises its own kinds, by release
         raise AgqError(f"board {key!r} at {address}:{board_port} does not answer: look at its log") from error
     session.board = f"{address}:{board_port}"
+    session.line = Line(before, board_port, reply or timeout + _LATE_SECONDS)
     return session
 
 

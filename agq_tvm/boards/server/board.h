@@ -4,6 +4,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <tvm/ffi/c_api.h>
 
 #define RPC_MAGIC 0xFF271
 #define RPC_MISMATCH (RPC_MAGIC + 2)
@@ -20,6 +21,8 @@ struct options {
   const char *tracker_host; /* NULL: no tracker */
   const char *tracker_port;
   int port;     /* port to listen on; once listening, the real one */
+  const char *cache;        /* folder of files that outlive sessions, or NULL: ~/.cache/agq-board */
+  uint64_t cache_limit;     /* its size in bytes */
   int emulated; /* whether this is no real board, so that its time means nothing */
 };
 
@@ -46,9 +49,30 @@ int session_run(int connection, double time_limit, int signals, int emulated); /
 /* status.c: agq.board.status, as JSON. */
 void status_text(const char *folder, char *text, size_t size);
 
+/* sha256.c */
+struct sha256 {
+  uint32_t state[8];
+  uint64_t size;
+  unsigned char block[64];
+};
+void sha256_begin(struct sha256 *hash);
+void sha256_add(struct sha256 *hash, const void *data, size_t size);
+void sha256_end(struct sha256 *hash, char digits[65]);
+
+/* cache.c: files that are sent once. */
+void cache_configure(const char *folder, uint64_t limit);
+int register_cache(void);
+
+/* operations.c: times of the functions of a model. */
+int register_operations(void);
+
 /* functions.c: what a session offers beside TVM's runtime. */
 int register_functions(const char *folder, int emulated);
 const char *line_of(const char *path, char *line, size_t size); /* the first line of a file; "" if there is none */
+int set_function(const char *name, TVMFFISafeCallType call);
+int return_text(const char *text, TVMFFIAny *result);
+/* Copies a text argument; fails if there is none or it is too long. */
+int text_argument(const TVMFFIAny *arguments, int32_t count, char *text, size_t size);
 int call_runtime(const char *name, int socket, const char *message); /* message may be NULL */
 
 #endif

@@ -25,7 +25,7 @@ struct board {
 static void fail(const char *what, const char *value) {
   fprintf(stderr, "board-server: %s%s\n", what, value);
   fprintf(stderr, "usage: board-server --key KEY [--tracker HOST:PORT] [--host 127.0.0.1] [--port 0] "
-                  "[--custom-addr ADDRESS] [--emulated]\n");
+                  "[--custom-addr ADDRESS] [--cache FOLDER] [--cache-megabytes 8000] [--emulated]\n");
   exit(2);
 }
 
@@ -44,8 +44,15 @@ static int port_number(const char *text) {
   return (int)port;
 }
 
+static uint64_t megabytes(const char *text) {
+  char *end;
+  unsigned long count = strtoul(text, &end, 10);
+  if (!*text || *end || strlen(text) > 9) fail("not a number of megabytes: ", text);
+  return 1000000ull * count;
+}
+
 static struct options parse(int count, char **arguments) {
-  struct options options = {.host = "127.0.0.1"};
+  struct options options = {.host = "127.0.0.1", .cache_limit = 8000000000};
   for (int i = 1; i < count; i += 2) {
     const char *name = arguments[i];
     char *value = i + 1 < count ? arguments[i + 1] : NULL;
@@ -63,6 +70,10 @@ static struct options parse(int count, char **arguments) {
       options.custom_addr = plain(value);
     } else if (!strcmp(name, "--port")) {
       options.port = port_number(value);
+    } else if (!strcmp(name, "--cache")) {
+      options.cache = value;
+    } else if (!strcmp(name, "--cache-megabytes")) {
+      options.cache_limit = megabytes(value);
     } else if (!strcmp(name, "--tracker")) {
       char *colon = strrchr(value, ':');
       if (!colon || colon == value || !port_number(colon + 1))
@@ -176,6 +187,8 @@ int main(int count, char **arguments) {
   setrlimit(RLIMIT_CORE, &no_core);
   setvbuf(stdout, NULL, _IOLBF, 0);
   signal(SIGPIPE, SIG_IGN);
+  signal(SIGXFSZ, SIG_IGN); /* a file that gets too large is an error of its write */
+  cache_configure(board.options.cache, board.options.cache_limit);
   board.signals = open_signals();
   board.server = listen_on(&board.options);
   if (board.server < 0 || board.signals < 0) return 1;
