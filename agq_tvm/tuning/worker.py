@@ -115,16 +115,17 @@ class _OnBoard:
 
     def _on_board(self, job: dict) -> dict:
         from agq_tvm.boards.status import board_status, unfit
-        from agq_tvm.boards.tracker import connect
+        from agq_tvm.boards.tracker import open_session, request_board
         from agq_tvm.errors import AgqError
         from agq_tvm.tuning.places import Board
 
         try:
-            session = connect(job["tracker"], job["key"], timeout=job["limit"], wait=job["wait"])
+            grant = request_board(job["tracker"], job["key"], job["wait"])
+            board = grant.board
+            self._say({"board": board})  # from now on the time of the candidate runs
+            session = open_session(grant, job["limit"])
         except AgqError as error:
             raise MeasureError(LOST, str(error)) from None
-        board = session.board
-        self._say({"board": board})
         try:
             complaint = unfit(session, Device(**job["device"]))
             if complaint:
