@@ -9,7 +9,7 @@ from pathlib import Path
 
 from agq_tvm.errors import AgqError
 from agq_tvm.targets import Device
-from benchmarks.instructions.counting import Count
+from agq_tvm.tuning.block_counts import Count
 
 _LINE = re.compile(r"\s*([0-9a-f]+):\s+(\S+)\s*(.*)")
 _BRANCH = re.compile(r"b(\.\w+)?|cbn?z|tbn?z|j\w+")

@@ -14,8 +14,8 @@ from functools import cache
 
 from agq_tvm.errors import AgqError
 from agq_tvm.targets import Device
-from benchmarks.instructions.counting import Count
-from benchmarks.instructions.disassembly import Instruction, Region, innermost_loops, output_of, regions
+from agq_tvm.tuning.block_counts import Count
+from agq_tvm.tuning.disassembly import Instruction, Region, innermost_loops, output_of, regions
 
 CORES = {"cortex-a72": "cortex-a72", "cortex-a76": "neoverse-n1", "cortex-a77": "neoverse-n1"}
 """By the device's core: LLVM's model of it. Under the name of the A76 and A77 it has the tables of the older A57."""

@@ -1,0 +1,1 @@
+"""Tuning: design spaces, candidates, and what runs and ranks them."""
