@@ -1,1 +1,1 @@
-"""Tuning: design spaces, candidates, and what runs and ranks them."""
+"""Tuning: tasks, candidates, the search for better schedules, and what measures them."""
