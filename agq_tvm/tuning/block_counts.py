@@ -67,7 +67,12 @@ def count_instructions(library: Path, function: str, tensors: Sequence[str], dev
 
 
 def count_calls(
-    library: Path, tensors: Sequence[str], calls: Sequence[str], device: Device, time_limit: float = TIME_LIMIT
+    library: Path,
+    tensors: Sequence[str],
+    calls: Sequence[str],
+    device: Device,
+    threads: int = 1,
+    time_limit: float = TIME_LIMIT,
 ) -> tuple[Count, list[bytes]]:
     """Make calls of a library's functions in turn, and count what the marked one executes.
 
@@ -76,11 +81,13 @@ def count_calls(
     library : Path
         Made by ``export_library`` for the device.
     tensors : sequence of str
-        E.g. ``"int8:4x32"``. Bytes count up, other elements are 1.
+        E.g. ``"int8:4x32"``. Bytes count up, other elements are 1; after ``"~"`` there is anything.
     calls : sequence of str
         ``"add:0,1,i7,2"`` calls ``add`` with tensors 0 and 1, the integer 7 and tensor 2; ``"@"`` stands before the
         one that is counted. ``"=2"`` reads tensor 2.
     device : Device
+    threads : int, optional
+        What is parallel is cut into as many parts; the first, which has most to do, is counted.
     time_limit : float, optional
         Seconds.
 
@@ -95,7 +102,7 @@ def count_calls(
     AgqError
         If the emulator or its tools are missing, or a function fails.
     """
-    command = [str(_runner(device)), str(library), *tensors, "--", *calls]
+    command = [str(_runner(device)), str(threads), str(library), *tensors, "--", *calls]
     with tempfile.TemporaryDirectory(prefix="agq-count-") as scratch:
         printed, found = run_counted(command, device, Path(scratch) / "blocks", time_limit)
     base, *read = printed.split("\n")

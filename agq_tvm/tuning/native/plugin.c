@@ -27,7 +27,7 @@ extern uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *block);
 __attribute__((visibility("default"))) int qemu_plugin_version = 1;
 
 struct block {
-  uint64_t address, instructions, runs;
+  uint64_t address, instructions, runs, before_pause;
   struct block *next;
 };
 static struct block *blocks;
@@ -61,10 +61,14 @@ static void marked(uint64_t id, unsigned cpu, int64_t number, uint64_t mark, uin
                    uint64_t c, uint64_t d, uint64_t e, uint64_t f) {
   (void)id, (void)cpu, (void)number, (void)a, (void)b, (void)c, (void)d, (void)e, (void)f;
   if (mark != MARK) return;
-  if (what == MARK_BEGIN)
-    for (struct block *block = blocks; block; block = block->next) block->runs = 0;
-  else
-    write_counts();
+  for (struct block *block = blocks; block; block = block->next)
+    if (what == MARK_BEGIN)
+      block->runs = block->before_pause = 0;
+    else if (what == MARK_PAUSE)
+      block->before_pause = block->runs;
+    else if (what == MARK_RESUME)
+      block->runs = block->before_pause;
+  if (what == MARK_END) write_counts();
 }
 
 static void ended(uint64_t id, void *data) {

@@ -1,9 +1,11 @@
-/* Calls functions of a compiled library in turn, without TVM's runtime, in one thread.
+/* Calls functions of a compiled library in turn, without TVM's runtime.
 
-   runner LIBRARY TENSOR... -- CALL...
+   runner THREADS LIBRARY TENSOR... -- CALL...
 
+   What is parallel is cut into a part for each thread, as TVM's runtime does, but the parts run one after the other,
+   and the first one, which is never the smaller one, is the one that is counted: as if all ran at the same time.
    A tensor is TYPE:SHAPE, e.g. int8:4x32. Bytes of int8 and uint8 tensors count up, so that codes are not all alike;
-   other tensors are filled with ones. A call is NAME:ARGUMENTS, e.g. add:0,1,i7,2 for a function of tensors 0, 1 and
+   other tensors are filled with ones. One with "~" before it is left empty. A call is NAME:ARGUMENTS, e.g. add:0,1,i7,2 for a function of tensors 0, 1 and
    2 and the integer 7; what "@" stands before is counted by the plugin. "=2" prints the bytes of tensor 2.
    The first line that is printed is the address of the library, by which its blocks are found among those counted. */
 #define _GNU_SOURCE
@@ -39,6 +41,7 @@ static int64_t shapes[MOST_TENSORS][MOST_DIMENSIONS];
 static int tensor_count;
 static _Alignas(ALIGNMENT) char workspace[WORKSPACE];
 static size_t used;
+static int threads;
 
 static void fail(const char *what, const char *which) {
   fprintf(stderr, "%s %s\n", what, which);
@@ -61,9 +64,13 @@ struct group {
 };
 
 static int launch(int (*task)(int, struct group *, void *), void *data, int tasks) {
-  (void)tasks;
-  struct group alone = {NULL, 1};
-  return task(0, &alone, data);
+  struct group group = {NULL, tasks > 0 ? tasks : threads};
+  int error = task(0, &group, data);
+  if (group.tasks == 1) return error;
+  syscall(SYS_getppid, MARK, MARK_PAUSE);
+  for (int number = 1; number < group.tasks && !error; number++) error = task(number, &group, data);
+  syscall(SYS_getppid, MARK, MARK_RESUME);
+  return error;
 }
 
 /* Workspaces are released in the opposite order: a stack, which costs a call nothing. */
@@ -94,8 +101,6 @@ static size_t bytes_of(const DLTensor *tensor) {
 
 static void fill(DLTensor *tensor, uint32_t one) {
   size_t size = tensor->dtype.bits / 8, bytes = bytes_of(tensor);
-  tensor->data = aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-  if (!tensor->data) fail("no memory for", "a tensor");
   uint64_t value = one;
   for (size_t i = 0; i < bytes / size; i++)
     if (size == 1)
@@ -105,6 +110,8 @@ static void fill(DLTensor *tensor, uint32_t one) {
 }
 
 static void make_tensor(char *text) {
+  int empty = *text == '~';
+  text += empty;
   char *dimensions = strchr(text, ':');
   if (!dimensions) fail("a tensor is TYPE:SHAPE, not", text);
   if (tensor_count == MOST_TENSORS) fail("too many tensors, with", text);
@@ -118,8 +125,11 @@ static void make_tensor(char *text) {
     if (tensor->ndim == MOST_DIMENSIONS) fail("too many dimensions of a tensor of", text);
     tensor->shape[tensor->ndim++] = strtoll(word, NULL, 10);
   }
-  if (!bytes_of(tensor)) fail("a tensor without elements, of", text);
-  fill(tensor, types[type].one);
+  size_t bytes = bytes_of(tensor);
+  if (!bytes) fail("a tensor without elements, of", text);
+  tensor->data = aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+  if (!tensor->data) fail("no memory for a tensor of", text);
+  if (!empty) fill(tensor, types[type].one);
 }
 
 static DLTensor *tensor_at(const char *text) {
@@ -157,16 +167,16 @@ static void call(void *library, char *text) {
 }
 
 int main(int count, char **words) {
-  if (count < 3) fail("give", "LIBRARY TENSOR... -- CALL...");
-  void *library = dlopen(words[1], RTLD_NOW | RTLD_LOCAL);
+  if (count < 4 || (threads = atoi(words[1])) < 1) fail("give", "THREADS LIBRARY TENSOR... -- CALL...");
+  void *library = dlopen(words[2], RTLD_NOW | RTLD_LOCAL);
   if (!library) fail("the library does not load:", dlerror());
   provide(library, "__TVMBackendParallelLaunch", launch);
   provide(library, "__TVMBackendAllocWorkspace", allocate);
   provide(library, "__TVMBackendFreeWorkspace", release);
-  int at = 2;
+  int at = 3;
   while (at < count && strcmp(words[at], "--")) make_tensor(words[at++]);
   struct link_map *map;
-  if (dlinfo(library, RTLD_DI_LINKMAP, &map)) fail("the library is not where it was loaded:", words[1]);
+  if (dlinfo(library, RTLD_DI_LINKMAP, &map)) fail("the library is not where it was loaded:", words[2]);
   printf("%zx\n", (size_t)map->l_addr);
   while (++at < count)
     if (*words[at] == '=')
