@@ -73,7 +73,7 @@ def tracker_summary(host: str, port: int, timeout: float = 5.0) -> dict[str, dic
 
 
 def connect(tracker: str, key: str, timeout: float = 600.0, wait: float = 30.0) -> "RPCSession":
-    """Open a session with a board.
+    """Open a session with a board; its attribute ``board`` is where that listens.
 
     Drop every module, tensor, device and function of a session before the next one: each keeps it open, and a
     board serves one session at a time.
@@ -111,9 +111,11 @@ def connect(tracker: str, key: str, timeout: float = 600.0, wait: float = 30.0) 
     except (TypeError, ValueError) as error:
         raise AgqError(f"{tracker} does not answer like TVM's tracker: is it another program?") from error
     try:
-        return rpc.connect(address, board_port, match_key, session_timeout=timeout)
+        session = rpc.connect(address, board_port, match_key, session_timeout=timeout)
     except Exception as error:  # TVM raises its own kinds, by release
         raise AgqError(f"board {key!r} at {address}:{board_port} does not answer: look at its log") from error
+    session.board = f"{address}:{board_port}"
+    return session
 
 
 def board_features(session: "RPCSession") -> frozenset[str] | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from agq_tvm.kernels import tunable
 from agq_tvm.targets import Device
-from agq_tvm.targets.link import exporter
+from agq_tvm.tuning.helpers import candidate_exporter
 from agq_tvm.tuning.operands import operands_of
 from agq_tvm.tuning.task import Task
 from agq_tvm.tvm_seam import Target, tvm
@@ -68,7 +68,7 @@ def export_candidate(module, device: Device, path: str | os.PathLike) -> None:
     with tempfile.TemporaryDirectory(prefix="agq-candidate-") as scratch:
         executable = tvm.compile(module, Target(device.tvm_target()))
         made = Path(scratch) / "candidate.so"
-        executable.export_library(str(made), fcompile=exporter(device), workspace_dir=scratch)
+        executable.export_library(str(made), fcompile=candidate_exporter(device), workspace_dir=scratch)
         os.replace(_beside(made, path), path)
 
 
