@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tvm import te
 
 from agq_tvm.kernels.intrin.base import InstructionSet
-from agq_tvm.kernels.linear import row_tile
+from agq_tvm.kernels.linear_schedule import row_tile
 from agq_tvm.tvm_seam import Schedule, T
 
 CHANNEL_BLOCK = 8

@@ -3,7 +3,7 @@
 import dataclasses
 
 from agq_tvm.errors import AgqError
-from agq_tvm.kernels import linear, linear_panels, linear_shifted
+from agq_tvm.kernels import linear, linear_panels, linear_shifted, linear_space
 from agq_tvm.kernels.attrs import annotate
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.linear import LinearKernel
@@ -28,7 +28,7 @@ def space_of(kernel, isa: InstructionSet, threads: int = 1) -> Space | None:
     """
     if not isinstance(kernel, LinearKernel) or linear_panels.loop_for(kernel, isa):
         return None
-    space = linear.space(kernel, isa, threads)
+    space = linear_space.space(kernel, isa, threads)
     return space if space.size > 1 else None
 
 
@@ -48,7 +48,7 @@ def build(kernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
         If the decisions are no point of the space.
     """
     if decisions is not None:
-        space = space_of(kernel, isa)
+        space = space_of(kernel, isa, threads=2)
         if space is None:
             raise AgqError(f"{kernel.name} has nothing to decide on {isa.name}: leave the decisions out")
         space.check(decisions)
