@@ -154,7 +154,10 @@ def comparisons(candidates: list[Candidate]) -> list[Comparison]:
     found = [compare("instructions with cycles", instructions, cycles)]
     if candidates[0].seconds is not None:
         seconds = [one.seconds for one in candidates]
-        found += [compare("instructions with time", instructions, seconds), compare("cycles with time", cycles, seconds)]
+        found += [
+            compare("instructions with time", instructions, seconds),
+            compare("cycles with time", cycles, seconds),
+        ]
     return found
 
 

@@ -29,6 +29,23 @@ _X86_CPUS = {"avx2": "Haswell-v4", "generic": "Haswell-v4"}
 """By instruction set: QEMU's model. It runs AVX2, but nothing newer."""
 
 
+class KernelFailed(AgqError):
+    """What was run under emulation did not end well.
+
+    Parameters
+    ----------
+    text : str
+    late : bool
+        Whether it did not end in time.
+    crashed : bool
+        Whether a signal ended it.
+    """
+
+    def __init__(self, text: str, late: bool = False, crashed: bool = False):
+        super().__init__(text)
+        self.late, self.crashed = late, crashed
+
+
 @dataclass(frozen=True)
 class Count:
     """What one call of a function executes.
@@ -99,8 +116,10 @@ def count_calls(
 
     Raises
     ------
+    KernelFailed
+        If a function fails, or they do not end in time.
     AgqError
-        If the emulator or its tools are missing, or a function fails.
+        If the emulator or its tools are missing.
     """
     command = [str(_runner(device)), str(threads), str(library), *tensors, "--", *calls]
     with tempfile.TemporaryDirectory(prefix="agq-count-") as scratch:
@@ -134,8 +153,10 @@ def run_counted(
 
     Raises
     ------
+    KernelFailed
+        If the program fails, or does not end in time.
     AgqError
-        If the emulator is missing, or the program fails.
+        If the emulator is missing.
     """
     emulator = [*_emulator(device), "-E", "TVM_NUM_THREADS=1", "-plugin", f"{_plugin()},out={output}"]
     try:
@@ -143,10 +164,11 @@ def run_counted(
             [*emulator, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=time_limit
         )
     except subprocess.TimeoutExpired:
-        raise AgqError(f"the kernel did not end within {time_limit:.0f} s under emulation") from None
+        raise KernelFailed(f"the kernel did not end within {time_limit:g} s under emulation", late=True) from None
     if result.returncode:
         words = result.stderr.strip()[-300:] or f"it ended with code {result.returncode}"
-        raise AgqError(f"the kernel does not run on an emulated {device.name}: {words}")
+        text = f"the kernel does not run on an emulated {device.name}: {words}"
+        raise KernelFailed(text, crashed=result.returncode < 0)
     blocks = {}
     for line in output.read_text().splitlines():
         address, size, runs = line.split()

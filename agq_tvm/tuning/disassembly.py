@@ -17,6 +17,7 @@ _COMMENT = re.compile(r"//.*|\s#\s.*")
 _TARGET = re.compile(r"\b([0-9a-f]+) <")
 _LEAVES = ("b", "br", "ret", "jmp")
 _TIME_LIMIT = 60.0
+_PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def regions(listing: dict[int, Instruction], count: Count) -> list[Region]:
     runs = {}
     for at, (size, times) in count.blocks.items():
         if at in place:
-            for address in order[place[at] : place[at] + size]:
+            inside = order[place[at] : place[at] + size]
+            for address in inside[: -1 if size > 1 and _on_two_pages(place[inside[-1]], order) else None]:
                 runs[address] = runs.get(address, 0) + times
     starts = {instruction.target for address in runs if (instruction := listing[address]).backward}
     found, current = [], []
@@ -125,6 +127,12 @@ def regions(listing: dict[int, Instruction], count: Count) -> list[Region]:
             current = []
         current.append(listing[address])
     return [*found, Region(tuple(current), runs[current[0].address])] if current else found
+
+
+def _on_two_pages(place: int, order: list[int]) -> bool:
+    """Whether an instruction of x86 lies on two pages: QEMU counts it for the block before, and runs it on its own."""
+    following = order[place + 1] if place + 1 < len(order) else order[place]
+    return (following - 1) // _PAGE > order[place] // _PAGE
 
 
 def _cut(last: Instruction, following: Instruction, runs: dict[int, int], place: dict[int, int]) -> bool:

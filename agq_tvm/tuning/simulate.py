@@ -6,31 +6,32 @@ many rows, whose time is that of its instructions; of a product of one row, whic
 remains. Its seconds are cycles over the device's highest clock: a bound from below, no speed of a real board.
 """
 
+import os
 import tempfile
-from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from tvm.ir.utils import derived_object
-from tvm.s_tir.meta_schedule.runner import PyRunner, PyRunnerFuture, RunnerInput, RunnerResult
 
-from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
+from agq_tvm.kernels.records import SIMULATED
 from agq_tvm.tuning import block_counts, core_model
-from agq_tvm.tuning.candidate import MAIN, export_candidate, fill_name, make_candidate
+from agq_tvm.tuning.block_counts import KernelFailed
+from agq_tvm.tuning.candidate import MAIN, digest_name, export_candidate, fill_name, make_candidate
 from agq_tvm.tuning.disassembly import disassemble, find_disassembler
-from agq_tvm.tuning.operands import Operand, operands_of
+from agq_tvm.tuning.measure import CRASHED, FAILED, HUNG, WRONG, Argument, Measurement, disagreement
+from agq_tvm.tuning.measurer import Outcome
+from agq_tvm.tuning.operands import Operand, digest, operands_of
+from agq_tvm.tuning.reference import arguments_of, is_exact
+from agq_tvm.tuning.runner import MeasuringRunner
 from agq_tvm.tuning.task import Task
 
-HOW = "simulated"
-"""What records of it are marked with."""
-TIME_LIMIT = 300.0
-"""Seconds for one candidate, unless told otherwise."""
+TIMEOUT = 300.0
+"""Seconds that a candidate may take under the emulator."""
 _UNKNOWN_CLOCK = 1e9
-_TOLERANCE = 1e-4
-_MOST_TIES = 1e-3
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ class Simulation:
         The part of the instructions that was simulated.
     core : str
         LLVM's name of the core model.
-    outputs : list[np.ndarray]
-        What the candidate wrote, in the order of its operands.
+    written : dict of int to array
+        What the candidate wrote, by place among its operands; or the int64 digest of that.
     """
 
     instructions: int
     cycles: float
     covered: float
     core: str
-    outputs: list[np.ndarray]
+    written: dict[int, np.ndarray]
 
 
 def check_simulation(task: Task) -> None:
@@ -73,63 +74,55 @@ def check_simulation(task: Task) -> None:
 
 
 def simulate_candidate(
-    library: Path, task: Task, core: str | None = None, time_limit: float = TIME_LIMIT
+    library: str | os.PathLike,
+    task: Task,
+    core: str | None = None,
+    digests: bool = True,
+    timeout: float = TIMEOUT,
 ) -> Simulation:
     """Simulate one call of a candidate on its own operands.
 
     Parameters
     ----------
-    library : Path
+    library : path-like
         Of `agq_tvm.tuning.candidate`.
     task : Task
     core : str, optional
         LLVM's name of a core, instead of the device's.
-    time_limit : float, optional
-        Seconds of the emulator.
+    digests : bool, optional
+        Whether digests are wanted of what the candidate writes; else all of it.
+    timeout : float, optional
+        Seconds for the emulator.
 
     Raises
     ------
+    KernelFailed
+        If the candidate does not end, or fails.
     AgqError
-        If a tool is missing, or the candidate does not end or fails.
+        If a tool is missing.
     """
     operands = _operands(task)
     written = [place for place, operand in enumerate(operands) if operand.role in ("output", "updated")]
-    calls = [f"{fill_name(place)}:{place}" for place in range(len(operands))]
-    calls += [f"@{MAIN}:{','.join(map(str, range(len(operands))))}", *(f"={place}" for place in written)]
     tensors = [f"~{operand.dtype}:{'x'.join(map(str, operand.shape))}" for operand in operands]
-    count, read = block_counts.count_calls(library, tensors, calls, task.device, task.threads, time_limit)
-    cycles = core_model.simulate(disassemble(library, task.device), count, task.device, core)
-    outputs = [
-        np.frombuffer(data, operands[place].dtype).reshape(operands[place].shape)
+    calls = [f"{fill_name(place)}:{place}" for place in range(len(operands))]
+    calls.append(f"@{MAIN}:{','.join(map(str, range(len(operands))))}")
+    if digests:
+        calls += [f"{digest_name(place)}:{place},{len(tensors) + number}" for number, place in enumerate(written)]
+    calls += [f"={len(tensors) + number if digests else place}" for number, place in enumerate(written)]
+    tensors += ["~int64:1"] * len(written) if digests else []
+    path = Path(library)
+    count, read = block_counts.count_calls(path, tensors, calls, task.device, task.threads, timeout)
+    cycles = core_model.simulate(disassemble(path, task.device), count, task.device, core)
+    arrays = {
+        place: np.frombuffer(data, "int64" if digests else operands[place].dtype)
         for place, data in zip(written, read, strict=True)
-    ]
-    return Simulation(count.instructions, cycles.cycles / cycles.covered, cycles.covered, cycles.core, outputs)
+    }
+    return Simulation(count.instructions, cycles.cycles / cycles.covered, cycles.covered, cycles.core, arrays)
 
 
 def seconds_of(simulation: Simulation, task: Task) -> float:
-    """Return the seconds of a simulated call at the device's highest clock; 1 GHz if that is not known."""
+    """Return the seconds of a simulated call at the device's highest clock; at 1 GHz if that is not known."""
     return simulation.cycles / (task.device.clock(task.threads) or _UNKNOWN_CLOCK)
-
-
-def differences(task: Task, outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> str | None:
-    """Say how outputs differ from those expected more than the order of a sum explains; None if they do not.
-
-    Products of integers are exact in any order, on the operands that candidates make: they must be the same bit for
-    bit. Elsewhere floats may differ in the last places, and a few codes by one.
-    """
-    exact = hasattr(task.kernel, "columns") and hasattr(task.kernel, "activation_bits")
-    for output, right in zip(outputs, expected, strict=True):
-        if exact and output.tobytes() == right.tobytes():
-            continue
-        distance = np.abs(output.astype("float64") - right.astype("float64"))
-        wrong = ~(distance <= _allowed(right, exact))
-        if np.mean(wrong) > (0 if exact or right.dtype.kind == "f" else _MOST_TIES) or (distance[wrong] > 1).any():
-            return f"{int(wrong.sum())} of {right.size} results are wrong, the first at {int(np.argmax(wrong))}"
-    return None
-
-
-def _allowed(right: np.ndarray, exact: bool) -> float:
-    return _TOLERANCE * float(np.abs(right).max(initial=0)) if right.dtype.kind == "f" and not exact else 0.0
 
 
 @cache
@@ -137,65 +130,114 @@ def _operands(task: Task) -> list[Operand]:
     return operands_of(task.kernel, tunable.build(task.kernel, task.instruction_set))
 
 
-@derived_object
-class _Ready(PyRunnerFuture):
-    """What a candidate gave."""
+class SimulatedMeasurer:
+    """Simulates candidates of one task; what it has in common with `agq_tvm.tuning.measurer.Measurer` means the same.
 
-    def __init__(self, result: RunnerResult):
-        super().__init__()
-        self._result = result
-
-    def done(self) -> bool:
-        """Return true: candidates are simulated when they are handed over."""
-        return True
-
-    def result(self) -> RunnerResult:
-        """Return it."""
-        return self._result
-
-
-@derived_object
-class SimulatedRunner(PyRunner):
-    """A runner of MetaSchedule that simulates candidates; a candidate gives the same seconds every time.
+    A candidate gives the same seconds every time. Its results are checked, as on a board.
 
     Parameters
     ----------
     task : Task
-    time_limit : float, optional
-        Seconds of the emulator for one candidate.
-    core : str, optional
-        LLVM's name of a core, instead of the device's.
+    timeout : float, optional
+        Seconds for a candidate under the emulator.
+    parallel : int, optional
+        Candidates at a time; by default as many as this process has processors.
 
     Raises
     ------
     AgqError
-        If the device cannot be simulated here; the sentence says what is missing.
+        If the device cannot be simulated here: the sentence says what is missing.
     """
 
-    how = HOW
+    how = SIMULATED
 
-    def __init__(self, task: Task, time_limit: float = TIME_LIMIT, core: str | None = None):
-        super().__init__()
-        if core is None:
-            check_simulation(task)
-        self._task, self._time_limit, self._core = task, time_limit, core
-        self._expected = self._simulate_default()
+    def __init__(self, task: Task, timeout: float = TIMEOUT, parallel: int | None = None) -> None:
+        check_simulation(task)
+        self.task, self.timeout = task, timeout
+        self._executor = ThreadPoolExecutor(parallel or len(os.sched_getaffinity(0)), thread_name_prefix="simulate")
+        self._arguments: list[Argument] | None = None
+        self._scratch = tempfile.TemporaryDirectory(prefix="agq-simulate-")
 
-    def run(self, runner_inputs: list[RunnerInput]) -> list[PyRunnerFuture]:
-        """Simulate candidates, one after the other."""
-        return [_Ready(self._result(Path(one.artifact_path))) for one in runner_inputs]
+    def submit(self, path: str) -> "Future[Outcome]":
+        """Have a candidate's library simulated."""
+        self.arguments()
+        return self._executor.submit(self._simulate, str(path))
 
-    def _result(self, library: Path) -> RunnerResult:
+    def close(self) -> None:
+        """End; what waits is not simulated any more."""
+        self._executor.shutdown(cancel_futures=True)
+        self._scratch.cleanup()
+
+    def __enter__(self) -> "SimulatedMeasurer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def arguments(self) -> list[Argument]:
+        """Return the kernel's arguments with what it must write: numpy's results, or those of the hand-made kernel.
+
+        Raises
+        ------
+        AgqError
+            If the hand-made kernel does not run.
+        """
+        if self._arguments is None:
+            arguments = arguments_of(self.task)
+            if any(argument.written and argument.digest is None for argument in arguments):
+                arguments = self._by_default()
+            self._arguments = arguments
+        return self._arguments
+
+    def _by_default(self) -> list[Argument]:
+        scratch = Path(self._scratch.name)
+        library = scratch / "default.so"
+        export_candidate(make_candidate(self.task, None), self.task.device, library)
+        written = simulate_candidate(library, self.task, digests=False, timeout=self.timeout).written
+        if is_exact(self.task):
+            return arguments_of(self.task, {place: digest(array) for place, array in written.items()})
+        files = {place: scratch / f"reference-{place}.npy" for place in written}
+        for place, array in written.items():
+            np.save(files[place], array)
+        return arguments_of(self.task, {}, files)
+
+    def _simulate(self, path: str) -> Outcome:
+        digests = all(argument.digest is not None for argument in self.arguments() if argument.written)
         try:
-            simulation = simulate_candidate(library, self._task, self._core, self._time_limit)
-        except AgqError as error:
-            return RunnerResult(None, str(error))
-        wrong = differences(self._task, simulation.outputs, self._expected)
-        return RunnerResult(None, wrong) if wrong else RunnerResult([seconds_of(simulation, self._task)], None)
+            simulation = simulate_candidate(path, self.task, None, digests, self.timeout)
+        except KernelFailed as error:
+            kind = HUNG if error.late else CRASHED if error.crashed else FAILED
+            return Outcome(kind=kind, text=str(error))
+        wrong = self._wrong(simulation, digests)
+        if wrong:
+            return Outcome(kind=WRONG, text=wrong)
+        seconds = [seconds_of(simulation, self.task)]
+        status = {"simulated": {"core": simulation.core, "instructions": simulation.instructions}}
+        return Outcome(Measurement(seconds, emulated=True, status=status))
 
-    def _simulate_default(self) -> list[np.ndarray]:
-        """Return what the default gives, which candidates are compared with."""
-        with tempfile.TemporaryDirectory(prefix="agq-default-") as scratch:
-            library = Path(scratch) / "default.so"
-            export_candidate(make_candidate(self._task, None), self._task.device, library)
-            return simulate_candidate(library, self._task, self._core, self._time_limit).outputs
+    def _wrong(self, simulation: Simulation, digests: bool) -> str | None:
+        """Say which argument differs from the reference."""
+        for place, array in simulation.written.items():
+            argument = self.arguments()[place]
+            if digests:
+                difference = None if int(array[0]) == argument.digest else "its digest is another"
+            else:
+                difference = disagreement(array, np.load(argument.reference).reshape(-1))
+            if difference:
+                return f"argument {place} differs from the reference: {difference}"
+        return None
+
+
+@derived_object
+class SimulatedRunner(MeasuringRunner):
+    """MetaSchedule's runner for a device that one does not have, see `SimulatedMeasurer`.
+
+    Parameters
+    ----------
+    task : Task
+    timeout : float, optional
+        Seconds for a candidate under the emulator.
+    """
+
+    def __init__(self, task: Task, timeout: float = TIMEOUT) -> None:
+        super().__init__(SimulatedMeasurer(task, timeout))

@@ -12,8 +12,7 @@
 #include "mark.h"
 
 struct qemu_plugin_tb;
-struct qemu_plugin_insn;
-enum { INLINE_ADD_U64 = 0, PAGE = 4096 };
+enum { INLINE_ADD_U64 = 0 };
 extern void qemu_plugin_register_vcpu_tb_trans_cb(uint64_t id, void (*callback)(uint64_t, struct qemu_plugin_tb *));
 extern void qemu_plugin_register_vcpu_tb_exec_inline(struct qemu_plugin_tb *block, int operation, void *counter,
                                                      uint64_t addend);
@@ -24,9 +23,6 @@ extern void qemu_plugin_register_vcpu_syscall_cb(uint64_t id,
 extern void qemu_plugin_register_atexit_cb(uint64_t id, void (*callback)(uint64_t, void *), void *data);
 extern size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *block);
 extern uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *block);
-extern struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *block, size_t number);
-extern uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *instruction);
-extern size_t qemu_plugin_insn_size(const struct qemu_plugin_insn *instruction);
 
 __attribute__((visibility("default"))) int qemu_plugin_version = 1;
 
@@ -38,22 +34,13 @@ static struct block *blocks;
 static char path[4096];
 static int written;
 
-/* QEMU reads an instruction that lies on two pages, sees it, and leaves it to a block of its own, but still counts it
-   for the block before. */
-static size_t instructions_of(const struct qemu_plugin_tb *tb) {
-  size_t count = qemu_plugin_tb_n_insns(tb);
-  const struct qemu_plugin_insn *last = qemu_plugin_tb_get_insn(tb, count - 1);
-  uint64_t first_byte = qemu_plugin_insn_vaddr(last), last_byte = first_byte + qemu_plugin_insn_size(last) - 1;
-  return count > 1 && (first_byte ^ last_byte) / PAGE ? count - 1 : count;
-}
-
 /* Translation holds a lock, so the list needs none of its own. */
 static void translated(uint64_t id, struct qemu_plugin_tb *tb) {
   (void)id;
   struct block *block = calloc(1, sizeof *block);
   if (!block) abort();
   block->address = qemu_plugin_tb_vaddr(tb);
-  block->instructions = instructions_of(tb);
+  block->instructions = qemu_plugin_tb_n_insns(tb);
   block->next = blocks;
   blocks = block;
   qemu_plugin_register_vcpu_tb_exec_inline(tb, INLINE_ADD_U64, &block->runs, 1);

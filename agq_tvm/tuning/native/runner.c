@@ -58,6 +58,10 @@ __attribute__((visibility("default"))) void TVMFFIErrorSetRaisedFromCStrParts(co
   fputc('\n', stderr);
 }
 
+__attribute__((visibility("default"))) void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *text) {
+  TVMFFIErrorSetRaisedFromCStrParts(kind, &text, 1);
+}
+
 struct group {
   void *handle;
   int32_t tasks;
