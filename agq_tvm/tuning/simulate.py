@@ -213,7 +213,7 @@ class SimulatedMeasurer:
             return Outcome(kind=WRONG, text=wrong)
         seconds = [seconds_of(simulation, self.task)]
         status = {"simulated": {"core": simulation.core, "instructions": simulation.instructions}}
-        return Outcome(Measurement(seconds, emulated=True, status=status))
+        return Outcome(Measurement(seconds, status=status))
 
     def _wrong(self, simulation: Simulation, digests: bool) -> str | None:
         """Say which argument differs from the reference."""
