@@ -22,6 +22,7 @@ import numpy as np
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.space import Space
 from agq_tvm.progress import progress
 from agq_tvm.runtime.threads import Threads
 from agq_tvm.targets import load_device
@@ -39,7 +40,7 @@ ARM_DEVICES = ("raspberry-pi-4", "raspberry-pi-5")
 SHAPES = ((1, 1536, 576), (16, 1536, 576), (128, 576, 576))
 """M, N and K: SmolLM2's gate and up, and its q and o."""
 LARGE = (1, 4096, 4096)
-_HEAD = ("device", "product", "core", "candidates", "compared", "Spearman", "Kendall", "best is", "of worst")
+_HEAD = ("device", "product", "core", "candidates", "compared", "Spearman", "Kendall", "first", "default", "worst")
 _WARM = 3
 
 
@@ -65,7 +66,9 @@ class Comparison:
         From -1 to 1; the latter is tau-b.
     regret : float
         The candidate that the first figure puts first, by the second figure, over the best by that.
-    spread : float
+    default : float
+        The hand-made candidate by the second figure, over the best.
+    worst : float
         The worst by the second figure, over the best.
     """
 
@@ -73,7 +76,8 @@ class Comparison:
     spearman: float
     kendall: float
     regret: float
-    spread: float
+    default: float
+    worst: float
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
@@ -103,20 +107,22 @@ def kendall(left: Sequence[float], right: Sequence[float]) -> float:
 
 
 def compare(what: str, ranking: Sequence[float], truth: Sequence[float]) -> Comparison:
-    """Compare how two figures rank the same candidates."""
+    """Compare how two figures rank the same candidates, the first of which is the hand-made one."""
     best, chosen = min(truth), truth[int(np.argmin(ranking))]
-    return Comparison(what, spearman(ranking, truth), kendall(ranking, truth), chosen / best, max(truth) / best)
+    ratios = (chosen / best, truth[0] / best, max(truth) / best)
+    return Comparison(what, spearman(ranking, truth), kendall(ranking, truth), *ratios)
 
 
-def sample(points: list[dict[str, int]], most: int) -> list[dict[str, int]]:
-    """Return at most so many points, the same ones each time, spread over all of them in no order."""
-    order = np.random.default_rng(0).permutation(len(points))[:most]
-    return [points[place] for place in sorted(order)]
+def sample(space: Space, most: int) -> list[dict[str, int]]:
+    """Return at most so many points of a space: the default, then the same ones each time out of all others."""
+    others = [point for point in space.points() if point != space.default]
+    order = np.random.default_rng(0).permutation(len(others))[: most - 1]
+    return [space.default, *(others[place] for place in order)]
 
 
 def simulate(task: Task, most: int, core: str | None, folder: Path) -> list[tuple[Candidate, Path]]:
     """Build and simulate candidates of a task."""
-    points = sample(tunable.space_of(task.kernel, task.instruction_set, task.threads).points(), most)
+    points = sample(tunable.space_of(task.kernel, task.instruction_set, task.threads), most)
     found = []
     for number, decisions in enumerate(progress(points, task.kernel.name, unit="candidate")):
         library = folder / f"{number}.so"
@@ -195,7 +201,7 @@ def _measure(task: Task, arguments, core: str | None) -> dict:
 def _lines(result: dict) -> list[tuple[str, ...]]:
     product = (result["device"], result["kernel"], result["core"], str(len(result["candidates"])))
     return [
-        (*product, one["what"], *(f"{one[key]:.2f}" for key in ("spearman", "kendall", "regret", "spread")))
+        (*product, one["what"], *(f"{one[key]:.2f}" for key in ("spearman", "kendall", "regret", "default", "worst")))
         for one in result["comparisons"]
     ]
 
