@@ -58,7 +58,7 @@ def compile_checkpoint(
     start = time.perf_counter()
     device = load_device(target)
     source = read_checkpoint(checkpoint)
-    context = _context(source, context)
+    context = cache_length(source, context)
     if cache not in CACHES:
         raise AgqError(f"unknown cache {cache!r}: choose one of {', '.join(CACHES)}")
     say(f"compiling {checkpoint} for {device.name} ({device.instruction_set})")
@@ -74,7 +74,8 @@ def compile_checkpoint(
     }
 
 
-def _context(checkpoint: Checkpoint, context: int | None) -> int:
+def cache_length(checkpoint: Checkpoint, context: int | None) -> int:
+    """Return the length of the caches: what was asked for, or the smaller of the model's and 2048; in whole 16."""
     limit = checkpoint.config.context_length
     chosen = min(limit, DEFAULT_CONTEXT) if context is None else context
     if not 16 <= chosen <= limit:

@@ -75,12 +75,22 @@ class Record:
     @property
     def key(self) -> tuple:
         """What is never measured twice."""
-        return self.task, tuple(sorted(self.decisions.items())), self.how, self.confirmed
+        return self.task, tuple(sorted(self.decisions.items())), self.how, self.confirmed, self.emulated
+
+    @property
+    def emulated(self) -> bool:
+        """Whether it was measured on an emulated board, whose time means nothing."""
+        return bool(self.provenance.get("emulated"))
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be the best of its task: failures and emulated boards never are."""
+        return bool(self.seconds) and not self.emulated
 
     @property
     def rank(self) -> tuple:
         """Smaller is better: confirmed before measured before simulated, then the time."""
-        return not self.seconds, self.how != MEASURED, not self.confirmed, self.time
+        return not self.usable, self.how != MEASURED, not self.confirmed, self.time
 
     @property
     def kernel_version(self) -> int:
@@ -315,8 +325,7 @@ class Library:
 
     def best(self, task: str) -> Record | None:
         """Return the best record of a task; measured ones come before simulated ones, failures never."""
-        good = [record for record in self.of_task(task) if record.seconds]
-        return min(good, key=lambda record: record.rank, default=None)
+        return best_of(self.of_task(task)).get(task)
 
     def nearest(self, kernel: dict, instruction_set: str, threads: int, version: int) -> list[Record]:
         """Return the best records of the tasks most like a kernel, the nearest first.
@@ -330,13 +339,13 @@ class Library:
         version : int
             Of the kernel's design space.
         """
-        best = {}
+        near = []
         for record in self.read():
             same = record.instruction_set == instruction_set and record.kernel_version == version
-            if same and record.seconds and distance(record, kernel, threads) <= _FARTHEST:
-                if record.task not in best or record.rank < best[record.task].rank:
-                    best[record.task] = record
-        return sorted(best.values(), key=lambda record: (distance(record, kernel, threads), record.rank))
+            if same and distance(record, kernel, threads) <= _FARTHEST:
+                near.append(record)
+        best = best_of(near).values()
+        return sorted(best, key=lambda record: (distance(record, kernel, threads), record.rank))
 
 
 def distance(record: Record, kernel: dict, threads: int) -> float:
@@ -359,10 +368,10 @@ def distance(record: Record, kernel: dict, threads: int) -> float:
 
 
 def best_of(records: Iterable[Record]) -> dict[str, Record]:
-    """Return the best successful record of each task."""
+    """Return the best record of each task that has a usable one."""
     best: dict[str, Record] = {}
     for record in records:
-        if record.seconds and (record.task not in best or record.rank < best[record.task].rank):
+        if record.usable and (record.task not in best or record.rank < best[record.task].rank):
             best[record.task] = record
     return best
 

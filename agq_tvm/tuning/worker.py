@@ -41,7 +41,7 @@ def main() -> None:
     def say(value: dict) -> None:
         answers.write(json.dumps(value) + "\n")
 
-    serve = {"here": _Here, "board": _OnBoard}[sys.argv[1]](say)
+    serve = {"here": _Here, "board": _OnBoard, "build": _Build}[sys.argv[1]](say)
     say({"ready": True})
     for line in jobs:
         job = json.loads(line)
@@ -96,6 +96,19 @@ class _Here:
 
     def __call__(self, job: dict) -> dict:
         return _measured(self._place, job, job["fixed"].get(""))
+
+
+class _Build:
+    """Builds candidates."""
+
+    def __init__(self, _say) -> None:
+        sys.modules.setdefault("torch", None)  # TVM would import it, and needs none of it
+        from agq_tvm.tuning.builder import build_job
+
+        self._build = build_job
+
+    def __call__(self, job: dict) -> dict:
+        return self._build(job)
 
 
 class _OnBoard:
