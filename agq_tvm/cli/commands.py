@@ -95,9 +95,7 @@ def _generate(subparsers) -> None:
             sys.stdout.flush()
 
         shown = None if args.json else show
-        result = generate(
-            args.bundle, args.prompt, args.max_tokens, args.threads, shown, args.tracker, args.key
-        )
+        result = generate(args.bundle, args.prompt, args.max_tokens, args.threads, shown, args.tracker, args.key)
         show(json.dumps(result) + "\n" if args.json else "\n")
 
     parser = command(subparsers, "generate", "continue a text", run)
