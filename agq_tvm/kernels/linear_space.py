@@ -5,7 +5,6 @@ from agq_tvm.kernels.linear_schedule import row_tile
 from agq_tvm.kernels.space import Space, divisors
 
 _SUMS = {"avx512vnni": 24, "generic": 8}
-"""Vectors of sums that stay in registers, next to weights and activations."""
 _OTHER_SUMS = 12
 _MOST_ROWS = 16
 _PANELS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 32)
@@ -31,6 +30,11 @@ def default(kernel, isa: InstructionSet) -> dict[str, int]:
         "columns_first": 0,
         "ahead": 0,
     }
+
+
+def most_sums(isa: InstructionSet) -> int:
+    """Return how many vectors of sums stay in registers, next to weights and activations."""
+    return _SUMS.get(isa.name, _OTHER_SUMS)
 
 
 def space(kernel, isa: InstructionSet, threads: int = 1) -> Space:
@@ -62,7 +66,7 @@ def space(kernel, isa: InstructionSet, threads: int = 1) -> Space:
 def _fits(kernel, isa: InstructionSet, layout, d: dict[str, int]):
     packed, partial = d["inline"] and kernel.bits == 4, d["vectors"] < layout.vectors
     multiply = isa.multiply(kernel.bits, kernel.activation_bits, bool(packed), d["rows"])
-    yield d["rows"] * d["vectors"] <= _SUMS.get(isa.name, _OTHER_SUMS)
+    yield d["rows"] * d["vectors"] <= most_sums(isa)
     yield kernel.code_rows % (d["rows"] * d["blocks"]) == 0
     yield d["panel"] % d["unroll"] == 0
     yield d["unroll"] * d["rows"] * d["vectors"] * kernel.group_size // layout.depth <= _MOST_MULTIPLIES
