@@ -47,9 +47,7 @@ def _tune(subparsers) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--tracker", metavar="HOST:PORT", help="measure on boards behind this tracker, with --key")
     where.add_argument("--local", action="store_true", help="measure on this machine (the default)")
-    where.add_argument(
-        "--simulate", action="store_true", help="rank by simulated cycles; real measurements always win"
-    )
+    where.add_argument("--simulate", action="store_true", help="rank by simulated cycles; real measurements always win")
     parser.add_argument("--key", metavar="KEY", help="what the boards are called at the tracker; all of them measure")
     parser.add_argument(
         "--trials", type=positive, default=200, metavar="N", help="for all kernels together (default: %(default)s)"

@@ -10,7 +10,7 @@ _MOST_ROWS = 16
 _PANELS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 32)
 _UNROLLS = (1, 2, 4)
 _BLOCKS = (1, 2, 4)
-_AHEAD = (0, 2, 4, 8, 16, 32)
+_AHEAD_OF_ONE_ROW, _AHEAD = (0, 2, 4, 8, 16, 32), (0, 8)
 _MOST_MULTIPLIES = 1024
 """Of a loop's body: beyond, compiling takes long and instructions leave their cache."""
 
@@ -53,7 +53,7 @@ def space(kernel, isa: InstructionSet, threads: int = 1) -> Space:
         "parallel": (0, 1) if several else (1,),
         "unroll": _UNROLLS,
         "columns_first": (0, 1),
-        "ahead": _AHEAD if multiply and not multiply.implement else (0,),
+        "ahead": (0,) if multiply is None or kernel.bits == 8 else _AHEAD_OF_ONE_ROW if one_row else _AHEAD,
     }
     choices = {name: tuple(sorted({made[name], *values})) for name, values in choices.items()}
 

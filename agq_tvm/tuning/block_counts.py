@@ -191,6 +191,11 @@ def prepare(device: Device) -> None:
     _runner(device)
 
 
+def emulated_runner(device: Device) -> list[str]:
+    """Return the command that calls a library's functions under emulation, uncounted: see runner.c."""
+    return [*_emulator(device), str(_runner(device))]
+
+
 @cache
 def _emulator(device: Device) -> list[str]:
     """Return the emulator's command for a device."""
