@@ -3,17 +3,23 @@
 TVM's own client waits for ever for a board that does not exist; here every wait ends.
 """
 
+import getpass
 import json
+import os
+import re
 import socket
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from agq_tvm.boards.line import Line, sockets
 from agq_tvm.errors import AgqError
 
 if TYPE_CHECKING:
     from tvm.rpc import RPCSession
 
 _MAX_ANSWER = 1 << 20
+_LATE_SECONDS = 30.0  # for the board to say that the time of a session is over
 
 
 def parse_tracker(text: str) -> tuple[str, int]:
@@ -43,8 +49,9 @@ def tracker_summary(host: str, port: int, timeout: float = 5.0) -> dict[str, dic
     Returns
     -------
     dict
-        For each key: ``boards`` (list of ``[host, port]``), ``free`` (boards that wait for a client) and
-        ``pending`` (clients that wait for a board).
+        For each key: ``boards`` (list of ``[host, port]``), ``free`` (boards that wait for a client), ``pending``
+        (clients that wait for a board) and ``busy`` (boards that say whom they serve: ``board``, ``user``, and
+        ``since``, in seconds since 1970 by their clock).
 
     Raises
     ------
@@ -65,14 +72,20 @@ def tracker_summary(host: str, port: int, timeout: float = 5.0) -> dict[str, dic
         for info in summary["server_info"]:
             key = info["key"].removeprefix("server:")
             queue = summary["queue_info"].get(key, {})
-            entry = {"boards": [], "free": queue.get("free", 0), "pending": queue.get("pending", 0)}
+            entry = {"boards": [], "free": queue.get("free", 0), "pending": queue.get("pending", 0), "busy": []}
             keys.setdefault(key, entry)["boards"].append(list(info["addr"]))
+            busy = info.get("busy")
+            if isinstance(busy, dict):
+                since = float(busy.get("since") or 0)
+                keys[key]["busy"].append({"board": list(info["addr"]), "user": str(busy.get("user")), "since": since})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise AgqError(f"{host}:{port} does not answer like TVM's tracker: is it another program?") from error
     return keys
 
 
-def connect(tracker: str, key: str, timeout: float = 600.0, wait: float = 30.0) -> "RPCSession":
+def connect(
+    tracker: str, key: str, timeout: float = 600.0, wait: float = 30.0, reply: float | None = None
+) -> "RPCSession":
     """Open a session with a board; its attribute ``board`` is where that listens.
 
     Drop every module, tensor, device and function of a session before the next one: each keeps it open, and a
@@ -88,17 +101,48 @@ def connect(tracker: str, key: str, timeout: float = 600.0, wait: float = 30.0) 
         Seconds after which the board ends the session.
     wait : float
         Longest wait in seconds for a board that serves somebody else.
+    reply : float, optional
+        Longest wait in seconds for an answer of the board; `timeout` and a little more by default. The session's
+        ``line`` can be cut earlier.
 
     Raises
     ------
     AgqError
         If there is no such tracker or board, or it stays busy.
     """
-    from tvm import rpc
-    from tvm.rpc.base import TrackerCode
-
     if not timeout > 0:
         raise AgqError(f"the time limit of a session must be above 0 seconds, not {timeout}")
+    return open_session(request_board(tracker, key, wait), timeout, reply)
+
+
+@dataclass(frozen=True)
+class Grant:
+    """A board that the tracker has given us, and nobody else.
+
+    Attributes
+    ----------
+    key : str
+    address, port
+        Where it listens.
+    match_key : str
+        By which it knows that we were sent.
+    """
+
+    key: str
+    address: str
+    port: int
+    match_key: str
+
+    @property
+    def board(self) -> str:
+        """``"ADDRESS:PORT"``."""
+        return f"{self.address}:{self.port}"
+
+
+def request_board(tracker: str, key: str, wait: float) -> Grant:
+    """Ask a tracker for a board; see `connect`."""
+    from tvm.rpc.base import TrackerCode
+
     host, port = parse_tracker(tracker)
     known = tracker_summary(host, port)
     if key not in known:
@@ -110,11 +154,21 @@ def connect(tracker: str, key: str, timeout: float = 600.0, wait: float = 30.0) 
         raise AgqError(f"board {key!r} at the tracker {tracker} is still in use after {wait:g} s") from None
     except (TypeError, ValueError) as error:
         raise AgqError(f"{tracker} does not answer like TVM's tracker: is it another program?") from error
+    return Grant(key, address, board_port, match_key)
+
+
+def open_session(grant: Grant, timeout: float, reply: float | None = None) -> "RPCSession":
+    """Open the session with a board that was given; see `connect`."""
+    from tvm import rpc
+
+    before = sockets()
     try:
-        session = rpc.connect(address, board_port, match_key, session_timeout=timeout)
+        key = f"{grant.match_key} -user={_user()}"
+        session = rpc.connect(grant.address, grant.port, key, session_timeout=timeout)
     except Exception as error:  # TVM raises its own kinds, by release
-        raise AgqError(f"board {key!r} at {address}:{board_port} does not answer: look at its log") from error
-    session.board = f"{address}:{board_port}"
+        raise AgqError(f"board {grant.key!r} at {grant.board} does not answer: look at its log") from error
+    session.board = grant.board
+    session.line = Line(before, grant.port, reply or timeout + _LATE_SECONDS)
     return session
 
 
@@ -142,6 +196,15 @@ def board_is_emulated(session: "RPCSession") -> bool:
         return bool(session.get_function("agq.board.emulated")())
     except (AttributeError, RuntimeError, ValueError):
         return False
+
+
+def _user() -> str:
+    """Return who we are, for whoever wonders who uses a board: ``name@host:process``."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        name = "unknown"
+    return re.sub(r"[^A-Za-z0-9.@:_-]", "_", f"{name}@{socket.gethostname()}:{os.getpid()}")[:60]
 
 
 def _ask(host: str, port: int, request: list, timeout: float) -> object:

@@ -4,7 +4,7 @@ import json
 import sys
 
 from agq_tvm.cli import look, quantize
-from agq_tvm.cli.options import command, json_option, positive, print_result, threads_option, with_error
+from agq_tvm.cli.options import board_options, command, json_option, positive, print_result, threads_option, with_error
 from agq_tvm.tables import megabytes
 
 _DATA_HELP = (
@@ -54,14 +54,16 @@ def _quickstart(subparsers) -> None:
 def _compile(subparsers) -> None:
     def run(args) -> None:
         from agq_tvm.flow.compile import compile_checkpoint
+        from agq_tvm.flow.schedules import summary
 
         result = compile_checkpoint(
-            args.checkpoint, args.target, args.output, args.context, args.debug_dump, args.cache
+            args.checkpoint, args.target, args.output, args.context, args.debug_dump, args.cache, args.library
         )
         rows = [
             ("bundle", args.output),
             ("device", result["device"]),
             ("kernels", result["instruction_set"]),
+            ("schedules", summary(result["schedules"])),
             ("context", str(result["context"])),
             ("size", megabytes(result["bytes"])),
             ("time", f"{result['seconds']:.1f} s"),
@@ -79,6 +81,7 @@ def _compile(subparsers) -> None:
         default="float16",
         help="what keys and values are stored as (default: %(default)s)",
     )
+    parser.add_argument("--library", metavar="DIR", help="tuned schedules (default: your own library)")
     parser.add_argument("--debug-dump", metavar="DIR", help="write the module after each phase")
     json_option(parser)
 
@@ -91,17 +94,16 @@ def _generate(subparsers) -> None:
             sys.stdout.write(piece)
             sys.stdout.flush()
 
-        if args.json:
-            print(json.dumps(generate(args.bundle, args.prompt, args.max_tokens, args.threads)))
-        else:
-            generate(args.bundle, args.prompt, args.max_tokens, args.threads, show)
-            show("\n")
+        shown = None if args.json else show
+        result = generate(args.bundle, args.prompt, args.max_tokens, args.threads, shown, args.tracker, args.key)
+        show(json.dumps(result) + "\n" if args.json else "\n")
 
     parser = command(subparsers, "generate", "continue a text", run)
     parser.add_argument("bundle", metavar="BUNDLE")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-tokens", type=positive, default=64, metavar="N", help="default: %(default)s")
     threads_option(parser)
+    board_options(parser)
     json_option(parser)
 
 
@@ -110,7 +112,7 @@ def _eval(subparsers) -> None:
         from agq_tvm.flow.evaluate_bundle import evaluate
 
         settings = (args.window, args.max_tokens, args.protocol, args.prune_selection, args.threads)
-        result = evaluate(args.model, args.data, *settings)
+        result = evaluate(args.model, args.data, *settings, args.tracker, args.key)
         rows = [
             ("perplexity", with_error(result["perplexity"], result["perplexity_stderr"], 4)),
             ("nll", with_error(result["nll"], result["nll_stderr"], 5) + " per token"),
@@ -136,6 +138,7 @@ def _eval(subparsers) -> None:
         help="choose the tokens that stay in each chunk of a prompt, as compiled (the default), or in all of it",
     )
     threads_option(parser)
+    board_options(parser)
     json_option(parser)
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from agq_tvm import __version__
-from agq_tvm.cli import boards, commands, tune
+from agq_tvm.cli import boards, commands, doctor, tune
 from agq_tvm.errors import AgqError
 
 
@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.register(subparsers)
     tune.register(subparsers)
     boards.register(subparsers)
+    doctor.register(subparsers)
     return parser
 
 

@@ -23,6 +23,12 @@ def threads_option(parser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help="of a bundle (default: those of its device)")
 
 
+def board_options(parser) -> None:
+    """Add ``--tracker`` and ``--key``, for commands that run a bundle."""
+    parser.add_argument("--tracker", metavar="HOST:PORT", help="run the bundle on a board that is registered there")
+    parser.add_argument("--key", help="what the board is registered as (default: the name of the bundle's device)")
+
+
 def positive(text: str) -> int:
     """Read an integer of 1 or more."""
     value = int(text)

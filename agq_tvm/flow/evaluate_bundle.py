@@ -11,8 +11,9 @@ from agq_tvm.errors import AgqError
 from agq_tvm.flow.evaluate import choose_protocol, evaluate_reference
 from agq_tvm.quantize.texts import load_text, title
 from agq_tvm.runtime.bundle import MANIFEST, Bundle
-from agq_tvm.runtime.engine import Engine, LocalSession
+from agq_tvm.runtime.engine import Engine
 from agq_tvm.runtime.perplexity import Score, score, score_suffix
+from agq_tvm.runtime.sessions import check_place, open_session
 from agq_tvm.runtime.text import load_tokenizer
 
 
@@ -28,8 +29,10 @@ def evaluate_bundle(
     max_tokens: int | None = None,
     threads: int | None = None,
     protocol: str | None = None,
+    tracker: str | None = None,
+    key: str | None = None,
 ) -> Score:
-    """Score a text with a bundle on this machine.
+    """Score a text with a bundle.
 
     Parameters
     ----------
@@ -44,25 +47,28 @@ def evaluate_bundle(
         Those of the device by default.
     protocol : str, optional
         See `agq_tvm.flow.evaluate.evaluate_reference`; bundles have no ``"paper-protocol"``.
+    tracker, key : str, optional
+        A board to run it on, see `agq_tvm.runtime.sessions.open_session`.
 
     Raises
     ------
     AgqError
-        If the bundle does not run here, or the text cannot be read or is too short.
+        If the bundle does not run there, or the text cannot be read or is too short.
     """
     loaded = Bundle(bundle)
     text, _ = load_text(data)
-    engine = Engine(loaded, LocalSession(loaded, threads))
-    if window > engine.context:
-        raise AgqError(f"a window of {window} does not fit the bundle's context of {engine.context}")
-
-    protocol = choose_protocol(protocol, engine.pruning is not None)
+    context = loaded.manifest["context"]
+    if window > context:
+        raise AgqError(f"a window of {window} does not fit the bundle's context of {context}")
+    protocol = choose_protocol(protocol, loaded.manifest.get("pruning") is not None)
     if protocol == "paper-protocol":
         raise AgqError(f"{bundle} is a bundle, paper-protocol is for checkpoints: choose the protocol suffix")
     tokens = load_tokenizer(loaded.path).encode(text, add_special_tokens=False).ids[:max_tokens]
-    if protocol == "all":
-        return score(partial(_logits, engine), tokens, window)
-    return score_suffix(partial(suffix_logits, engine), tokens, window)
+    with open_session(loaded, threads, tracker, key) as session:
+        engine = Engine(loaded, session)
+        if protocol == "all":
+            return score(partial(_logits, engine), tokens, window)
+        return score_suffix(partial(suffix_logits, engine), tokens, window)
 
 
 def _logits(engine: Engine, tokens: list[int]) -> np.ndarray:
@@ -85,11 +91,14 @@ def evaluate(
     protocol: str | None = None,
     selection: str | None = None,
     threads: int | None = None,
+    tracker: str | None = None,
+    key: str | None = None,
 ) -> dict:
     """Score a text with a bundle, a checkpoint or a float model, whichever `model` is.
 
     `protocol` is one of `agq_tvm.runtime.perplexity.PROTOCOLS`, by default the one that fits the model; for
-    `selection` see `agq_tvm.flow.evaluate.evaluate_reference`, and `threads` are those of a bundle.
+    `selection` see `agq_tvm.flow.evaluate.evaluate_reference`, and `threads`, `tracker` and
+    `key` say where a bundle runs.
 
     Returns
     -------
@@ -103,10 +112,13 @@ def evaluate(
     AgqError
         See `evaluate_bundle` and `agq_tvm.flow.evaluate.evaluate_reference`.
     """
+    check_place(tracker, key)
     if not is_bundle(model):
+        if tracker is not None:
+            raise AgqError(f"{model} is no bundle, and boards run nothing else: compile it for the board's device")
         result = evaluate_reference(model, data, window, max_tokens, protocol=protocol, selection=selection)
     elif selection is None:
-        result = evaluate_bundle(model, data, window, max_tokens, threads, protocol)
+        result = evaluate_bundle(model, data, window, max_tokens, threads, protocol, tracker, key)
     else:
         raise AgqError(f"{model} is a bundle, which selects tokens by chunk: give a checkpoint to compare selections")
     return {

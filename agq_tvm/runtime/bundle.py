@@ -153,7 +153,7 @@ class Bundle:
         if LIBRARY not in self.manifest["files"]:
             raise self._damaged(f"{LIBRARY} is missing")
 
-    def check_runs_on(self, machine: str, features: frozenset[str]) -> None:
+    def check_runs_on(self, machine: str, features: frozenset[str], where: str = "this machine") -> None:
         """Refuse a processor that lacks what the code needs.
 
         Parameters
@@ -162,22 +162,27 @@ class Bundle:
             Architecture, as ``uname -m`` says.
         features : frozenset of str
             Names as in ``/proc/cpuinfo``.
+        where : str
+            Whose processor it is.
 
         Raises
         ------
         AgqError
         """
-        device = self.manifest["device"]
+        device, here = self.manifest["device"], where == "this machine"
         if machine != device["machine"]:
+            hint = (
+                "compile it with `--target host`, or run it on a board" if here else "compile it for the board's device"
+            )
             raise AgqError(
-                f"bundle {self.path} is for {device['machine']} ({device['name']}), this machine is {machine}: "
-                "compile it with `--target host`, or run it on a board"
+                f"bundle {self.path} is for {device['machine']} ({device['name']}), {where} is {machine}: {hint}"
             )
         missing = [feature for feature in device["features"] if feature not in features]
         if missing:
+            lacking = "this processor lacks" if here else f"the processor of {where} lacks"
             raise AgqError(
-                f"bundle {self.path} is for {device['name']} and needs {', '.join(missing)}, which this "
-                "processor lacks: compile it with `--target host`"
+                f"bundle {self.path} is for {device['name']} and needs {', '.join(missing)}, which {lacking}: "
+                + ("compile it with `--target host`" if here else "compile it for the board's device")
             )
 
     def arrays(self) -> dict[str, np.ndarray]:

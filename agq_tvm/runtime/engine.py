@@ -19,7 +19,17 @@ CALL_ROWS = 4
 
 
 class Session(Protocol):
-    """Where a bundle's functions run: this machine, or a board."""
+    """Where a bundle's functions run: this machine, or a board.
+
+    Attributes
+    ----------
+    emulated : bool
+        Whether it is an emulated board, whose time means nothing.
+    threads : int
+    """
+
+    emulated: bool
+    threads: int
 
     def run(self, function: str, tokens: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Call a function of the bundle: int32 arrays [M], [M] and its lengths in, float32 logits out."""
@@ -38,7 +48,10 @@ class LocalSession:
     ----------
     threads : int
         As many of them as this machine has processors for, see `agq_tvm.runtime.threads.Threads`.
+    emulated : bool
     """
+
+    emulated = False
 
     def __init__(self, bundle: Bundle, threads: int | None = None):
         bundle.check_runs_on(detect.machine(), detect.cpu_features())
@@ -106,6 +119,8 @@ class Engine:
         Positions read so far; the caches of models that prune hold fewer.
     pruning : PruningSchedule or None
         Which tokens of a prompt are dropped.
+    stop : frozenset of int
+        The tokens that end a text.
     """
 
     def __init__(self, bundle: Bundle, session: Session | None = None):
@@ -113,6 +128,7 @@ class Engine:
         self.context: int = bundle.manifest["context"]
         self.vocab_size: int = bundle.manifest["model"]["vocab_size"]
         self.buckets: list[int] = bundle.manifest["buckets"]
+        self.stop = frozenset(bundle.manifest["model"]["eos_token_ids"])
         self.pruning = read_schedule(bundle.manifest.get("pruning"))
         places = np.arange(self.context + max(self.buckets), dtype="int32")
         self._positions = np.minimum(places, self.context - 1)  # those of padding are not used

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 
 from agq_tvm.runtime.bundle import Bundle
-from agq_tvm.runtime.engine import Engine, LocalSession
+from agq_tvm.runtime.engine import Engine
+from agq_tvm.runtime.sessions import open_session
 from agq_tvm.runtime.text import load_tokenizer
 
 
@@ -14,6 +15,8 @@ def generate(
     limit: int = 64,
     threads: int | None = None,
     show: Callable[[str], None] | None = None,
+    tracker: str | None = None,
+    key: str | None = None,
 ) -> dict:
     """Generate the most likely continuation of a prompt.
 
@@ -27,11 +30,14 @@ def generate(
         Those of the device by default.
     show : callable, optional
         Called with the prompt, once the model is loaded, then with each new piece of text as it comes.
+    tracker, key : str, optional
+        A board to generate on, see `agq_tvm.runtime.sessions.open_session`.
 
     Returns
     -------
     dict
-        ``prompt``, ``text`` (the continuation), ``prompt_tokens``, ``generated_tokens``, ``seconds``.
+        ``prompt``, ``text`` (the continuation), ``prompt_tokens``, ``generated_tokens``, and ``seconds``: None on an
+        emulated board.
 
     Raises
     ------
@@ -40,13 +46,17 @@ def generate(
     """
     loaded = Bundle(bundle)
     tokenizer = load_tokenizer(loaded.path)
-    engine = Engine(loaded, LocalSession(loaded, threads))
+    with open_session(loaded, threads, tracker, key) as session:
+        result = _continue(Engine(loaded, session), tokenizer, prompt, limit, show)
+        return result | ({"seconds": None} if session.emulated else {})
+
+
+def _continue(engine: Engine, tokenizer, prompt: str, limit: int, show: Callable[[str], None] | None) -> dict:
     tokens = tokenizer.encode(prompt).ids
-    stop = frozenset(loaded.manifest["model"]["eos_token_ids"])
     start, produced, text = time.perf_counter(), [], ""
     if show:
         show(prompt)
-    for token in engine.generate(tokens, limit, stop):
+    for token in engine.generate(tokens, limit, engine.stop):
         produced.append(token)
         longer = tokenizer.decode(produced)
         if show and not longer.endswith("\ufffd"):  # else a character that is not complete

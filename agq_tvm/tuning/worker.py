@@ -46,7 +46,7 @@ def main() -> None:
     for line in jobs:
         job = json.loads(line)
         # The kernel ends this process, whatever a candidate does to it, even if the other end has died.
-        signal.alarm(int(job["limit"]) + _GRACE)
+        signal.alarm(int(job["limit"] + job.get("wait", 0)) + _GRACE)
         say(_answer(serve, job))
         signal.alarm(0)
 
@@ -128,16 +128,17 @@ class _OnBoard:
 
     def _on_board(self, job: dict) -> dict:
         from agq_tvm.boards.status import board_status, unfit
-        from agq_tvm.boards.tracker import connect
+        from agq_tvm.boards.tracker import open_session, request_board
         from agq_tvm.errors import AgqError
         from agq_tvm.tuning.places import Board
 
         try:
-            session = connect(job["tracker"], job["key"], timeout=job["limit"], wait=job["wait"])
+            grant = request_board(job["tracker"], job["key"], job["wait"])
+            board = grant.board
+            self._say({"board": board})  # from now on the time of the candidate runs
+            session = open_session(grant, job["limit"])
         except AgqError as error:
             raise MeasureError(LOST, str(error)) from None
-        board = session.board
-        self._say({"board": board})
         try:
             complaint = unfit(session, Device(**job["device"]))
             if complaint:

@@ -14,8 +14,7 @@ static int is_emulated;
 
 static TVMFFIByteArray bytes(const char *text) { return (TVMFFIByteArray){text, strlen(text)}; }
 
-/* Copies a text argument; fails if there is none or it is too long. */
-static int text_argument(const TVMFFIAny *arguments, int32_t count, char *text, size_t size) {
+int text_argument(const TVMFFIAny *arguments, int32_t count, char *text, size_t size) {
   TVMFFIByteArray value = {NULL, 0};
   if (count == 1 && arguments->type_index == kTVMFFIRawStr)
     value = bytes(arguments->v_c_str);
@@ -47,7 +46,7 @@ static int call(const char *name, const TVMFFIAny *arguments, int32_t count, TVM
   return error;
 }
 
-static int return_text(const char *text, TVMFFIAny *result) {
+int return_text(const char *text, TVMFFIAny *result) {
   TVMFFIByteArray value = bytes(text);
   return TVMFFIStringFromByteArray(&value, result);
 }
@@ -124,7 +123,7 @@ static int cpu_features(void *self, const TVMFFIAny *arguments, int32_t count, T
 }
 
 /* Reads the first line of a file of Linux's, without its end; "" if there is none. */
-static const char *line_of(const char *path, char *line, size_t size) {
+const char *line_of(const char *path, char *line, size_t size) {
   FILE *file = fopen(path, "r");
   *line = 0;
   if (file) {
@@ -152,6 +151,13 @@ static int processors(void *self, const TVMFFIAny *arguments, int32_t count, TVM
       used += (size_t)snprintf(text + used, sizeof text - used, " %s", *value || item == 2 ? value : "0");
     }
   }
+  return return_text(text, result);
+}
+
+static int status(void *self, const TVMFFIAny *arguments, int32_t count, TVMFFIAny *result) {
+  static char text[65536];
+  (void)self, (void)arguments, (void)count;
+  status_text(session_folder, text, sizeof text);
   return return_text(text, result);
 }
 
@@ -188,7 +194,7 @@ static void print_raised(const char *what) {
   TVMFFIObjectDecRef(error);
 }
 
-static int set_function(const char *name, TVMFFISafeCallType call) {
+int set_function(const char *name, TVMFFISafeCallType call) {
   TVMFFIByteArray key = bytes(name);
   TVMFFIObjectHandle function = NULL;
   if (TVMFFIFunctionCreate(NULL, call, NULL, &function) || TVMFFIFunctionSetGlobal(&key, function, 1)) {
@@ -206,8 +212,9 @@ int register_functions(const char *folder, int is_emulated_board) {
          set_function("tvm.rpc.server.listdir", list_folder) ||
          set_function("agq.board.cpu_features", cpu_features) ||
          set_function("agq.board.processors", processors) ||
+         set_function("agq.board.status", status) ||
          set_function("agq.board.use_threads", use_threads) ||
-         set_function("agq.board.emulated", emulated);
+         set_function("agq.board.emulated", emulated) || register_cache() || register_operations();
 }
 
 /* Calls one of the runtime's functions with a socket and, unless it is NULL, a message. */

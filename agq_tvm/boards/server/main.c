@@ -25,15 +25,14 @@ struct board {
 static void fail(const char *what, const char *value) {
   fprintf(stderr, "board-server: %s%s\n", what, value);
   fprintf(stderr, "usage: board-server --key KEY [--tracker HOST:PORT] [--host 127.0.0.1] [--port 0] "
-                  "[--custom-addr ADDRESS] [--emulated]\n");
+                  "[--custom-addr ADDRESS] [--cache FOLDER] [--cache-megabytes 8000] [--emulated]\n");
   exit(2);
 }
 
 /* Keys and addresses go into JSON as they are, so they may only have characters that need no escape. */
 static const char *plain(const char *value) {
-  static const char allowed[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.:_-";
   size_t length = strlen(value);
-  if (!length || length > 64 || strspn(value, allowed) != length)
+  if (!length || length > 64 || strspn(value, PLAIN) != length)
     fail("letters, digits and any of .:_- are allowed, at most 64, not ", value);
   return value;
 }
@@ -45,8 +44,15 @@ static int port_number(const char *text) {
   return (int)port;
 }
 
+static uint64_t megabytes(const char *text) {
+  char *end;
+  unsigned long count = strtoul(text, &end, 10);
+  if (!*text || *end || strlen(text) > 9) fail("not a number of megabytes: ", text);
+  return 1000000ull * count;
+}
+
 static struct options parse(int count, char **arguments) {
-  struct options options = {.host = "127.0.0.1"};
+  struct options options = {.host = "127.0.0.1", .cache_limit = 8000000000};
   for (int i = 1; i < count; i += 2) {
     const char *name = arguments[i];
     char *value = i + 1 < count ? arguments[i + 1] : NULL;
@@ -64,6 +70,10 @@ static struct options parse(int count, char **arguments) {
       options.custom_addr = plain(value);
     } else if (!strcmp(name, "--port")) {
       options.port = port_number(value);
+    } else if (!strcmp(name, "--cache")) {
+      options.cache = value;
+    } else if (!strcmp(name, "--cache-megabytes")) {
+      options.cache_limit = megabytes(value);
     } else if (!strcmp(name, "--tracker")) {
       char *colon = strrchr(value, ':');
       if (!colon || colon == value || !port_number(colon + 1))
@@ -132,15 +142,18 @@ static int serve_one(struct board *board) {
   int connection = accept4(board->server, NULL, NULL, SOCK_CLOEXEC), stop = 0;
   if (connection < 0) return 0;
   double time_limit;
-  if (session_accept(connection, board->options.key, board->match_key, &time_limit)) {
+  char user[USER_SIZE];
+  if (session_accept(connection, board->options.key, board->match_key, &time_limit, user)) {
     printf("refused a client with a wrong key\n");
     close(connection);
     return 0;
   }
   printf("session begins\n");
+  if (board->tracker >= 0) tracker_tell_user(board->tracker, &board->options, user);
   stop = session_run(connection, time_limit, board->signals, board->options.emulated);
   close(connection);
   printf("session ended\n");
+  if (board->tracker >= 0) tracker_tell_user(board->tracker, &board->options, NULL);
   if (board->tracker >= 0) offer(board);
   return stop;
 }
@@ -174,6 +187,8 @@ int main(int count, char **arguments) {
   setrlimit(RLIMIT_CORE, &no_core);
   setvbuf(stdout, NULL, _IOLBF, 0);
   signal(SIGPIPE, SIG_IGN);
+  signal(SIGXFSZ, SIG_IGN); /* a file that gets too large is an error of its write */
+  cache_configure(board.options.cache, board.options.cache_limit);
   board.signals = open_signals();
   board.server = listen_on(&board.options);
   if (board.server < 0 || board.signals < 0) return 1;
