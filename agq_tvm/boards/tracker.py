@@ -3,7 +3,10 @@
 TVM's own client waits for ever for a board that does not exist; here every wait ends.
 """
 
+import getpass
 import json
+import os
+import re
 import socket
 import struct
 from typing import TYPE_CHECKING
@@ -45,8 +48,9 @@ def tracker_summary(host: str, port: int, timeout: float = 5.0) -> dict[str, dic
     Returns
     -------
     dict
-        For each key: ``boards`` (list of ``[host, port]``), ``free`` (boards that wait for a client) and
-        ``pending`` (clients that wait for a board).
+        For each key: ``boards`` (list of ``[host, port]``), ``free`` (boards that wait for a client), ``pending``
+        (clients that wait for a board) and ``busy`` (boards that say whom they serve: ``board``, ``user``, and
+        ``since``, in seconds since 1970 by their clock).
 
     Raises
     ------
@@ -67,8 +71,12 @@ def tracker_summary(host: str, port: int, timeout: float = 5.0) -> dict[str, dic
         for info in summary["server_info"]:
             key = info["key"].removeprefix("server:")
             queue = summary["queue_info"].get(key, {})
-            entry = {"boards": [], "free": queue.get("free", 0), "pending": queue.get("pending", 0)}
+            entry = {"boards": [], "free": queue.get("free", 0), "pending": queue.get("pending", 0), "busy": []}
             keys.setdefault(key, entry)["boards"].append(list(info["addr"]))
+            busy = info.get("busy")
+            if isinstance(busy, dict):
+                since = float(busy.get("since") or 0)
+                keys[key]["busy"].append({"board": list(info["addr"]), "user": str(busy.get("user")), "since": since})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise AgqError(f"{host}:{port} does not answer like TVM's tracker: is it another program?") from error
     return keys
@@ -77,7 +85,7 @@ def tracker_summary(host: str, port: int, timeout: float = 5.0) -> dict[str, dic
 def connect(
     tracker: str, key: str, timeout: float = 600.0, wait: float = 30.0, reply: float | None = None
 ) -> "RPCSession":
-    """Open a session with a board.
+    """Open a session with a board; its attribute ``board`` is where that listens.
 
     Drop every module, tensor, device and function of a session before the next one: each keeps it open, and a
     board serves one session at a time.
@@ -119,9 +127,10 @@ def connect(
         raise AgqError(f"{tracker} does not answer like TVM's tracker: is it another program?") from error
     before = sockets()
     try:
-        session = rpc.connect(address, board_port, match_key, session_timeout=timeout)
+        session = rpc.connect(address, board_port, f"{match_key} -user={_user()}", session_timeout=timeout)
     except Exception as error:  # TVM raises its own kinds, by release
         raise AgqError(f"board {key!r} at {address}:{board_port} does not answer: look at its log") from error
+    session.board = f"{address}:{board_port}"
     session.line = Line(before, board_port, reply or timeout + _LATE_SECONDS)
     return session
 
@@ -150,6 +159,15 @@ def board_is_emulated(session: "RPCSession") -> bool:
         return bool(session.get_function("agq.board.emulated")())
     except (AttributeError, RuntimeError, ValueError):
         return False
+
+
+def _user() -> str:
+    """Return who we are, for whoever wonders who uses a board: ``name@host:process``."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        name = "unknown"
+    return re.sub(r"[^A-Za-z0-9.@:_-]", "_", f"{name}@{socket.gethostname()}:{os.getpid()}")[:60]
 
 
 def _ask(host: str, port: int, request: list, timeout: float) -> object:

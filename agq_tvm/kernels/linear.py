@@ -12,7 +12,7 @@ Weights and their scales come in the tiles of `layout.py`; activation codes come
 `quantize.py` writes them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import te
 
@@ -20,6 +20,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.kernels import linear_panels
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, intrinsic, nibble, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
+from agq_tvm.kernels.space import Space, divisors
 from agq_tvm.tvm_seam import Schedule, T
 
 ZERO = {4: 8, 8: 128}
@@ -27,6 +28,7 @@ ZERO = {4: 8, 8: 128}
 OPERANDS = ("w", "ws", "wo", "bias")
 """Packed parameters of a linear that are operands of `define`, in order."""
 _INT32_LIMIT = (1 << 31) - 1
+_MOST_ROWS, _MOST_GROUPS = 8, 16
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,10 @@ def center_of(layout: Layout, less: int, bits: int, offsets: str | None) -> int:
     return layout.zero + less - (0 if offsets else ZERO[bits])
 
 
-def define(kernel: LinearKernel, isa: InstructionSet):
+def define(kernel: LinearKernel, isa: InstructionSet, vectors: int = 0):
     """Return the matrix product as unscheduled TIR.
+
+    `vectors` are those that codes are unpacked for at a time; by default the instruction set's.
 
     Buffers, in order (rows of codes R, M or 2 M; tiles NT, groups G, k-blocks KB; S, V, L, D from the layout):
 
@@ -131,7 +135,7 @@ def define(kernel: LinearKernel, isa: InstructionSet):
     wo = te.placeholder((NT, G, V, L), kernel.offsets, name="wo") if kernel.offsets else None
     bias = te.placeholder((NT, V, L), "float32", name="bias") if kernel.bias else None
 
-    TV = isa.tile(kernel.bits, kernel.packed).vectors
+    TV = vectors or isa.tile(kernel.bits, kernel.packed).vectors
 
     def code(t, kb, s, h, v, j, i):
         if kernel.bits == 4:
@@ -196,7 +200,41 @@ def row_tile(rows: int, limit: int) -> int:
     return next(r for r in range(min(rows, limit), 0, -1) if rows % r == 0)
 
 
-def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
+def space(kernel: LinearKernel, isa: InstructionSet, threads: int = 1) -> Space:
+    """Return the decisions of a matrix product.
+
+    rows, vectors
+        Of the register tile.
+    panel
+        Groups that a register tile goes through at a time.
+    """
+    default = _default(kernel, isa)
+    layout = isa.layout(kernel.bits)
+    if kernel.code_rows == 1:
+        return Space({name: (value,) for name, value in default.items()}, default)
+    choices = {
+        "rows": _with(default["rows"], divisors(kernel.code_rows, _MOST_ROWS)),
+        # Codes of 8 bits stand as they are packed, so that a tile of fewer vectors has gaps.
+        "vectors": _with(default["vectors"], (2, 4) if kernel.bits == 4 and layout.vectors == 4 else ()),
+        "panel": _with(default["panel"], divisors(kernel.groups, _MOST_GROUPS)),
+    }
+    return Space(choices, default)
+
+
+def _with(value: int, values) -> tuple[int, ...]:
+    return tuple(sorted({value, *values}))
+
+
+def _default(kernel: LinearKernel, isa: InstructionSet) -> dict[str, int]:
+    panel = 1 if kernel.code_rows == 1 else row_tile(kernel.groups, max(1, isa.panel // kernel.group_size))
+    return {
+        "rows": row_tile(kernel.code_rows, isa.rows),
+        "vectors": isa.tile(kernel.bits, kernel.packed).vectors,
+        "panel": panel,
+    }
+
+
+def schedule(func, kernel: LinearKernel, isa: InstructionSet, decisions: dict[str, int]) -> Schedule:
     """Tile, unpack, tensorize and vectorize the definition of a matrix product.
 
     Threads take tiles of columns. Inside a tile the groups run outermost: one row reads nibbles directly; more
@@ -204,8 +242,8 @@ def schedule(func, kernel: LinearKernel, isa: InstructionSet) -> Schedule:
     """
     conversions = ["unpack"] if kernel.bits == 4 else []
     conversions += ["scales", "offsets"] if kernel.offsets else ["scales"]
-    panel = 1 if kernel.code_rows == 1 else row_tile(kernel.groups, max(1, isa.panel // kernel.group_size))
-    return schedule_tiles(func, kernel, isa, "scaled", conversions, isa.tile(kernel.bits, kernel.packed), panel)
+    tile = replace(isa.layout(kernel.bits), vectors=decisions["vectors"])
+    return schedule_tiles(func, kernel, isa, "scaled", conversions, tile, decisions["panel"], rows=decisions["rows"])
 
 
 def schedule_tiles(
@@ -217,6 +255,7 @@ def schedule_tiles(
     tile: Layout,
     panel: int = 1,
     shifted: bool = False,
+    rows: int = 0,
 ) -> Schedule:
     """Schedule a matrix product whose blocks are `conversions`, ``dot``, `total` and ``out``.
 
@@ -235,9 +274,11 @@ def schedule_tiles(
         Groups that a register tile goes through at a time.
     shifted : bool
         See `intrinsic`.
+    rows : int
+        Of the register tile; by default the instruction set's.
     """
     layout = isa.layout(kernel.bits)
-    rows = row_tile(kernel.code_rows, isa.rows)
+    rows = rows or row_tile(kernel.code_rows, isa.rows)
     sch = Schedule(func)
     dot, scaled, out = (sch.get_sblock(name) for name in ("dot", total, "out"))
 
@@ -295,9 +336,10 @@ def _place_conversions(sch: Schedule, kernel, names: list[str], g) -> None:
             sch.unroll(loop)
 
 
-def build(kernel: LinearKernel, isa: InstructionSet):
+def build(kernel: LinearKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
     """Return the scheduled PrimFunc of a matrix product, or the one around a loop in assembly where there is one."""
     if linear_panels.loop_for(kernel, isa):
         return linear_panels.build(kernel, isa)
-    func = define(kernel, isa)
-    return schedule(func, kernel, isa).mod["main"].with_attr("global_symbol", kernel.name)
+    decisions = decisions or _default(kernel, isa)
+    func = define(kernel, isa, decisions["vectors"])
+    return schedule(func, kernel, isa, decisions).mod["main"].with_attr("global_symbol", kernel.name)

@@ -7,12 +7,12 @@ from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.passes.fuse_activation_quantize import FuseActivationQuantize
 from agq_tvm.passes.lower_norms import LowerNorms
 from agq_tvm.passes.quantize_linears import LinearFormat, QuantizeLinears
-from agq_tvm.passes.schedule_kernels import ScheduleKernels
+from agq_tvm.passes.schedule_kernels import Choose, ScheduleKernels, default
 from agq_tvm.passes.share_tensors import ShareTensors
 from agq_tvm.tvm_seam import relax, tvm
 
 
-def phases(format: LinearFormat, isa: InstructionSet) -> list[tuple[str, list]]:
+def phases(format: LinearFormat, isa: InstructionSet, choose: Choose = default) -> list[tuple[str, list]]:
     """List (name, passes) in the order in which they run."""
     transform = relax.transform
     return [
@@ -20,7 +20,7 @@ def phases(format: LinearFormat, isa: InstructionSet) -> list[tuple[str, list]]:
         ("fuse_activation_quantize", [FuseActivationQuantize(isa)]),
         ("lower_norms", [LowerNorms()]),
         ("legalize", [transform.LegalizeOps()]),
-        ("schedule_kernels", [ScheduleKernels(isa)]),
+        ("schedule_kernels", [ScheduleKernels(isa, choose)]),
         ("bundle_parameters", [transform.BundleModelParams("packed")]),
         ("lower", lowering()),
     ]
@@ -50,6 +50,7 @@ def run(
     isa: InstructionSet,
     dump: Path | None = None,
     step: Callable[[str], None] = lambda name: None,
+    choose: Choose = default,
 ):
     """Run all phases.
 
@@ -62,6 +63,8 @@ def run(
         A directory where the module is written as TVMScript after each phase.
     step : callable, optional
         Called with the name of each phase before it runs.
+    choose : callable, optional
+        Returns the decisions of a kernel, see `agq_tvm.kernels.tunable`; by default all are built as by hand.
 
     Returns
     -------
@@ -72,7 +75,7 @@ def run(
     """
     _dump(mod, dump, 0, "decoder")
     parameters = []
-    for number, (name, passes) in enumerate(phases(format, isa), 1):
+    for number, (name, passes) in enumerate(phases(format, isa, choose), 1):
         step(name)
         if name == "bundle_parameters":
             parameters = _parameters(mod["decode"])

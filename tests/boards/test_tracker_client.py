@@ -79,7 +79,7 @@ def test_summary_of_a_tracker(server):
     )
     boards = [["10.0.0.1", 9090], ["10.0.0.2", 9091]]
     port = server(MAGIC + sized(info))
-    assert tracker_summary("127.0.0.1", port) == {"pi": {"boards": boards, "free": 1, "pending": 0}}
+    assert tracker_summary("127.0.0.1", port) == {"pi": {"boards": boards, "free": 1, "pending": 0, "busy": []}}
     with pytest.raises(AgqError, match=r"no board 'gone' .*; registered: pi"):
         connect(f"127.0.0.1:{port}", "gone")
 

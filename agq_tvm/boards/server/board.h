@@ -10,6 +10,9 @@
 #define RPC_MISMATCH (RPC_MAGIC + 2)
 #define TRACKER_MAGIC 0x2F271
 #define KEY_SIZE 128 /* a key with its random part */
+#define USER_SIZE 64 /* who a client says that it is */
+/* Characters that need no escape in JSON. */
+#define PLAIN "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.:_-"
 
 struct options {
   const char *key;          /* what clients ask the tracker for */
@@ -35,11 +38,16 @@ int listen_on(struct options *options);
 /* tracker.c: the tracker's protocol (tvm/rpc/tracker.py). */
 int tracker_connect(const struct options *options); /* a socket, or -1 */
 int tracker_offer(int tracker, const struct options *options, const char *match_key);
+int tracker_tell_user(int tracker, const struct options *options, const char *user); /* NULL: the board is free */
 int tracker_holds(int tracker, const char *match_key); /* 1: nobody has asked for it yet; 0: somebody has */
 
 /* session.c */
-int session_accept(int connection, const char *key, const char *match_key, double *time_limit);
+int session_accept(int connection, const char *key, const char *match_key, double *time_limit,
+                   char user[USER_SIZE]);
 int session_run(int connection, double time_limit, int signals, int emulated); /* 1: told to stop */
+
+/* status.c: agq.board.status, as JSON. */
+void status_text(const char *folder, char *text, size_t size);
 
 /* sha256.c */
 struct sha256 {
@@ -60,6 +68,7 @@ int register_operations(void);
 
 /* functions.c: what a session offers beside TVM's runtime. */
 int register_functions(const char *folder, int emulated);
+const char *line_of(const char *path, char *line, size_t size); /* the first line of a file; "" if there is none */
 int set_function(const char *name, TVMFFISafeCallType call);
 int return_text(const char *text, TVMFFIAny *result);
 /* Copies a text argument; fails if there is none or it is too long. */

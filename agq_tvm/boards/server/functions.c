@@ -123,7 +123,7 @@ static int cpu_features(void *self, const TVMFFIAny *arguments, int32_t count, T
 }
 
 /* Reads the first line of a file of Linux's, without its end; "" if there is none. */
-static const char *line_of(const char *path, char *line, size_t size) {
+const char *line_of(const char *path, char *line, size_t size) {
   FILE *file = fopen(path, "r");
   *line = 0;
   if (file) {
@@ -151,6 +151,13 @@ static int processors(void *self, const TVMFFIAny *arguments, int32_t count, TVM
       used += (size_t)snprintf(text + used, sizeof text - used, " %s", *value || item == 2 ? value : "0");
     }
   }
+  return return_text(text, result);
+}
+
+static int status(void *self, const TVMFFIAny *arguments, int32_t count, TVMFFIAny *result) {
+  static char text[65536];
+  (void)self, (void)arguments, (void)count;
+  status_text(session_folder, text, sizeof text);
   return return_text(text, result);
 }
 
@@ -205,6 +212,7 @@ int register_functions(const char *folder, int is_emulated_board) {
          set_function("tvm.rpc.server.listdir", list_folder) ||
          set_function("agq.board.cpu_features", cpu_features) ||
          set_function("agq.board.processors", processors) ||
+         set_function("agq.board.status", status) ||
          set_function("agq.board.use_threads", use_threads) ||
          set_function("agq.board.emulated", emulated) || register_cache() || register_operations();
 }

@@ -31,9 +31,8 @@ static void fail(const char *what, const char *value) {
 
 /* Keys and addresses go into JSON as they are, so they may only have characters that need no escape. */
 static const char *plain(const char *value) {
-  static const char allowed[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.:_-";
   size_t length = strlen(value);
-  if (!length || length > 64 || strspn(value, allowed) != length)
+  if (!length || length > 64 || strspn(value, PLAIN) != length)
     fail("letters, digits and any of .:_- are allowed, at most 64, not ", value);
   return value;
 }
@@ -143,15 +142,18 @@ static int serve_one(struct board *board) {
   int connection = accept4(board->server, NULL, NULL, SOCK_CLOEXEC), stop = 0;
   if (connection < 0) return 0;
   double time_limit;
-  if (session_accept(connection, board->options.key, board->match_key, &time_limit)) {
+  char user[USER_SIZE];
+  if (session_accept(connection, board->options.key, board->match_key, &time_limit, user)) {
     printf("refused a client with a wrong key\n");
     close(connection);
     return 0;
   }
   printf("session begins\n");
+  if (board->tracker >= 0) tracker_tell_user(board->tracker, &board->options, user);
   stop = session_run(connection, time_limit, board->signals, board->options.emulated);
   close(connection);
   printf("session ended\n");
+  if (board->tracker >= 0) tracker_tell_user(board->tracker, &board->options, NULL);
   if (board->tracker >= 0) offer(board);
   return stop;
 }

@@ -20,8 +20,18 @@
 
 enum { RUNNING, ENDED, EXPIRED, STOPPED };
 
-/* Checks the client's key ("client:KEY:RANDOM [-timeout=SECONDS]") and answers it. */
-int session_accept(int connection, const char *key, const char *match_key, double *time_limit) {
+/* Copies the value of an option, " -NAME=VALUE", as far as its characters need no escape in JSON. */
+static void option_text(const char *options, const char *name, char *value, size_t size) {
+  const char *found = strstr(options, name);
+  size_t length = found ? strspn(found + strlen(name), PLAIN "@") : 0;
+  if (length >= size) length = size - 1;
+  if (found) memcpy(value, found + strlen(name), length);
+  value[length] = 0;
+}
+
+/* Checks the client's key ("client:KEY:RANDOM [-user=NAME] [-timeout=SECONDS]") and answers it. */
+int session_accept(int connection, const char *key, const char *match_key, double *time_limit,
+                   char user[USER_SIZE]) {
   int32_t magic, size;
   char asked[512], expected[KEY_SIZE + 16], own[KEY_SIZE + 16];
   set_time_limit(connection, 5);
@@ -33,6 +43,7 @@ int session_accept(int connection, const char *key, const char *match_key, doubl
   const char *limit = strstr(asked, " -timeout=");
   *time_limit = limit ? strtod(limit + strlen(" -timeout="), NULL) : 0;
   if (!isfinite(*time_limit) || *time_limit < 0) *time_limit = 0;
+  option_text(asked, " -user=", user, USER_SIZE);
   asked[strcspn(asked, " ")] = 0;
   snprintf(expected, sizeof expected, "client:%s", match_key);
   if (strcmp(asked, expected)) {

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { PUT = 3, UPDATE_INFO = 5, GET_PENDING_MATCHKEYS = 7 };
@@ -34,13 +35,20 @@ static const char *address(const struct options *options, char text[KEY_SIZE + 2
   return text;
 }
 
+/* The tracker gives what it is told of a board to whoever asks for its summary. */
+int tracker_tell_user(int tracker, const struct options *options, const char *user) {
+  char text[KEY_SIZE + 2], busy[128] = "null", request[512];
+  if (user)
+    snprintf(busy, sizeof busy, "{\"user\": \"%s\", \"since\": %lld}", user, (long long)time(NULL));
+  snprintf(request, sizeof request, "[%d, {\"key\": \"server:%s\", \"addr\": [%s, %d], \"busy\": %s}]",
+           UPDATE_INFO, options->key, address(options, text), options->port, busy);
+  return tell(tracker, request);
+}
+
 static int introduce(int tracker, const struct options *options) {
   int32_t magic;
-  char text[KEY_SIZE + 2], request[512];
   if (write_int(tracker, TRACKER_MAGIC) || read_int(tracker, &magic) || magic != TRACKER_MAGIC) return -1;
-  snprintf(request, sizeof request, "[%d, {\"key\": \"server:%s\", \"addr\": [%s, %d]}]", UPDATE_INFO,
-           options->key, address(options, text), options->port);
-  return tell(tracker, request);
+  return tracker_tell_user(tracker, options, NULL);
 }
 
 int tracker_connect(const struct options *options) {

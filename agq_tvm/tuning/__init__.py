@@ -1,0 +1,1 @@
+"""Tuning: tasks, candidates, the search for better schedules, and what measures them."""

@@ -1,0 +1,40 @@
+"""Measuring on this machine, each candidate in a process that it may take along."""
+
+from tvm.ir.utils import derived_object
+
+from agq_tvm.tuning.measure import CRASHED, HUNG, Effort
+from agq_tvm.tuning.measurer import TIMEOUT, Measurer
+from agq_tvm.tuning.runner import MeasuringRunner
+from agq_tvm.tuning.task import Task
+from agq_tvm.tuning.workers import Worker, WorkerEnded, WorkerLate
+
+
+class LocalMeasurer(Measurer):
+    """Measures on this machine, one candidate at a time; see `Measurer`."""
+
+    def __init__(self, task: Task, effort: Effort = Effort(), timeout: float = TIMEOUT) -> None:  # noqa: B008
+        super().__init__(task, effort, timeout, 1, "here")
+
+    def _ask(self, worker: Worker, job: dict) -> dict:
+        try:
+            return worker.ask(job, job["limit"])
+        except WorkerLate:
+            return {"kind": HUNG, "text": f"no result within {job['limit']:g} s"}
+        except WorkerEnded as error:
+            return {"kind": CRASHED, "text": str(error)}
+
+
+@derived_object
+class LocalRunner(MeasuringRunner):
+    """MetaSchedule's runner on this machine.
+
+    Parameters
+    ----------
+    task : Task
+    effort : Effort
+    timeout : float
+        Seconds for a candidate.
+    """
+
+    def __init__(self, task: Task, effort: Effort = Effort(), timeout: float = TIMEOUT) -> None:  # noqa: B008
+        super().__init__(LocalMeasurer(task, effort, timeout))

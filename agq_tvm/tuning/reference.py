@@ -1,0 +1,88 @@
+"""What a candidate must compute: from numpy where that is exact, else from the hand-made kernel on the same device."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from agq_tvm.kernels import tunable
+from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.layout import K_BLOCK
+from agq_tvm.kernels.linear import LinearKernel, center_of
+from agq_tvm.tuning.measure import Argument
+from agq_tvm.tuning.operands import Operand, digest, operands_of
+from agq_tvm.tuning.task import Task
+
+
+def expected_digest(task: Task, operands: list[Operand]) -> int | None:
+    """Return the digest of a task's result, from numpy; None for kernels of which numpy knows nothing here."""
+    if not isinstance(task.kernel, LinearKernel):
+        return None
+    arrays = {operand.name: operand.array() for operand in operands if operand.role != "output"}
+    return digest(multiply(task.kernel, task.instruction_set, arrays))
+
+
+def arguments_of(
+    task: Task, digests: Mapping[int, int] | None = None, files: Mapping[int, Path] | None = None
+) -> list[Argument]:
+    """List a task's arguments, with what is expected of those that the kernel writes.
+
+    Parameters
+    ----------
+    task : Task
+    digests : dict of int to int, optional
+        Digests by place; by default that from numpy, if there is one.
+    files : dict of int to path, optional
+        Arrays by place, where results depend on the order of sums.
+    """
+    operands = operands_of(task.kernel, tunable.build(task.kernel, task.instruction_set))
+    written = [place for place, operand in enumerate(operands) if operand.role in ("output", "updated")]
+    if digests is None:
+        known = expected_digest(task, operands)
+        digests = {} if known is None else {written[0]: known}
+    arrays = {place: str(path) for place, path in (files or {}).items()}
+    arguments = [Argument(operand.shape, operand.dtype, operand.role) for operand in operands]
+    for place in written:
+        arguments[place] = replace(arguments[place], digest=digests.get(place), reference=arrays.get(place))
+    return arguments
+
+
+def is_exact(task: Task) -> bool:
+    """Whether a kernel's results are the same bits in whatever order it sums: matrix products are, see `operands`."""
+    return hasattr(task.kernel, "columns")
+
+
+def multiply(kernel: LinearKernel, isa: InstructionSet, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Compute a quantized matrix product as `agq_tvm.kernels.linear` defines it, float32 [rows, columns].
+
+    Parameters
+    ----------
+    kernel : LinearKernel
+    isa : InstructionSet
+    arrays : dict of str to array
+        Its operands, whose sums are small enough for floats to be exact.
+    """
+    layout, rows = isa.layout(kernel.bits), kernel.code_rows
+    blocks, columns = arrays["x"].shape[0], layout.tiles(kernel.columns) * layout.width
+    less = isa.center(kernel.bits, kernel.activation_bits, kernel.packed)
+    codes = layout.unpack(arrays["w"].view("uint8"), columns, blocks * K_BLOCK).astype("float64")
+    x = arrays["x"].transpose(1, 0, 2, 3, 4).reshape(rows, -1).astype("float64")
+    center = center_of(layout, less, kernel.bits, kernel.offsets)
+    sums, scales = arrays["xsum"].astype("float64"), _by_column(arrays["ws"])
+    offsets = _by_column(arrays["wo"]) + scales * center if kernel.offsets else scales * center
+    sx = np.broadcast_to(arrays["sx"].astype("float64"), sums.shape)
+    total = np.zeros((rows, columns))
+    for g in range(kernel.groups):
+        part = slice(g * kernel.group_size, (g + 1) * kernel.group_size)
+        dot = x[:, part] @ (codes[:, part] - (layout.zero + less)).T
+        total += (dot * scales[:, g] + sums[:, g : g + 1] * offsets[:, g]) * sx[:, g : g + 1]
+    result = sum(total[term * kernel.rows : (term + 1) * kernel.rows] for term in range(kernel.terms))
+    if kernel.bias:
+        result = result + arrays["bias"].reshape(-1).astype("float64")
+    return result.astype("float32")
+
+
+def _by_column(tiled: np.ndarray) -> np.ndarray:
+    """Return what is stored in tiles, [tiles, G, vectors, lanes], as float64 [columns, G]."""
+    return tiled.astype("float64").transpose(0, 2, 3, 1).reshape(-1, tiled.shape[1])

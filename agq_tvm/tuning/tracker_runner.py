@@ -1,0 +1,126 @@
+"""Measuring on boards behind a tracker, as many at a time as are registered under a key.
+
+The tracker is the queue: each worker process asks it for a board, measures one candidate, and gives the board back.
+"""
+
+import threading
+import time
+from dataclasses import asdict
+
+from tvm.ir.utils import derived_object
+
+from agq_tvm.boards.fleet import check_fleet
+from agq_tvm.progress import say
+from agq_tvm.tuning.measure import CRASHED, LOST, NO_VERDICT, Effort
+from agq_tvm.tuning.measurer import TIMEOUT, Measurer
+from agq_tvm.tuning.runner import MeasuringRunner
+from agq_tvm.tuning.task import Task
+from agq_tvm.tuning.workers import Worker, WorkerEnded, WorkerLate
+
+PATIENCE = 600.0
+"""Seconds for which boards that went away are waited for."""
+_LOSSES = 3
+"""Boards that a candidate may lose before it is taken for the reason."""
+_PAUSE = 1.0
+_MARGIN = 20.0
+"""Seconds after which a board that should have ended a session itself counts as lost."""
+
+
+class TrackerMeasurer(Measurer):
+    """Measures on the boards of a key; see `Measurer`.
+
+    Parameters
+    ----------
+    task : Task
+    tracker : str
+        ``"HOST:PORT"``.
+    key : str
+    effort : Effort
+    timeout : float
+        Seconds for a candidate, on the board.
+    patience : float
+        Seconds for which a board is waited for, while all are gone or busy. A candidate that finds none is ``"lost"``:
+        not measured, and no worse for it.
+
+    Raises
+    ------
+    AgqError
+        If there is no tracker, nobody has the key, or a board under it cannot run what is compiled for the device.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tracker: str,
+        key: str,
+        effort: Effort = Effort(),  # noqa: B008
+        timeout: float = TIMEOUT,
+        patience: float = PATIENCE,
+    ) -> None:
+        boards = check_fleet(tracker, key, task.device)
+        super().__init__(task, effort, timeout, boards, "board")
+        self._tracker, self._key, self._patience = tracker, key, patience
+        self._lock, self._said = threading.Lock(), ""
+
+    def _ask(self, worker: Worker, job: dict) -> dict:
+        """Measure on whatever board comes; once more on another one if the board goes away."""
+        job |= {"tracker": self._tracker, "key": self._key, "device": asdict(self.task.device)}
+        losses, deadline = 0, time.monotonic() + self._patience
+        while True:
+            board: list[str] = []
+            answer = self._once(worker, job, max(deadline - time.monotonic(), 1.0), board)
+            if answer.get("kind") not in NO_VERDICT or self._closed.is_set():
+                return answer
+            if board and answer["kind"] == LOST:  # it was there when the candidate began
+                losses, deadline = losses + 1, time.monotonic() + self._patience
+                if losses >= _LOSSES:
+                    return {"kind": CRASHED, "text": f"{losses} boards were lost while it ran: {answer['text']}"}
+            if time.monotonic() >= deadline:
+                return answer
+            self._say(answer["text"])
+            self._closed.wait(_PAUSE)
+
+    def _once(self, worker: Worker, job: dict, wait: float, board: list[str]) -> dict:
+        """Ask for a board once; its name is put into `board`."""
+
+        def told(answer: dict) -> float:
+            board.append(answer["board"])
+            return job["limit"] + _MARGIN
+
+        try:
+            return worker.ask(job | {"wait": wait}, wait + _MARGIN, told)
+        except WorkerEnded as error:
+            return {"kind": LOST, "text": f"{board[0] if board else 'a board'}: {error}"}
+        except WorkerLate:
+            where = board[0] if board else f"the tracker {self._tracker}"
+            return {"kind": LOST, "text": f"{where} has not answered in time"}
+
+    def _say(self, text: str) -> None:
+        """Say what goes on, once."""
+        with self._lock:
+            if text == self._said:
+                return
+            self._said = text
+        say(f"{text}: what it measured is measured again, on the next board")
+
+
+@derived_object
+class TrackerRunner(MeasuringRunner):
+    """MetaSchedule's runner on the boards of a key; see `TrackerMeasurer`.
+
+    Raises
+    ------
+    AgqError
+        If there is no tracker, nobody has the key, or a board under it cannot run what is compiled for the device.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tracker: str,
+        key: str,
+        effort: Effort = Effort(),  # noqa: B008
+        timeout: float = TIMEOUT,
+        patience: float = PATIENCE,
+    ) -> None:
+        super().__init__(TrackerMeasurer(task, tracker, key, effort, timeout, patience))

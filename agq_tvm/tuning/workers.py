@@ -1,0 +1,137 @@
+"""The other end of `worker.py`: a process that is asked with a time limit and ended when it does not answer."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from agq_tvm.boards.processes import last_line
+
+_START_LIMIT = 300.0
+"""Seconds: the machine may be busy with other things."""
+
+
+class WorkerEnded(Exception):
+    """A worker ended while it was asked; the text says how."""
+
+
+class WorkerLate(Exception):
+    """A worker did not answer in time and was ended."""
+
+
+class Worker:
+    """A process of `agq_tvm.tuning.worker`, started when it is first asked, and again after it ended.
+
+    Parameters
+    ----------
+    kind : str
+        ``"here"``, for this machine, or ``"board"``.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._process: subprocess.Popen | None = None
+        self._buffer = b""
+        self._log = tempfile.NamedTemporaryFile(prefix="agq-worker-", suffix=".log")
+
+    @property
+    def pid(self) -> int | None:
+        """Number of the process, None while there is none."""
+        return self._process.pid if self._process else None
+
+    def ask(self, job: dict, limit: float, told: Callable[[dict], float | None] = lambda _: None) -> dict:
+        """Give a job to the process and return its answer.
+
+        Parameters
+        ----------
+        job : dict
+            What goes into JSON.
+        limit : float
+            Seconds for it, the start of the process not counted.
+        told : callable
+            Gets what the process says before its answer, and may return a new limit from then on.
+
+        Raises
+        ------
+        WorkerEnded
+        WorkerLate
+        """
+        try:
+            self._start()
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            self._process.stdin.flush()
+            answer = self._line(time.monotonic() + limit)
+            while answer.keys() == {"board"}:
+                more = told(answer)
+                answer = self._line(time.monotonic() + (limit if more is None else more))
+        except BrokenPipeError:
+            raise WorkerEnded(self._end()) from None
+        except BaseException:
+            self.close()
+            raise
+        return answer
+
+    def kill(self) -> None:
+        """End the process, from any thread; whoever asks it is told."""
+        process = self._process
+        if process:
+            process.kill()
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                stream.close()
+        self._process, self._buffer = None, b""
+
+    def _start(self) -> None:
+        if self._process and self._process.poll() is not None:
+            self.close()
+        if self._process:
+            return
+        self._log.truncate(0)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "agq_tvm.tuning.worker", self._kind],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open(self._log.name, "ab"),
+            env=_environment(),
+            start_new_session=True,  # Ctrl-C is for the tuner, which ends its workers
+        )
+        self._line(time.monotonic() + _START_LIMIT)
+
+    def _line(self, deadline: float) -> dict:
+        """Return the next line that the process says."""
+        stream = self._process.stdout.fileno()
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([stream], [], [], left)[0]:
+                raise WorkerLate
+            part = os.read(stream, 1 << 16)
+            if not part:
+                raise WorkerEnded(self._end())
+            self._buffer += part
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def _end(self) -> str:
+        """Say how the process ended."""
+        code = self._process.wait()
+        if code < 0:
+            return f"its process was ended by signal {-code} ({signal.strsignal(-code)})"
+        return f"its process ended with code {code}: {last_line(self._log.name)}"
+
+
+def _environment() -> dict[str, str]:
+    """Return a worker's environment: as ours, and able to import what we can."""
+    folder = str(Path(__file__).parents[2])
+    paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
