@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from agq_tvm.boards.status import board_status
 from agq_tvm.boards.tracker import board_features, board_is_emulated, connect
 from agq_tvm.errors import AgqError
 from agq_tvm.progress import say
@@ -52,9 +53,11 @@ def open_board(bundle: Bundle, tracker: str, key: str | None, threads: int | Non
         say(f"board {key or device} at {tracker}: loading {bundle.path}")
         board = BoardSession(bundle, connection, threads)
         yield board
-    except (RuntimeError, OSError) as error:
-        connection.line.cut()
-        raise AgqError(f"board {key or device} at {tracker}: {_reason(error)}") from None
+    except BaseException as error:
+        connection.line.cut()  # else each handle, as it is dropped, would wait for a board that may be gone
+        if isinstance(error, RuntimeError | OSError):
+            raise AgqError(f"board {key or device} at {tracker}: {_reason(error)}") from None
+        raise
     finally:
         if board is not None:
             board.close()
@@ -184,8 +187,14 @@ class BoardSession:
         return by_time([Operation(name, int(calls), 1e-9 * int(nanoseconds)) for name, calls, nanoseconds in lines])
 
     def status(self) -> dict[str, float] | None:
-        """Return the board's temperature and clock; None if its server, such as TVM's own in Python, cannot tell."""
-        return None
+        """Return what `LocalSession.status` does; None if the board's server cannot tell, as TVM's own in Python."""
+        told = board_status(self._rpc) or {}
+        found = {
+            name: unit * max(told[source].values())
+            for name, source, unit in (("temperature_celsius", "millidegrees", 1e-3), ("clock_hertz", "kilohertz", 1e3))
+            if told.get(source)
+        }
+        return found or None
 
     def peak_bytes(self) -> int | None:
         """Return the most memory that the session had on the board, None if its server cannot tell."""

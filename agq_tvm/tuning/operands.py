@@ -99,7 +99,9 @@ class Operand:
         place = te.reduce_axis((0, self.size), "place")
 
         def term(_):
-            mixed = _mixed(_bits(values(*self._indices(place)), self.dtype) ^ (T.Cast("uint32", place) * _uint(_GOLDEN)))
+            mixed = _mixed(
+                _bits(values(*self._indices(place)), self.dtype) ^ (T.Cast("uint32", place) * _uint(_GOLDEN))
+            )
             return te.sum(T.Cast("int64", mixed), axis=[place])
 
         return te.create_prim_func([values, te.compute((1,), term, name="digest")])
