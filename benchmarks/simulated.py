@@ -37,9 +37,10 @@ from benchmarks.tables import RESULTS, aligned, report, write_report
 X86_DEVICE = "x86-64-avx2"
 ARM_DEVICES = ("raspberry-pi-4", "raspberry-pi-5")
 """The Snapdragon 870 has the core model and the instructions of the Raspberry Pi 5."""
-SHAPES = ((1, 1536, 576), (16, 1536, 576), (128, 576, 576))
-"""M, N and K: SmolLM2's gate and up, and its q and o."""
-LARGE = (1, 4096, 4096)
+X86_PRODUCTS = ((1, 1536, 576, 4), (16, 1536, 576, 4), (128, 576, 576, 4), (1, 4096, 4096, 4))
+"""M, N, K and bits: SmolLM2's gate or up, its q or o, and one of LLaMA-7B."""
+ARM_PRODUCTS = ((1, 1536, 576, 4), (16, 1536, 576, 4), (16, 1536, 576, 8))
+"""Several rows of 4-bit weights have loops in assembly, about which there is less to decide."""
 _HEAD = ("device", "product", "core", "candidates", "compared", "Spearman", "Kendall", "first", "default", "worst")
 _WARM = 3
 
@@ -167,15 +168,12 @@ def comparisons(candidates: list[Candidate]) -> list[Comparison]:
     return found
 
 
-def tasks(device: str, shapes: Sequence[tuple[int, int, int]]) -> list[Task]:
-    """Return tasks of a device: products of 4-bit weights in groups of 32, those that have a design space."""
+def tasks(device: str, products: Sequence[tuple[int, int, int, int]]) -> list[Task]:
+    """Return tasks of a device: products with weights in groups of 32, one thread."""
     target, found = load_device(device), []
-    for rows, columns, channels in shapes:
-        kernel = LinearKernel(rows, columns, channels, 4, 32, True, "float16", False)
-        try:
-            found.append(make_task(kernel, target.instruction_set, target, 1))
-        except AgqError as error:
-            print(error, file=sys.stderr)
+    for rows, columns, channels, bits in products:
+        kernel = LinearKernel(rows, columns, channels, bits, 32, True, "float16" if bits == 4 else None, False)
+        found.append(make_task(kernel, target.instruction_set, target, 1))
     return found
 
 
@@ -214,9 +212,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="of timing; default: 20")
     parser.add_argument("--only", choices=("x86", "arm"))
     arguments = parser.parse_args()
-    chosen = [] if arguments.only == "arm" else [(task, host_core()) for task in tasks(X86_DEVICE, (*SHAPES, LARGE))]
+    chosen = []
+    if arguments.only != "arm":
+        chosen += [(task, host_core()) for task in tasks(X86_DEVICE, X86_PRODUCTS)]
     if arguments.only != "x86":
-        chosen += [(task, None) for device in ARM_DEVICES for task in tasks(device, SHAPES)]
+        chosen += [(task, None) for device in ARM_DEVICES for task in tasks(device, ARM_PRODUCTS)]
     for task, _ in chosen:
         check_simulation(task)
     results = [_measure(task, arguments, core) for task, core in chosen]

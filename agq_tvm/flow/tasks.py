@@ -7,7 +7,7 @@ from pathlib import Path
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.attention_form import AttentionKernel, attention_form
-from agq_tvm.kernels.attrs import described_as
+from agq_tvm.kernels.attrs import description_of
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.quantize.checkpoint import read_checkpoint
@@ -18,8 +18,6 @@ from agq_tvm.tuning.task import Task, make_task
 
 PREFILL = 512
 """Tokens of the prompt that kernels are weighted by, beside a decode step."""
-CONTEXTS = (256, 1024, 4096)
-"""Lengths that attention is tuned with; a kernel takes the decisions of the largest that its caches reach."""
 
 
 def extract_tasks(checkpoint: str | Path, device: Device, context: int, cache: str) -> list[Task]:
@@ -58,8 +56,8 @@ def tuned_variants(kernel) -> list:
     """Return the kernels that stand for one when it is tuned: attention of several lengths, else the kernel itself."""
     if not isinstance(kernel, AttentionKernel):
         return [kernel]
-    reached = [context for context in CONTEXTS if context <= kernel.context] or CONTEXTS[:1]
-    return [replace(kernel, context=context) for context in reached if context >= kernel.rows]
+    reached = [context for context in tunable.CONTEXTS if context <= kernel.context] or tunable.CONTEXTS[:1]
+    return [tunable.specialized(kernel, context) for context in reached if context >= kernel.rows]
 
 
 def _count_kernels(source, isa, context: int, cache: str) -> dict:
@@ -77,7 +75,8 @@ def _count_kernels(source, isa, context: int, cache: str) -> dict:
         if name == "schedule_kernels":
             break
         module = tvm.transform.Sequential(passes)(module)
-    kernels = {gvar.name_hint: kernel for gvar, func in module.functions_items() if (kernel := _described(func))}
+    described = {gvar.name_hint: description_of(func) for gvar, func in module.functions_items()}
+    kernels = {name: tunable.described(value, isa) for name, value in described.items() if value}
     runs = Counter({"decode": 1}) + Counter(f"prefill_{rows}" for rows, _ in chunks(PREFILL, PREFILL_BUCKETS))
     counts = dict.fromkeys(kernels.values(), 0)
     for gvar, func in module.functions_items():
@@ -86,12 +85,6 @@ def _count_kernels(source, isa, context: int, cache: str) -> dict:
                 if name in kernels:
                     counts[kernels[name]] += runs[gvar.name_hint]
     return counts
-
-
-def _described(func):
-    """Return the description of a PrimFunc that can be tuned, None for anything else."""
-    found = (described_as(func, kind) for kind in tunable.KINDS.values())
-    return next((kernel for kernel in found if kernel is not None), None)
 
 
 def _called(func):

@@ -142,10 +142,9 @@ def _result(request: TuneRequest, device: Device, library: Library, progress, se
 
 def _seconds_of_default(library: Library, progress) -> float | None:
     """Return the time of the hand-made schedule, measured beside the best where that was confirmed."""
-    from agq_tvm.kernels import tunable
 
     task, best = progress.task, library.best(progress.task.name)
-    default = tunable.space_of(task.kernel, task.instruction_set, task.threads).default
+    default = task.space.default
     alike = [
         record.time
         for record in library.of_task(task.name)

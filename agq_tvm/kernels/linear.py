@@ -199,7 +199,7 @@ def define(kernel: LinearKernel, isa: InstructionSet, plan: Plan | None = None):
 def build(kernel: LinearKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
     """Return the scheduled PrimFunc of a matrix product, or the one around a loop in assembly where there is one."""
     if linear_panels.loop_for(kernel, isa):
-        return linear_panels.build(kernel, isa)
+        return linear_panels.build(kernel, isa, decisions)
     plan = Plan(**(decisions or default(kernel, isa)))
     conversions = ["unpack"] if kernel.bits == 4 else []
     conversions += ["scales", "offsets"] if kernel.offsets else ["scales"]

@@ -5,13 +5,12 @@ from agq_tvm.kernels.linear_schedule import row_tile
 from agq_tvm.kernels.space import Space, divisors
 
 _SUMS = {"avx512vnni": 24, "generic": 8}
-"""Vectors of sums that stay in registers, next to weights and activations."""
 _OTHER_SUMS = 12
 _MOST_ROWS = 16
 _PANELS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 32)
 _UNROLLS = (1, 2, 4)
 _BLOCKS = (1, 2, 4)
-_AHEAD = (0, 2, 4, 8, 16, 32)
+_AHEAD_OF_ONE_ROW, _AHEAD = (0, 2, 4, 8, 16, 32), (0, 8)
 _MOST_MULTIPLIES = 1024
 """Of a loop's body: beyond, compiling takes long and instructions leave their cache."""
 
@@ -33,6 +32,11 @@ def default(kernel, isa: InstructionSet) -> dict[str, int]:
     }
 
 
+def most_sums(isa: InstructionSet) -> int:
+    """Return how many vectors of sums stay in registers, next to weights and activations."""
+    return _SUMS.get(isa.name, _OTHER_SUMS)
+
+
 def space(kernel, isa: InstructionSet, threads: int = 1) -> Space:
     """Return the decisions of a `LinearKernel`; with one thread, there is none about sharing."""
     made, layout = default(kernel, isa), isa.layout(kernel.bits)
@@ -49,7 +53,7 @@ def space(kernel, isa: InstructionSet, threads: int = 1) -> Space:
         "parallel": (0, 1) if several else (1,),
         "unroll": _UNROLLS,
         "columns_first": (0, 1),
-        "ahead": _AHEAD if multiply and not multiply.implement else (0,),
+        "ahead": (0,) if multiply is None or kernel.bits == 8 else _AHEAD_OF_ONE_ROW if one_row else _AHEAD,
     }
     choices = {name: tuple(sorted({made[name], *values})) for name, values in choices.items()}
 
@@ -62,7 +66,7 @@ def space(kernel, isa: InstructionSet, threads: int = 1) -> Space:
 def _fits(kernel, isa: InstructionSet, layout, d: dict[str, int]):
     packed, partial = d["inline"] and kernel.bits == 4, d["vectors"] < layout.vectors
     multiply = isa.multiply(kernel.bits, kernel.activation_bits, bool(packed), d["rows"])
-    yield d["rows"] * d["vectors"] <= _SUMS.get(isa.name, _OTHER_SUMS)
+    yield d["rows"] * d["vectors"] <= most_sums(isa)
     yield kernel.code_rows % (d["rows"] * d["blocks"]) == 0
     yield d["panel"] % d["unroll"] == 0
     yield d["unroll"] * d["rows"] * d["vectors"] * kernel.group_size // layout.depth <= _MOST_MULTIPLIES

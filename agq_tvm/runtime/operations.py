@@ -32,8 +32,6 @@ def kernels_first(operations: Iterable[Operation]) -> list[Operation]:
     operations = list(operations)
     builtin = [each for each in operations if each.name.startswith(_BUILTIN)]
     kernels = [each for each in operations if not each.name.startswith(_BUILTIN)]
-    rest = Operation(
-        VIRTUAL_MACHINE, sum(each.calls for each in builtin), sum(each.seconds for each in builtin)
-    )
+    rest = Operation(VIRTUAL_MACHINE, sum(each.calls for each in builtin), sum(each.seconds for each in builtin))
     ordered = sorted(kernels, key=lambda each: (-each.seconds, each.name))
     return [*ordered, *([rest] if builtin else [])]

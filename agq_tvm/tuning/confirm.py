@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from agq_tvm.kernels import tunable
 from agq_tvm.kernels.records import Record
 from agq_tvm.tuning.task import Task
 
@@ -21,7 +20,7 @@ def to_confirm(task: Task, known: Sequence[Record], all_records: Sequence[Record
     all_records : sequence of Record
         Of the task, with confirmations.
     """
-    default = tunable.space_of(task.kernel, task.instruction_set, task.threads).default
+    default = task.space.default
     good = sorted((record for record in known if record.usable), key=lambda record: record.time)
     own = next((record for record in good if record.decisions == default), None)
     if own is None or good[0] is own:

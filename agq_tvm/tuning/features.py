@@ -8,6 +8,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from agq_tvm.kernels import tunable
 from agq_tvm.tuning.carrier import decisions_of
+from agq_tvm.tuning.context import tune_context
 from agq_tvm.tuning.task import Task
 from agq_tvm.tvm_seam import Schedule, Target, tvm
 
@@ -46,7 +47,7 @@ class KernelFeatures(ms.feature_extractor.PyFeatureExtractor):
         try:
             func = tunable.build(task.kernel, task.instruction_set, decisions).with_attr("global_symbol", "main")
             module = tvm.IRModule({"main": func})
-            context = ms.TuneContext(mod=module, target=Target(task.device.tvm_target()), num_threads=1)
+            context = tune_context(mod=module, target=Target(task.device.tvm_target()))
             candidate = ms.MeasureCandidate(Schedule(module), [])
             found = self.stores.extract_from(context, [candidate])[0].numpy()
         except Exception:

@@ -38,7 +38,6 @@ def provenance_of(task: Task, told: dict, local: bool) -> dict:
         "versions": _versions(),
         "kernel_version": tunable.version_of(task.kernel),
         "commit": _commit(),
-        "space": tunable.space_of(task.kernel, task.instruction_set, task.threads).checksum(),
         **told,
     }
 

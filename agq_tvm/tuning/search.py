@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from tvm.s_tir import meta_schedule as ms
 
 from agq_tvm.errors import AgqError
-from agq_tvm.kernels import tunable
 from agq_tvm.kernels.space import Space
 from agq_tvm.tuning.carrier import carrier, scheduled, space_generator
 from agq_tvm.tuning.carrier import decisions_of as read
+from agq_tvm.tuning.context import tune_context
 from agq_tvm.tuning.features import KernelFeatures
 from agq_tvm.tuning.task import Task
 from agq_tvm.tvm_seam import Target
@@ -18,7 +18,7 @@ from agq_tvm.tvm_seam import Target
 STRATEGIES = ("evolutionary", "random")
 _WARM_UP = 24
 """Measurements before the cost model is asked."""
-_POPULATION, _GENERATIONS = 96, 3
+_POPULATION, _GENERATIONS = 48, 2
 _EMPTY = 3
 """Batches with nothing new after which the rest is left to chance."""
 
@@ -65,6 +65,8 @@ class Search:
     default : bool
         Whether the hand-made point is proposed, first of all.
     seed : int
+    hints : iterable of decisions
+        What was best for similar kernels: proposed next, where the space allows it.
     """
 
     def __init__(
@@ -75,14 +77,15 @@ class Search:
         batch: int = 16,
         default: bool = True,
         seed: int = 0,
+        hints: Iterable[dict[str, int]] = (),
     ):
         self.task, self.batch, self.random = task, batch, random.Random(seed)
-        self.space: Space = tunable.space_of(task.kernel, task.instruction_set, task.threads)
+        self.space: Space = task.space
         self.model, self.module = cost_model, carrier(task.name)
         self.target = Target(task.device.tvm_target())
         points = self.space.points()
         self.open = {_key(point): point for point in points if default or point != self.space.default}
-        self._first = [self.space.default] if default else []
+        self._first = ([self.space.default] if default else []) + [hint for hint in hints if self.space.allows(hint)]
         self.size = len(self.open)
         self.context = self.database = None
         if cost_model is not None and self.size > batch:
@@ -92,7 +95,7 @@ class Search:
     def _begin(self, seed: int) -> None:
         self.model.add(self.task)
         self.database = ms.database.MemoryDatabase()
-        self.context = ms.TuneContext(
+        self.context = tune_context(
             mod=self.module,
             target=self.target,
             space_generator=space_generator(self.space, seed),
@@ -101,15 +104,14 @@ class Search:
             ),
             task_name=self.task.name,
             rand_state=seed + 1,
-            num_threads=1,
         )
         spaces = self.context.generate_design_space()
         self.context.pre_tuning(1 << 30, self.batch, spaces, self.database, self.model.model)
 
     def propose(self, count: int) -> list[dict[str, int]]:
         """Return up to `count` points that are not known; fewer if there are no more, and they count as known now."""
-        proposed = [point for point in self._first if _key(point) in self.open]
-        self._first = []
+        proposed = list({_key(point): point for point in self._first if _key(point) in self.open}.values())
+        self._first = proposed[count:]
         empty = 0
         while self.context and len(proposed) < count < len(self.open) and empty < _EMPTY:
             fresh = [point for point in self._evolve() if _key(point) in self.open and point not in proposed]
@@ -156,7 +158,7 @@ class Search:
 
 def tuning_record(task: Task, decisions: dict[str, int], seconds) -> list:
     """Return MetaSchedule's own tuning record of a measurement, as plain JSON."""
-    space = tunable.space_of(task.kernel, task.instruction_set, task.threads)
+    space = task.space
     module = carrier(task.name)
     workload = ms.database.Workload(module)
     sch = scheduled(module, space, decisions)

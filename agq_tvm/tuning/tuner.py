@@ -12,6 +12,7 @@ from tvm.s_tir.meta_schedule.runner import RunnerInput
 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
+from agq_tvm.kernels.attrs import describe
 from agq_tvm.kernels.records import MEASURED, Library, Record
 from agq_tvm.tuning.allotment import allot, weight_of
 from agq_tvm.tuning.builder import Builder
@@ -23,6 +24,7 @@ from agq_tvm.tuning.search import CostModel, Search, tuning_record
 from agq_tvm.tuning.task import Task
 
 _POLL = 0.02
+_HINTS = 2
 _MOST_LOST = 5
 """Candidates in a row without a verdict after which the boards are given up."""
 
@@ -144,6 +146,8 @@ class Tuner:
         `agq_tvm.tuning.runner.MeasuringRunner` has.
     settings : Settings
     display : Display
+    make_builder : callable
+        Makes what builds candidates, see `Builder`.
     """
 
     def __init__(
@@ -153,7 +157,9 @@ class Tuner:
         runner_of: Callable[[Task], Any],
         settings: Settings,
         display: Display,
+        make_builder: Callable[[], Builder] | None = None,
     ):
+        self._make_builder = make_builder or (lambda: Builder(settings.builders))
         self.library, self.runner_of, self.settings, self.display = library, runner_of, settings, display
         self.tasks = sorted(tasks, key=lambda task: -weight_of(task))
         sizes = {task.name: self._size(task) for task in self.tasks}
@@ -165,7 +171,7 @@ class Tuner:
         self._confirmed: set[str] = set()
 
     def _size(self, task: Task) -> int:
-        space = tunable.space_of(task.kernel, task.instruction_set, task.threads)
+        space = task.space
         return space.size - (not self.settings.default)
 
     def run(self) -> list[Progress]:
@@ -180,7 +186,7 @@ class Tuner:
         for task in self.tasks:
             self._refresh(task)
         with (
-            Builder(self.settings.builders) as self._builder,
+            self._make_builder() as self._builder,
             tempfile.TemporaryDirectory(prefix="agq-tune-") as folder,
         ):
             self._folder = Path(folder)
@@ -224,7 +230,7 @@ class Tuner:
 
     def _known(self, task: Task) -> list[Record]:
         """Return what the library has of a task, as this run would measure it."""
-        settings, space = self.settings, tunable.space_of(task.kernel, task.instruction_set, task.threads)
+        settings, space = self.settings, task.space
         found = {}
         for record in self.library.of_task(task.name):
             alike = (record.how, record.emulated) == (settings.how, settings.emulated)
@@ -234,7 +240,7 @@ class Tuner:
 
     def _refresh(self, task: Task) -> Progress:
         progress, known = self.progress[task.name], self._known(task)
-        default = tunable.space_of(task.kernel, task.instruction_set, task.threads).default
+        default = task.space.default
         good = [record.time for record in known if record.seconds]
         own = [record.time for record in known if record.seconds and record.decisions == default]
         progress.known, progress.failures = len(known), len(known) - len(good)
@@ -253,7 +259,7 @@ class Tuner:
         known = [(record.decisions, record.seconds) for record in self._known(task)]
         settings, progress = self.settings, self.progress[task.name]
         self.display.update(progress)
-        search = Search(task, self._model, known, settings.batch, settings.default, settings.seed)
+        search = Search(task, self._model, known, settings.batch, settings.default, settings.seed, self._hints(task))
         runner = self.runner_of(task)
         try:
             self._search(task, search, runner)
@@ -263,6 +269,14 @@ class Tuner:
             if hasattr(runner, "close"):
                 runner.close()
             self.display.finish(progress)
+
+    def _hints(self, task: Task) -> list[dict[str, int]]:
+        """Return what was best for the kernels most like this one."""
+        if not self.settings.default:
+            return []
+        kernel, version = describe(task.kernel), tunable.version_of(task.kernel)
+        near = self.library.nearest(kernel, task.isa, task.threads, version)
+        return [record.decisions for record in near if record.task != task.name][:_HINTS]
 
     def _search(self, task: Task, search: Search, runner) -> None:
         flow, progress = _Flow(), self.progress[task.name]
@@ -385,7 +399,7 @@ def _outcome(future, runner, path: str) -> tuple[list[float] | None, str | None,
 
 
 def _record(task: Task, point, seconds, error, how: str, trace, provenance: dict) -> Record:
-    kernel = tunable.describe(task.kernel)
+    kernel = describe(task.kernel)
     short = error[:500] if error else None
     return Record(
         task.name, kernel, task.isa, dict(point), tuple(seconds) if seconds else None, short, how, trace, provenance
