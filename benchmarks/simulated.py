@@ -217,8 +217,8 @@ def main() -> None:
         chosen += [(task, host_core()) for task in tasks(X86_DEVICE, X86_PRODUCTS)]
     if arguments.only != "x86":
         chosen += [(task, None) for device in ARM_DEVICES for task in tasks(device, ARM_PRODUCTS)]
-    for task, _ in chosen:
-        check_simulation(task)
+    for device in dict.fromkeys(task.device for task, _ in chosen):
+        check_simulation(device)
     results = [_measure(task, arguments, core) for task, core in chosen]
     print(aligned([_HEAD, *(line for result in results for line in _lines(result))]))
     simulator = core_model.find_simulator()[1]
