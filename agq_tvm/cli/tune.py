@@ -6,6 +6,7 @@ from agq_tvm.cli.options import command, json_option, positive, print_result
 def register(subparsers) -> None:
     """Add the commands."""
     _tune(subparsers)
+    _schedules(subparsers)
 
 
 def _tune(subparsers) -> None:
@@ -64,4 +65,84 @@ def _tune(subparsers) -> None:
     parser.add_argument(
         "--cooldown", type=float, default=0.0, metavar="S", help="rest before each candidate (default: %(default)g s)"
     )
+    json_option(parser)
+
+
+def _schedules(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "schedules",
+        help="look into libraries of tuned schedules",
+        description="Look into libraries of tuned schedules.",
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    _list(actions)
+    _merge(actions)
+    _prune(actions)
+    _export(actions)
+
+
+def _library_option(parser) -> None:
+    parser.add_argument("--library", metavar="DIR", help="default: your own library")
+
+
+def _list(actions) -> None:
+    def run(args) -> None:
+        from agq_tvm.flow.schedule_library import list_schedules
+        from agq_tvm.tuning.display import readable
+
+        result = list_schedules(args.library, args.device)
+        rows = [("DEVICE", "TASK", "BEST", "HOW", "WHEN")]
+        for device, found in result["devices"].items():
+            for task in found["tasks"]:
+                how = task["how"] + (", confirmed" if task["confirmed"] else "")
+                when = str(task["provenance"].get("when", "-"))
+                rows.append((device, task["task"], readable(task["seconds"]), how, when))
+        print_result(args, result, rows)
+        if result["left_out"] and not args.json:
+            print("\nleft out:\n  " + "\n  ".join(result["left_out"]))
+
+    parser = command(actions, "list", "show the best record of each task", run)
+    parser.add_argument("device", nargs="?", metavar="DEVICE", help="only this one")
+    parser.add_argument("--library", metavar="DIR", help="default: your own library and the shipped one")
+    json_option(parser)
+
+
+def _merge(actions) -> None:
+    def run(args) -> None:
+        from agq_tvm.flow.schedule_library import merge_schedules
+
+        result = merge_schedules(args.source, args.library)
+        rows = [(name, str(result[name])) for name in ("library", "added", "replaced")]
+        print_result(args, result, [*rows, ("left out", str(len(result["left_out"])))])
+
+    parser = command(actions, "merge", "add the records of other libraries; the better of each stays", run)
+    parser.add_argument("source", nargs="+", metavar="DIR")
+    _library_option(parser)
+    json_option(parser)
+
+
+def _prune(actions) -> None:
+    def run(args) -> None:
+        from agq_tvm.flow.schedule_library import prune_schedules
+
+        result = prune_schedules(args.library, args.keep)
+        print_result(args, result, [(name, str(value)) for name, value in result.items()])
+
+    parser = command(actions, "prune", "leave only the best records of each task", run)
+    parser.add_argument("--keep", type=positive, default=1, metavar="N", help="of each task (default: %(default)s)")
+    _library_option(parser)
+    json_option(parser)
+
+
+def _export(actions) -> None:
+    def run(args) -> None:
+        from agq_tvm.flow.schedule_library import export_schedules
+
+        result = export_schedules(args.library, args.device, args.output)
+        print_result(args, result, [(name.replace("_", " "), str(value)) for name, value in result.items()])
+
+    parser = command(actions, "export", "write MetaSchedule's own database files", run)
+    parser.add_argument("device", metavar="DEVICE")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR")
+    _library_option(parser)
     json_option(parser)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from agq_tvm.boards.status import board_status, unfit
-from agq_tvm.boards.tracker import board_features, connect, parse_tracker, tracker_summary
+from agq_tvm.boards.tracker import board_features, board_is_emulated, connect, parse_tracker, tracker_summary
 from agq_tvm.errors import AgqError
 from agq_tvm.targets import Device, detect, load_device
 
@@ -113,6 +113,10 @@ def _board(session, device: Device | None) -> Iterator[dict]:
             )
             return
         yield _check("processor", "ok", f"can run code for {device.name if device else fastest}")
+        if board_is_emulated(session):
+            yield _check(
+                "emulation", "note", "the board is emulated: it shows what is right, and its time means nothing"
+            )
         device = device or load_device(fastest)
     if device is None:
         yield _check("kernel", "skipped", "name the device with --target to send a kernel there and back")

@@ -1,9 +1,10 @@
 """The grammar of kernel names, and its parser. docs/kernels.md has it in words.
 
-product   = [ "agq." ] operation "." instruction-set "." layout [ ".a4" ] [ "." form ] ".m" rows [ ".of" vectors ] [ ".ahead" blocks ]
+product   = [ "agq." ] operation "." instruction-set "." layout [ ".a4" ] [ "." form ] ".m" rows [ tuned ]
 operation = "dot" | "shift_dot" | "loops" | "shift_loops" | "panels" | "floats"
 layout    = sign bits "_v" vectors "x" lanes "_k" depth        sign = "u" | "s"
 form      = "packed" | "bytes"
+tuned     = [ ".of" vectors ] [ ".ahead" blocks ]
 function  = word { "_" word } { "_" size }
 size      = letters number                                     letters: see `SIZES`
 """
@@ -48,7 +49,8 @@ def parse_name(name: str) -> dict:
     -------
     dict
         Of a product: operation, instruction_set, layout (a dict: sign, bits, vectors, lanes, depth), rows, and where
-        the name says so activations (``"a4"``), form, and stored and ahead of `intrin.base.Tile`. Of a function: operation, and sizes by their letters.
+        the name says so activations (``"a4"``), form, and what `intrin.base.Tile` calls stored and ahead. Of a
+        function: operation, and sizes by their letters.
 
     Raises
     ------

@@ -25,9 +25,7 @@ def send_files(session, files: list[tuple[Path, str]]) -> int:
     """
     take = _function(session, "agq.board.take")
     missing = [
-        (path, sha256)
-        for path, sha256 in files
-        if take is None or not take(sha256, path.stat().st_size, path.name)
+        (path, sha256) for path, sha256 in files if take is None or not take(sha256, path.stat().st_size, path.name)
     ]
     total = sum(path.stat().st_size for path, _ in missing)
     with progress((), "uploading", total=total, unit="B") as bar:

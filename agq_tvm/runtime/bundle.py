@@ -171,7 +171,9 @@ class Bundle:
         """
         device, here = self.manifest["device"], where == "this machine"
         if machine != device["machine"]:
-            hint = "compile it with `--target host`, or run it on a board" if here else "compile it for the board's device"
+            hint = (
+                "compile it with `--target host`, or run it on a board" if here else "compile it for the board's device"
+            )
             raise AgqError(
                 f"bundle {self.path} is for {device['machine']} ({device['name']}), {where} is {machine}: {hint}"
             )

@@ -146,6 +146,8 @@ class Tuner:
         `agq_tvm.tuning.runner.MeasuringRunner` has.
     settings : Settings
     display : Display
+    make_builder : callable
+        Makes what builds candidates, see `Builder`.
     """
 
     def __init__(
@@ -155,7 +157,9 @@ class Tuner:
         runner_of: Callable[[Task], Any],
         settings: Settings,
         display: Display,
+        make_builder: Callable[[], Builder] | None = None,
     ):
+        self._make_builder = make_builder or (lambda: Builder(settings.builders))
         self.library, self.runner_of, self.settings, self.display = library, runner_of, settings, display
         self.tasks = sorted(tasks, key=lambda task: -weight_of(task))
         sizes = {task.name: self._size(task) for task in self.tasks}
@@ -182,7 +186,7 @@ class Tuner:
         for task in self.tasks:
             self._refresh(task)
         with (
-            Builder(self.settings.builders) as self._builder,
+            self._make_builder() as self._builder,
             tempfile.TemporaryDirectory(prefix="agq-tune-") as folder,
         ):
             self._folder = Path(folder)

@@ -13,6 +13,7 @@ from agq_tvm.kernels import tunable
 from agq_tvm.kernels.attrs import describe
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS, instruction_set
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.names import parse_name
 from agq_tvm.kernels.space import Space
 from agq_tvm.passes.schedule_kernels import ScheduleKernels
 from tests.kernels.operands import device_here, random_operands, runs_here
@@ -138,6 +139,16 @@ def test_descriptions_make_kernels_again(isa):
         assert tunable.described(json.loads(json.dumps(describe(kernel))), isa) == kernel
     with pytest.raises(AgqError, match="describes no kernel"):
         tunable.described({"class": "LinearKernel", "rows": 1}, isa)
+
+
+def test_tiles_of_tuned_products_have_names():
+    name = "agq.dot.avx2.u4_v2x8_k4.packed.m4.of4.ahead8"
+    kernel, isa = PRODUCTS[0], instruction_set("avx2")
+    decisions = {"rows": 4, "vectors": 2, "inline": 1, "ahead": 8}
+    tunable.build(kernel, isa, tunable.space_of(kernel, isa).default | decisions)
+    assert tvm.s_tir.TensorIntrin.get(name, allow_missing=True) is not None
+    parsed = parse_name(name)
+    assert (parsed["rows"], parsed["stored"], parsed["ahead"]) == (4, 4, 8)
 
 
 def test_task_names():
