@@ -13,6 +13,7 @@ from tvm.s_tir.meta_schedule.runner import RunnerInput
 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
+from agq_tvm.kernels.attrs import describe
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.records import SIMULATED, Library, Record
 from agq_tvm.targets import load_device
@@ -194,7 +195,7 @@ def test_what_is_no_library_is_told(tmp_path):
 
 def test_simulated_records_lose_to_measured_ones(tmp_path):
     task = task_of(ARM)
-    kernel = tunable.describe(task.kernel)
+    kernel = describe(task.kernel)
     library = Library(tmp_path, device=task.device.name)
     point = tunable.space_of(task.kernel, task.instruction_set).default
     for how, seconds in (("measured", 9.0), (SIMULATED, 1.0)):
