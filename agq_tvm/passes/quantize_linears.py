@@ -241,7 +241,7 @@ class _Quantizer(relax.PyExprMutator):
             width = vectors * lanes
         else:
             kernel = FloatLinearKernel(rows, columns, channels, format.bits, group_size, format.offsets, bias)
-            product, width = linear_float.build(kernel, self.isa), layout.width
+            product, width = annotate(linear_float.build(kernel, self.isa), kernel), layout.width
         x = self._call(annotate(activation.build(fill, layout), fill), [x], filled)
         outputs = [((rows, -(-columns // width) * width), "float32")]
         return _first_columns(self._call(product, [x, *self._packed(weight)], outputs), columns)
