@@ -187,6 +187,9 @@ def _boards(request: TuneRequest, device: Device) -> _Boards:
     if request.tracker:
         return _Boards(request, _is_emulated(request, device))
     if request.simulate:
+        from agq_tvm.tuning.simulate import check_simulation
+
+        check_simulation(device)
         return _Boards(request)
     missing = detect.missing_features(device, detect.cpu_features(), detect.machine())
     if missing:
