@@ -62,7 +62,7 @@ class Settings:
     how: str = MEASURED
     emulated: bool = False
     overlap: bool = False
-    batch: int = 16
+    batch: int = 8
     default: bool = True
     builders: int | None = None
     seed: int = 0
