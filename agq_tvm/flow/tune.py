@@ -201,12 +201,9 @@ def _boards(request: TuneRequest, device: Device) -> _Boards:
 
 
 def _is_emulated(request: TuneRequest, device: Device) -> bool:
-    """Look at a board before the first candidate; return whether it is emulated."""
-    from agq_tvm.boards.status import unfit
+    """Look at the boards before any work is done; return whether they are emulated."""
+    from agq_tvm.boards.fleet import check_fleet
     from agq_tvm.boards.tracker import board_is_emulated, connect
 
-    session = connect(request.tracker, request.key, timeout=60.0)
-    complaint = unfit(session, device)
-    if complaint:
-        raise AgqError(f"{session.board}, key {request.key}, {complaint}: take its own device as --target")
-    return board_is_emulated(session)
+    check_fleet(request.tracker, request.key, device)
+    return board_is_emulated(connect(request.tracker, request.key, timeout=60.0))
