@@ -72,7 +72,6 @@ def tune(request: TuneRequest) -> dict:
     """
     from agq_tvm.flow.compile import cache_length
     from agq_tvm.quantize.checkpoint import read_checkpoint
-    from agq_tvm.tuning.display import Lines
     from agq_tvm.tuning.tuner import Settings, Tuner
 
     begun = time.monotonic()
@@ -90,7 +89,7 @@ def tune(request: TuneRequest) -> dict:
         emulated=boards.emulated,
         overlap=request.simulate or request.tracker is not None,
     )
-    tuner = Tuner(library, tasks, boards.runner, settings, Lines(meaningful=not boards.emulated))
+    tuner = Tuner(library, tasks, boards.runner, settings, boards.display(device))
     done = [progress for progress in tuner.progress.values() if not tuner.lacks(progress.task)]
     path = library.files[0].path
     say(f"{len(tasks)} tasks, {len(done)} of them have their trials; records go to {path}")
@@ -161,6 +160,16 @@ class _Boards:
 
     request: TuneRequest
     emulated: bool = False
+
+    def display(self, device: Device):
+        """Return what shows a line for each task, with times where they mean something."""
+        from agq_tvm.tuning.display import Lines
+
+        if self.request.simulate or self.request.tracker:
+            return Lines(meaningful=not self.emulated)
+        from agq_tvm.tuning.limits import Limits
+
+        return Lines(Limits(device))
 
     def runner(self, task: Task):
         request = self.request
