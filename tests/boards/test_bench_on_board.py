@@ -16,6 +16,7 @@ import pytest
 
 from agq_tvm.boards import emulate, processes
 from agq_tvm.boards.tracker import connect, tracker_summary
+from agq_tvm.cli.main import main
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.compile import compile_checkpoint
 from agq_tvm.flow.evaluate_bundle import evaluate
@@ -30,7 +31,7 @@ from tests.conftest import once
 
 pytestmark = pytest.mark.emulator
 
-KEY = "raspberry-pi-4"
+KEY, MINE = "raspberry-pi-4", "mine"
 PROMPT = "It was a dark"
 
 
@@ -47,9 +48,21 @@ def text(tmp_path) -> Path:
 
 
 @pytest.fixture
-def own_board(own_state):
+def own_board(boards, own_state):
     """A board that a test may hurt: its process."""
-    return emulate.start_board(load_device(KEY), emulate.start_tracker().tracker)
+    return emulate.start_board(load_device(KEY), boards.tracker, MINE)
+
+
+@pytest.fixture
+def agq(capsys):
+    """Run `agq` in this process: where its sessions do not end with it."""
+
+    def run(*arguments) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        code = main(list(map(str, arguments)))
+        return subprocess.CompletedProcess([], code, *capsys.readouterr())
+
+    return run
 
 
 def kept(board) -> dict[str, bytes]:
@@ -64,7 +77,7 @@ def limit_files(board, size: int) -> None:
 
 def test_commands_on_an_emulated_board(agq, own_board, pi4_bundle, tiny_bundle, text, tmp_path):
     """The same words and, but for the rounding of floats, the same perplexity as here; no speeds; one upload."""
-    place = ("--tracker", own_board.tracker, "--key", KEY)
+    place = ("--tracker", own_board.tracker, "--key", MINE)
     small = ("--prefill", "20", "--decode", "3")
     first = agq("bench", pi4_bundle, *small, *place, "-o", tmp_path / "r.json", "--picture")
     assert first.returncode == 0, first.stderr
@@ -128,10 +141,10 @@ class Answers:
 
 def test_board_lost_in_the_middle(own_board, pi4_bundle, tmp_path):
     arguments = ("generate", pi4_bundle, "--prompt", PROMPT, "--max-tokens", "230")
-    running = Answers(*arguments, "--tracker", own_board.tracker)
+    running = Answers(*arguments, "--tracker", own_board.tracker, "--key", MINE)
     assert running.first_output() == PROMPT[0]
     os.killpg(own_board.pid, signal.SIGKILL)
-    refused(running.end(), "the connection was lost", KEY)
+    refused(running.end(), "the connection was lost", MINE)
 
 
 def test_board_that_hangs(own_board, pi4_bundle, monkeypatch):
@@ -155,7 +168,7 @@ def test_board_that_hangs(own_board, pi4_bundle, monkeypatch):
     monkeypatch.setattr(board_session, "connect", connecting)
     try:
         with pytest.raises(AgqError, match="no answer within"):
-            generate(pi4_bundle, PROMPT, 9, show=stop, tracker=own_board.tracker)
+            generate(pi4_bundle, PROMPT, 9, show=stop, tracker=own_board.tracker, key=MINE)
         assert time.monotonic() - stopped[0] < 15
     finally:
         session = None
@@ -165,6 +178,7 @@ def test_board_that_hangs(own_board, pi4_bundle, monkeypatch):
 def test_full_disk_of_the_board(agq, own_board, pi4_bundle, tmp_path):
     limit_files(own_board, 100_000)
     arguments = ("bench", pi4_bundle, "--prefill", "8", "--decode", "1", "--tracker", own_board.tracker)
+    arguments += ("--key", MINE)
     refused(agq(*arguments, "-o", tmp_path / "r.json"), "the disk of the board is full")
     assert kept(own_board) == {} and not (tmp_path / "r.json").exists()
     limit_files(own_board, resource.RLIM_INFINITY)
@@ -185,7 +199,7 @@ class Files:
 
     @contextlib.contextmanager
     def session(self):
-        session = connect(self.board.tracker, KEY, timeout=60)
+        session = connect(self.board.tracker, MINE, timeout=60)
         try:
             yield session
         finally:
@@ -248,7 +262,7 @@ def test_names_and_sizes_that_a_board_refuses(boards):
         assert session.listdir("") == ""
 
 
-def test_cache_is_bounded(own_state, tmp_path, monkeypatch):
+def test_cache_is_bounded(boards, own_state, tmp_path, monkeypatch):
     """What was used longest ago makes room; a file that is larger than the cache is the session's alone."""
     launch = processes.launch
     monkeypatch.setattr(
@@ -256,7 +270,7 @@ def test_cache_is_bounded(own_state, tmp_path, monkeypatch):
         "launch",
         lambda command, log: launch([*command, *(["--cache-megabytes", "1"] if "--key" in command else [])], log),
     )
-    board = emulate.start_board(load_device(KEY), emulate.start_tracker().tracker)
+    board = emulate.start_board(load_device(KEY), boards.tracker, MINE)
     files = Files(board, tmp_path)
     first, second, third, large = (os.urandom(size) for size in (400_000, 400_001, 400_002, 2_000_000))
     assert files.send(first) and files.send(second) and files.send(first) == 0
@@ -267,23 +281,24 @@ def test_cache_is_bounded(own_state, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def python_server(tmp_path):
+def python_server(boards, tmp_path):
     """TVM's own server, in Python, on this machine: its tracker."""
-    tracker = emulate.start_tracker()
     command = [sys.executable, "-m", "tvm.exec.rpc_server", "--host", "127.0.0.1", "--key", "python"]
-    child, _ = processes.launch([*command, "--tracker", tracker.tracker, "--port", "19190"], tmp_path / "log")
+    child, _ = processes.launch(
+        [*command, "--tracker", boards.tracker, "--port", "19190", "--port-end", "19290"], tmp_path / "log"
+    )
     try:
         deadline = time.monotonic() + 90
-        while "python" not in tracker_summary("127.0.0.1", int(tracker.tracker.rpartition(":")[2])):
+        while "python" not in tracker_summary("127.0.0.1", int(boards.tracker.rpartition(":")[2])):
             assert child.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.1)
-        yield tracker.tracker
+        yield boards.tracker
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait(10)
 
 
-def test_tvms_own_server(own_state, python_server, tiny_bundle, text):
+def test_tvms_own_server(python_server, tiny_bundle, text):
     """Results of the same bundle are the same to the last bit; what the server cannot tell is said."""
     there, here = (
         evaluate(tiny_bundle, text, 64, tracker=tracker, key=tracker and "python", threads=1)

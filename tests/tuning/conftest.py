@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,9 +43,13 @@ class Fleet:
 
     def restart_tracker(self) -> None:
         """Kill the tracker, and start one at the same port."""
+        port = int(self.address.rpartition(":")[2])
         self.kill(self.tracker)
         processes.stop(self.tracker)
-        self.tracker = emulate._start_tracker_at(int(self.address.rpartition(":")[2]))
+        deadline = time.monotonic() + 30
+        while not emulate._is_free("127.0.0.1", port) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.tracker = emulate._start_tracker_at(port)
 
     @staticmethod
     def kill(process: Process) -> None:

@@ -52,7 +52,17 @@ def test_whatever_a_candidate_does_the_next_is_measured(measurer, tmp_path):
     assert outcome(measurer, "right", tmp_path).message is None
 
 
-def test_closing_ends_the_worker(tmp_path):
+def test_the_next_task_gets_the_same_worker(tmp_path):
+    path, pids = candidate("right", HOST, tmp_path), []
+    for _ in range(2):
+        with LocalMeasurer(task_for(HOST), QUICK, timeout=60) as measurer:
+            measurer._arguments = ARGUMENTS
+            assert measurer.submit(path).result(timeout=120).message is None
+            pids.append(measurer._workers[0].pid)
+    assert pids[0] == pids[1]
+
+
+def test_closing_ends_a_worker_that_is_busy(tmp_path):
     with LocalMeasurer(task_for(HOST), QUICK, timeout=60) as measurer:
         measurer._arguments = ARGUMENTS
         future = measurer.submit(candidate("endless", HOST, tmp_path))
