@@ -44,7 +44,7 @@ def fresh_directory(path: str | os.PathLike, kind: str) -> Iterator[Path]:
         (beside / marker).touch()
         _replace_directory(beside, final)
     except OSError as error:
-        raise _write_error(error, path) from error
+        raise write_error(error, path) from error
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
@@ -66,7 +66,8 @@ def _replace_directory(new: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_error(error: OSError, path: str | os.PathLike) -> AgqError:
+def write_error(error: OSError, path: str | os.PathLike) -> AgqError:
+    """Return an error of the system as one sentence for the user."""
     if error.errno == errno.ENOSPC:
         return AgqError(f"the disk is full while writing {path}: free some space and run it again")
     where = error.filename or path
@@ -101,7 +102,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
             os.unlink(name)
             raise
     except OSError as error:
-        raise _write_error(error, path) from error
+        raise write_error(error, path) from error
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agq_tvm.errors import AgqError
-from benchmarks.instructions.core_model import find_simulator
+from agq_tvm.tuning.core_model import find_simulator
 from benchmarks.tables import RESULTS, aligned, report, write_report
 
 _ROUNDS = 1000

@@ -26,6 +26,8 @@ _SYSROOT = Path("/usr/aarch64-linux-gnu")
 _SYSROOT_FILES = ("ld-linux-aarch64.so.1", "libc.so.6", "libstdc++.so.6", "libgcc_s.so.1")
 _PACKAGES = "qemu-user libc6-arm64-cross libstdc++6-arm64-cross libgcc-s1-arm64-cross"
 _START_LIMIT = 90.0
+_LOOPBACK = "127.0.0.1"
+_EVERYWHERE = ("0.0.0.0", "::")
 
 
 def find_emulator() -> str:
@@ -45,27 +47,36 @@ def find_emulator() -> str:
     return emulator
 
 
-def start_tracker() -> Process:
-    """Start TVM's tracker on a free port of 127.0.0.1.
+def start_tracker(host: str = _LOOPBACK, port: int = 0) -> Process:
+    """Start TVM's tracker.
+
+    Parameters
+    ----------
+    host : str
+        Address to listen on; whoever reaches it runs code on the boards.
+    port : int
+        0 for a free one.
 
     Raises
     ------
     AgqError
         If it does not come up.
     """
-    for _ in range(2):
+    for _ in range(0 if port else 2):
         with contextlib.suppress(AgqError):  # another program may take the port before the tracker does
-            return _start_tracker_at(_free_port())
-    return _start_tracker_at(_free_port())
+            return _start_tracker_at(_free_port(), host)
+    return _start_tracker_at(port or _free_port(), host)
 
 
-def _start_tracker_at(port: int) -> Process:
+def _start_tracker_at(port: int, host: str = _LOOPBACK) -> Process:
+    if not _is_free(host, port):
+        raise AgqError(f"cannot listen on {host}:{port}: another program does, or it is no address of this machine")
     log = processes.state_directory() / f"tracker-{time.time_ns()}.log"
-    command = [sys.executable, "-m", "tvm.exec.rpc_tracker", "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "tvm.exec.rpc_tracker", "--host", host]
     child, started = processes.launch([*command, "--port", str(port), "--port-end", str(port + 1)], log)
-    name = processes.free_name("tracker")
-    tracker = Process(name, "tracker", None, None, f"127.0.0.1:{port}", child.pid, started, str(log))
-    return _ready(tracker, child, lambda: _answers(port))
+    name, reached = processes.free_name("tracker"), _LOOPBACK if host in _EVERYWHERE else host
+    tracker = Process(name, "tracker", None, None, f"{reached}:{port}", child.pid, started, str(log))
+    return _ready(tracker, child, lambda: _answers(reached, port))
 
 
 def start_board(device: Device, tracker: str, key: str | None = None) -> Process:
@@ -153,13 +164,22 @@ def _cache(name: str) -> Path:
 
 def _free_port() -> int:
     with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
+        server.bind((_LOOPBACK, 0))
         return server.getsockname()[1]
 
 
-def _answers(port: int) -> bool:
+def _is_free(host: str, port: int) -> bool:
+    """Whether a tracker could listen there, which takes up ports that connections have just left."""
     try:
-        tracker_summary("127.0.0.1", port, timeout=1.0)
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            return True
+    except OSError:
+        return False
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        tracker_summary(host, port, timeout=1.0)
     except AgqError:
         return False
     return True

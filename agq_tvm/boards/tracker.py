@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agq_tvm.boards.line import Line, sockets
@@ -109,11 +110,39 @@ def connect(
     AgqError
         If there is no such tracker or board, or it stays busy.
     """
-    from tvm import rpc
-    from tvm.rpc.base import TrackerCode
-
     if not timeout > 0:
         raise AgqError(f"the time limit of a session must be above 0 seconds, not {timeout}")
+    return open_session(request_board(tracker, key, wait), timeout, reply)
+
+
+@dataclass(frozen=True)
+class Grant:
+    """A board that the tracker has given us, and nobody else.
+
+    Attributes
+    ----------
+    key : str
+    address, port
+        Where it listens.
+    match_key : str
+        By which it knows that we were sent.
+    """
+
+    key: str
+    address: str
+    port: int
+    match_key: str
+
+    @property
+    def board(self) -> str:
+        """``"ADDRESS:PORT"``."""
+        return f"{self.address}:{self.port}"
+
+
+def request_board(tracker: str, key: str, wait: float) -> Grant:
+    """Ask a tracker for a board; see `connect`."""
+    from tvm.rpc.base import TrackerCode
+
     host, port = parse_tracker(tracker)
     known = tracker_summary(host, port)
     if key not in known:
@@ -125,13 +154,21 @@ def connect(
         raise AgqError(f"board {key!r} at the tracker {tracker} is still in use after {wait:g} s") from None
     except (TypeError, ValueError) as error:
         raise AgqError(f"{tracker} does not answer like TVM's tracker: is it another program?") from error
+    return Grant(key, address, board_port, match_key)
+
+
+def open_session(grant: Grant, timeout: float, reply: float | None = None) -> "RPCSession":
+    """Open the session with a board that was given; see `connect`."""
+    from tvm import rpc
+
     before = sockets()
     try:
-        session = rpc.connect(address, board_port, f"{match_key} -user={_user()}", session_timeout=timeout)
+        key = f"{grant.match_key} -user={_user()}"
+        session = rpc.connect(grant.address, grant.port, key, session_timeout=timeout)
     except Exception as error:  # TVM raises its own kinds, by release
-        raise AgqError(f"board {key!r} at {address}:{board_port} does not answer: look at its log") from error
-    session.board = f"{address}:{board_port}"
-    session.line = Line(before, board_port, reply or timeout + _LATE_SECONDS)
+        raise AgqError(f"board {grant.key!r} at {grant.board} does not answer: look at its log") from error
+    session.board = grant.board
+    session.line = Line(before, grant.port, reply or timeout + _LATE_SECONDS)
     return session
 
 

@@ -54,14 +54,16 @@ def _quickstart(subparsers) -> None:
 def _compile(subparsers) -> None:
     def run(args) -> None:
         from agq_tvm.flow.compile import compile_checkpoint
+        from agq_tvm.flow.schedules import summary
 
         result = compile_checkpoint(
-            args.checkpoint, args.target, args.output, args.context, args.debug_dump, args.cache
+            args.checkpoint, args.target, args.output, args.context, args.debug_dump, args.cache, args.library
         )
         rows = [
             ("bundle", args.output),
             ("device", result["device"]),
             ("kernels", result["instruction_set"]),
+            ("schedules", summary(result["schedules"])),
             ("context", str(result["context"])),
             ("size", megabytes(result["bytes"])),
             ("time", f"{result['seconds']:.1f} s"),
@@ -79,6 +81,7 @@ def _compile(subparsers) -> None:
         default="float16",
         help="what keys and values are stored as (default: %(default)s)",
     )
+    parser.add_argument("--library", metavar="DIR", help="tuned schedules (default: your own library)")
     parser.add_argument("--debug-dump", metavar="DIR", help="write the module after each phase")
     json_option(parser)
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from agq_tvm import __version__
-from agq_tvm.cli import boards, commands
+from agq_tvm.cli import boards, commands, doctor, tune
 from agq_tvm.errors import AgqError
 
 
@@ -18,7 +18,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"agq {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     commands.register(subparsers)
+    tune.register(subparsers)
     boards.register(subparsers)
+    doctor.register(subparsers)
     return parser
 
 

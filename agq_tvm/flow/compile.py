@@ -27,6 +27,7 @@ def compile_checkpoint(
     context: int | None = None,
     debug_dump: str | Path | None = None,
     cache: str = CACHES[0],
+    schedules: str | Path | None = None,
 ) -> dict:
     """Compile a checkpoint for a device.
 
@@ -44,11 +45,14 @@ def compile_checkpoint(
         Where to write the module after each phase.
     cache : str
         What keys and values are stored as, ``"float16"`` or ``"int8"``; values of log2 attention are int8 anyway.
+    schedules : path-like, optional
+        A library of tuned schedules instead of the user's own; the one that is shipped counts, too.
 
     Returns
     -------
     dict
-        ``device``, ``instruction_set``, ``context``, ``bytes``, ``seconds``.
+        ``device``, ``instruction_set``, ``context``, ``bytes``, ``seconds``, and ``schedules``, see
+        `agq_tvm.flow.schedules.Chooser.report`.
 
     Raises
     ------
@@ -58,23 +62,26 @@ def compile_checkpoint(
     start = time.perf_counter()
     device = load_device(target)
     source = read_checkpoint(checkpoint)
-    context = _context(source, context)
+    context = cache_length(source, context)
     if cache not in CACHES:
         raise AgqError(f"unknown cache {cache!r}: choose one of {', '.join(CACHES)}")
     say(f"compiling {checkpoint} for {device.name} ({device.instruction_set})")
     with fresh_directory(output, "bundle") as directory:
-        _build(source, target, device, context, cache, directory, str(debug_dump) if debug_dump else None)
+        paths = [str(path) if path else None for path in (debug_dump, schedules)]
+        chosen = _build(source, target, device, context, cache, directory, *paths)
         size = sum(path.stat().st_size for path in directory.iterdir())
     return {
         "device": device.name,
         "instruction_set": device.instruction_set,
         "context": context,
         "bytes": size,
+        "schedules": chosen,
         "seconds": round(time.perf_counter() - start, 2),
     }
 
 
-def _context(checkpoint: Checkpoint, context: int | None) -> int:
+def cache_length(checkpoint: Checkpoint, context: int | None) -> int:
+    """Return the length of the caches: what was asked for, or the smaller of the model's and 2048; in whole 16."""
     limit = checkpoint.config.context_length
     chosen = min(limit, DEFAULT_CONTEXT) if context is None else context
     if not 16 <= chosen <= limit:
@@ -83,17 +90,33 @@ def _context(checkpoint: Checkpoint, context: int | None) -> int:
 
 
 def _build(
-    checkpoint: Checkpoint, target: str, device: Device, context: int, cache: str, directory: Path, dump: str | None
-) -> None:
+    checkpoint: Checkpoint,
+    target: str,
+    device: Device,
+    context: int,
+    cache: str,
+    directory: Path,
+    dump: str | None,
+    schedules: str | None,
+) -> dict:
+    """Fill the bundle's directory; return which schedules its kernels have."""
     isa = instruction_set(device.instruction_set, checkpoint.scheme.activation)
     offsets = offsets_dtype(checkpoint)
     check_overflow(checkpoint)
     scratch = directory / "scratch"
     scratch.mkdir()
     request = LibraryRequest(
-        str(checkpoint.path), target, str(directory / bundles.LIBRARY), context, cache, offsets, str(scratch), dump
+        str(checkpoint.path),
+        target,
+        str(directory / bundles.LIBRARY),
+        context,
+        cache,
+        offsets,
+        str(scratch),
+        dump,
+        schedules,
     )
-    tensors = build_library(request)
+    tensors, chosen = build_library(request)
     shutil.rmtree(scratch)
     caches = [tensor for tensor in tensors if tensor[0].endswith(bundles.CACHES)]
     constants = progress(tensors[len(caches) :], "packing", unit="tensor")
@@ -107,12 +130,13 @@ def _build(
         "linears": isa.layout(checkpoint.scheme.weight_bits).name,
         "tables": layout_name(isa, checkpoint.scheme.head_bits),
     }
-    manifest["cache"], manifest["caches"] = cache, caches
+    manifest["cache"], manifest["caches"], manifest["schedules"] = cache, caches, chosen
     manifest["parameters"] = [asdict(parameter) for parameter in parameters]
     manifest["files"] = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(directory.iterdir())
     }
     write_json(directory / bundles.MANIFEST, manifest)
+    return chosen
 
 
 def _manifest(checkpoint: Checkpoint, device: Device, context: int) -> dict:

@@ -43,6 +43,8 @@ class LibraryRequest:
     scratch : str
         An empty directory for everything temporary; the list of tensors is left there.
     debug_dump : str or None
+    schedules : str or None
+        A library of tuned schedules; the user's own by default. The shipped one counts, too.
     """
 
     checkpoint: str
@@ -53,10 +55,13 @@ class LibraryRequest:
     offsets: str | None
     scratch: str
     debug_dump: str | None
+    schedules: str | None = None
 
 
-def build_library(request: LibraryRequest) -> list[tuple[str, tuple[int, ...], str]]:
-    """Build the library and return (name, shape, dtype) of all caches and parameters, in order.
+def build_library(request: LibraryRequest) -> tuple[list[tuple[str, tuple[int, ...], str]], dict]:
+    """Build the library; return (name, shape, dtype) of all caches and parameters, in order, and its schedules.
+
+    These are as `agq_tvm.flow.schedules.Chooser.report` says.
 
     Raises
     ------
@@ -82,10 +87,10 @@ def build_library(request: LibraryRequest) -> list[tuple[str, tuple[int, ...], s
     return read_tensors(request)
 
 
-def read_tensors(request: LibraryRequest) -> list[tuple[str, tuple[int, ...], str]]:
-    """Read the list of tensors that the child has left."""
-    tensors = read_json(Path(request.scratch) / TENSORS, "compiled library")["tensors"]
-    return [(name, tuple(shape), dtype) for name, shape, dtype in tensors]
+def read_tensors(request: LibraryRequest) -> tuple[list[tuple[str, tuple[int, ...], str]], dict]:
+    """Read the list of tensors and the schedules that the child has left."""
+    left = read_json(Path(request.scratch) / TENSORS, "compiled library")
+    return [(name, tuple(shape), dtype) for name, shape, dtype in left["tensors"]], left["schedules"]
 
 
 def _show_steps(child: subprocess.Popen) -> None:
@@ -133,8 +138,10 @@ def linear_format(scheme: Scheme, offsets: str | None):
 
 def _build(request: LibraryRequest) -> None:
     """Do the child's work."""
+    from agq_tvm.flow.schedules import Chooser
     from agq_tvm.kernels.attention_form import attention_form
     from agq_tvm.kernels.instruction_sets import instruction_set
+    from agq_tvm.kernels.records import open_library
     from agq_tvm.models.relax_decoder import build_decoder
     from agq_tvm.passes import pipeline
     from agq_tvm.tvm_seam import Target, relax
@@ -148,12 +155,13 @@ def _build(request: LibraryRequest) -> None:
     module = build_decoder(checkpoint.config, request.context, attention, scheme.pruning)
     format = linear_format(checkpoint.scheme, request.offsets)
     dump = Path(request.debug_dump) if request.debug_dump else None
-    lowered, tensors = pipeline.run(module, target, format, isa, dump, _step)
+    choose = Chooser(open_library(device.name, request.schedules), isa, device.threads)
+    lowered, tensors = pipeline.run(module, target, format, isa, dump, _step, choose)
     _step("code generation")
     executable = relax.build(lowered, target, relax_pipeline=None)
     _step("link")
     executable.export_library(request.output, fcompile=exporter(device), workspace_dir=request.scratch)
-    (Path(request.scratch) / TENSORS).write_text(json.dumps({"tensors": tensors}))
+    (Path(request.scratch) / TENSORS).write_text(json.dumps({"tensors": tensors, "schedules": choose.report()}))
     _step("done")
 
 

@@ -26,6 +26,7 @@ from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.kernels.mixed import quantize_mixed_row
 from agq_tvm.kernels.norm import store_moments, store_sum
+from agq_tvm.kernels.space import Space, rows_of_task
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
 SMALLEST_MAXIMUM = 127 * 2.0**-126
@@ -143,8 +144,29 @@ class QuantizeKernel:
         ]
 
 
-def build(kernel: QuantizeKernel, layout: Layout):
+def default(kernel: QuantizeKernel) -> dict[str, int]:
+    """Return the decisions made by hand."""
+    # Two groups at once: what is left of each is short chains.
+    return {"rows": 1, "groups": lane_chunks(kernel.groups, 2)[1]}
+
+
+def space(kernel: QuantizeKernel) -> Space:
+    """Return the decisions of a quantizer.
+
+    rows
+        That a thread takes at a time; all of them: there is one thread.
+    groups
+        Of a row whose codes are made at once.
+    """
+    several = kernel.mode != "none" and not kernel.mixed
+    groups = tuple(n for n in (1, 2, 4, 8) if kernel.groups % n == 0) if several else ()
+    made = default(kernel)
+    return Space({"rows": rows_of_task(kernel.rows), "groups": groups or (made["groups"],)}, made)
+
+
+def build(kernel: QuantizeKernel, layout: Layout, decisions: dict[str, int] | None = None):
     """Return the PrimFunc; inputs as `input_shapes` and `index_shapes`, outputs as `output_shapes`."""
+    decisions = decisions or default(kernel)
     K, padded = kernel.channels, k_blocks(kernel.channels, kernel.group_size) * K_BLOCK
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
@@ -161,7 +183,7 @@ def build(kernel: QuantizeKernel, layout: Layout):
                 T.arg(name, T.buffer(shape, dtype))
                 for name, (shape, dtype) in zip(names, kernel.output_shapes(layout), strict=True)
             ]
-            with task_loop("row", kernel.rows, [*inputs, *indices], outputs) as m:
+            with task_loop("row", kernel.rows, [*inputs, *indices], outputs, decisions["rows"]) as m:
                 if kernel.adds:
                     inputs, outputs = _add(kernel, inputs, m, outputs)
                 y = _Row(inputs[0], m) if kernel.in_place else T.sblock_alloc_buffer((padded,), "float32")
@@ -189,7 +211,10 @@ def build(kernel: QuantizeKernel, layout: Layout):
                     for term in range(kernel.terms):
                         row = m + term * kernel.rows
                         more = term + 1 < kernel.terms
-                        _quantize_row(kernel, inputs[-1], shift, row, more, y, scalar, counts, total, outputs, layout)
+                        at_once = decisions["groups"]
+                        _quantize_row(
+                            kernel, inputs[-1], shift, row, more, y, scalar, counts, total, outputs, layout, at_once
+                        )
     return builder.get()
 
 
@@ -285,7 +310,7 @@ def _store_row(out, m, extent: int, y) -> None:
         T.buffer_store(out, y[c * LANES + j], [m, c * LANES + j])
 
 
-def _quantize_row(kernel, static, shift, m, more, y, scalar, counts, total, outputs, layout) -> None:
+def _quantize_row(kernel, static, shift, m, more, y, scalar, counts, total, outputs, layout, at_once) -> None:
     codes, scales, sums = outputs
     G, size = kernel.groups, kernel.group_size
     if kernel.mode == "static":
@@ -293,8 +318,6 @@ def _quantize_row(kernel, static, shift, m, more, y, scalar, counts, total, outp
     elif kernel.mode == "per-token":
         _scale_of(kernel, y, 0, G * size, counts, total, scalar)
         T.buffer_store(scales, scalar[0], [m, 0])
-    # Two groups at once: what is left of each is short chains.
-    at_once = lane_chunks(G, 2)[1]
     with T.serial(G // at_once) as pair, T.unroll(at_once) as which:
         g = pair * at_once + which
         if kernel.mode == "per-token-group":

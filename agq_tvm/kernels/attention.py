@@ -8,21 +8,24 @@ from agq_tvm.kernels.attention_form import AttentionKernel
 from agq_tvm.kernels.attention_int8 import scale_weights, store_query_offsets
 from agq_tvm.kernels.attention_log2 import round_probabilities
 from agq_tvm.kernels.attention_products import MASKED, Pairs, store_scores, store_weighted_values
+from agq_tvm.kernels.attention_space import default
 from agq_tvm.kernels.emit import LANES, exp, float32, reduce_lanes, task_loop
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
 
-def build_attention(kernel: AttentionKernel):
+def build_attention(kernel: AttentionKernel, decisions: dict[str, int] | None = None):
     """Return causal attention of M rows over the caches, softmax in two passes.
 
     Buffers, in order: the queries, as `build_append` makes them; `kernel.caches`; lengths int32 [2]; value_scale
     float32 [KV] if there is a book; slopes float32 [H] if `kernel.alibi`, and if it is `kernel.pruned`, too: positions
     int32 [M] and key_positions int32 [context]; out float32 [M, H D]; importance float32 [M, H] if
-    `kernel.importance`. A task is one KV head and a few rows with all query heads that share it, so a key or value is
-    loaded and converted once for them.
+    `kernel.importance`. A task is one KV head and a few rows with some query heads that share it, so a key or value is
+    loaded and converted once for them; `attention_space.py` has the decisions.
     """
-    M, H, R = kernel.rows, kernel.heads, kernel.query_rows
-    tiles = M // R
+    decisions = decisions or default(kernel)
+    M, H, R = kernel.rows, kernel.heads, decisions["rows"]
+    tiles, parts = M // R, kernel.shared // decisions["heads"]
+    tasks = kernel.kv_heads * parts * tiles
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(kernel.name)
@@ -36,14 +39,15 @@ def build_attention(kernel: AttentionKernel):
             if kernel.importance:
                 outputs.append(T.arg("importance", T.buffer((M, H), "float32")))
             reads = [*queries, *caches.values(), lengths, *value_scale, *alibi]
-            with task_loop("tile", kernel.kv_heads * tiles, reads, outputs) as task:
-                pairs = Pairs(kernel, task // tiles, _spread(task % tiles, tiles) * R)
+            with task_loop("tile", tasks, reads, outputs, 1 if decisions["parallel"] else tasks) as task:
+                pairs = Pairs(kernel, decisions, task // tiles, _spread(task % tiles, tiles) * R)
+                cached = tirx.const(kernel.context - M, "int32") if kernel.fixed else lengths[0]
                 scores = T.sblock_alloc_buffer((len(pairs.at), kernel.context), "float32")
                 norm = T.sblock_alloc_buffer((len(pairs.at), 1), "float32")
-                end = tirx.min(lengths[0] + pairs.row + R, tirx.const(kernel.context, "int32"))
+                end = tirx.min(cached + pairs.row + R, tirx.const(kernel.context, "int32"))
                 blocks = (end + (LANES - 1)) // LANES
                 pairs.offsets = store_query_offsets(pairs, queries[0])
-                store_scores(pairs, blocks, queries, caches, lengths, alibi, scores)
+                store_scores(pairs, blocks, queries, caches, cached, alibi, scores)
                 _softmax(len(pairs.at), blocks, scores, norm)
                 for importance in outputs[1:]:
                     for p, (m, h) in enumerate(pairs.at):

@@ -1,13 +1,13 @@
 """What attention is made of: the forms of its caches, and the shapes and names of one kernel."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agq_tvm.kernels.emit import LANES
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.intrin.dotprod import DOTPROD
-from agq_tvm.quantize.codebooks import CodeBook
+from agq_tvm.quantize.codebooks import CODE_BOOKS, CodeBook
 from agq_tvm.tvm_seam import T
 
 CACHES = ("float16", "int8")
@@ -56,6 +56,17 @@ class AttentionForm:
     sums: int = 96
     dot: ByteDot | None = None
 
+    def describe(self) -> dict:
+        """Return what `described_form` makes the form from."""
+        book = next((name for name, book in CODE_BOOKS.items() if book == self.book), None)
+        return {"cache": self.cache, "book": book, "dot": self.dot is not None}
+
+
+def described_form(description: dict, isa: InstructionSet) -> AttentionForm:
+    """Return the form of a description on an instruction set."""
+    form = attention_form(isa, description["cache"], CODE_BOOKS.get(description["book"]))
+    return form if description["dot"] else replace(form, dot=None)
+
 
 def attention_form(isa: InstructionSet, cache: str = "float16", book: CodeBook | None = None) -> AttentionForm:
     """Return the form of attention on an instruction set."""
@@ -84,6 +95,8 @@ class AttentionKernel:
         Whether the caches lack tokens that were pruned, so that ALiBi needs the positions of rows and keys.
     importance : bool
         Whether the probability that each row and head gives to the first key is wanted, too: what tokens are pruned by.
+    fixed : bool
+        Whether the caches are full, so that loops have fixed extents: for tuning.
     """
 
     rows: int
@@ -95,6 +108,7 @@ class AttentionKernel:
     alibi: bool = False
     pruned: bool = False
     importance: bool = False
+    fixed: bool = False
 
     @property
     def shared(self) -> int:
@@ -112,6 +126,7 @@ class AttentionKernel:
         """E.g. ``attention_m128_h9_kv3_d64_c2048``."""
         alibi = ("pruned_alibi_" if self.pruned else "alibi_") if self.alibi else ""
         kind = f"{alibi}{'log2_' if self.form.book else ''}{'int8_' if self.int8 else ''}"
+        kind = f"fixed_{kind}" if self.fixed else kind
         return f"{kind}attention_{'importance_' if self.importance else ''}{self.suffix}"
 
     def append_name(self, rotary: bool) -> str:

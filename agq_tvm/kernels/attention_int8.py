@@ -164,12 +164,7 @@ def store_int8_values(pairs, end, values, scores, digits, norm, out) -> None:
 
 def _byte_values(pairs, end, values, digits, totals, norm, out) -> None:
     kernel, dot, count = pairs.kernel, pairs.kernel.form.dot, len(pairs.at)
-    vectors = kernel.channels // dot.lanes
-    width = next(
-        w
-        for w in range(vectors, 0, -1)
-        if vectors % w == 0 and (w == 1 or 2 * count * w * dot.lanes <= kernel.form.sums)
-    )
+    vectors, width = kernel.channels // dot.lanes, pairs.decisions["lanes"] // dot.lanes
     with T.serial(vectors // width) as chunk, T.sblock("values"):
         T.reads()
         T.writes()

@@ -1,7 +1,5 @@
 """The two products of attention, for the (row, head) pairs of a task: queries by keys, and weights by values."""
 
-from math import gcd
-
 from agq_tvm.kernels.attention_form import AttentionKernel
 from agq_tvm.kernels.attention_int8 import store_byte_sums, store_code_sums, store_int8_values
 from agq_tvm.kernels.emit import LANES, float32
@@ -11,26 +9,31 @@ MASKED = -1.0e30
 
 
 class Pairs:
-    """The pairs of a task: rows from `row` on by all heads that share KV head `kv`.
+    """The pairs of a task: rows from `row` on by some of the heads that share a KV head.
 
     Attributes
     ----------
     kernel : AttentionKernel
+    decisions : dict
+        See `agq_tvm.kernels.attention_space`.
     kv, row
+        The KV head and the first row.
     at : list
         (m, h) of each pair.
     offsets : int32 buffer [P, 1] or None
         What int8 products take off their sums, see `store_query_offsets`.
     """
 
-    def __init__(self, kernel: AttentionKernel, kv, row):
-        self.kernel, self.kv, self.row = kernel, kv, row
-        shared = kernel.shared
-        self.at = [(row + p // shared, kv * shared + p % shared) for p in range(kernel.query_rows * shared)]
+    def __init__(self, kernel: AttentionKernel, decisions: dict[str, int], group, row):
+        """Take the pairs of `group`, of all groups of heads that go together."""
+        self.kernel, self.decisions, self.row = kernel, decisions, row
+        heads = decisions["heads"]
+        self.kv = group if heads == kernel.shared else group // (kernel.shared // heads)
+        self.at = [(row + p // heads, group * heads + p % heads) for p in range(decisions["rows"] * heads)]
         self.offsets = None
 
 
-def store_scores(pairs: Pairs, blocks, queries: list, caches: dict, lengths, alibi: list, scores) -> None:
+def store_scores(pairs: Pairs, blocks, queries: list, caches: dict, cached, alibi: list, scores) -> None:
     """scores[p, j] = q_p · k_j, masked beyond the row's own position; all pairs share a load of keys."""
     product = _float16_sums
     if pairs.kernel.int8:
@@ -41,7 +44,7 @@ def store_scores(pairs: Pairs, blocks, queries: list, caches: dict, lengths, ali
         score_of = product(pairs, block, queries, caches)
         for p, (m, h) in enumerate(pairs.at):
             with T.vectorized(LANES) as j:
-                key, row, score = block * LANES + j, lengths[0] + m, score_of(p, j)
+                key, row, score = block * LANES + j, cached + m, score_of(p, j)
                 if alibi:
                     slopes, *positions = alibi
                     distance = positions[1][key] - positions[0][m] if positions else key - row
@@ -50,12 +53,9 @@ def store_scores(pairs: Pairs, blocks, queries: list, caches: dict, lengths, ali
 
 
 def _float16_sums(pairs: Pairs, block, queries: list, caches: dict):
-    """Emit q · k of a block of keys; return what gives the score of pair p and lane j.
-
-    Where few pairs share a key, sums of every n-th channel are kept apart: a multiply-add waits for the one before.
-    """
+    """Emit q · k of a block of keys; return what gives the score of pair p and lane j."""
     kernel, keys, (q,) = pairs.kernel, caches["keys"], queries
-    chains = gcd(kernel.head_dim, 4) if len(pairs.at) <= 2 else gcd(kernel.head_dim, 2) if len(pairs.at) <= 4 else 1
+    chains = pairs.decisions["chains"]
     sums = T.sblock_alloc_buffer((len(pairs.at), chains, LANES), "float32")
     each = [(p, m, h) for p, (m, h) in enumerate(pairs.at)]
     for p, _, _ in each:
@@ -85,7 +85,7 @@ def store_weighted_values(pairs: Pairs, end, values, scores, digits, norm, out) 
         store_int8_values(pairs, end, values, scores, digits, norm, out)
         return
     kernel, count = pairs.kernel, len(pairs.at)
-    lanes = _value_lanes(kernel.head_dim, kernel.form.sums // count)
+    lanes = pairs.decisions["lanes"]
     with T.serial(kernel.head_dim // lanes) as chunk, T.sblock("values"):
         T.reads()
         T.writes()
@@ -102,11 +102,3 @@ def store_weighted_values(pairs: Pairs, end, values, scores, digits, norm, out) 
             with T.vectorized(lanes) as d:
                 where = [m, h * kernel.head_dim + chunk * lanes + d]
                 T.buffer_store(out, sums[p, d] * norm[p, 0], where)
-
-
-def _value_lanes(head_dim: int, limit: int) -> int:
-    """Return how many channels are summed at a time: whole vectors that divide a head, at most `limit` or one."""
-    vector = gcd(LANES, head_dim)
-    return max(
-        lanes for lanes in range(vector, head_dim + 1, vector) if head_dim % lanes == 0 and lanes <= max(limit, vector)
-    )

@@ -1,6 +1,6 @@
 """Small helpers to emit TIR: whole-buffer regions, reductions over lanes, and vectorizable functions."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from agq_tvm.tvm_seam import T, tirx
 
@@ -14,10 +14,17 @@ def whole(buffer):
 
 
 @contextmanager
-def task_loop(name: str, tasks: int, reads, writes):
-    """Open a block that runs once for each task, in parallel, and yield the task's index."""
-    loop = T.parallel(tasks) if tasks > 1 else T.serial(1)
-    with loop as index, T.sblock(name):
+def task_loop(name: str, tasks: int, reads, writes, each: int = 1):
+    """Open a block that runs once for each task, in parallel, and yield the task's index.
+
+    A thread takes `each` tasks at a time, a divisor of their number; none is parallel if it takes all.
+    """
+    with ExitStack() as stack:
+        threads = tasks // each
+        index = stack.enter_context(T.parallel(threads) if threads > 1 else T.serial(threads))
+        if each > 1:
+            index = index * each + stack.enter_context(T.serial(each))
+        stack.enter_context(T.sblock(name))
         task = T.axis.spatial(tasks, index)
         T.reads(*[whole(buffer) for buffer in reads])
         T.writes(*[whole(buffer) for buffer in writes])

@@ -12,23 +12,23 @@ Weights and their scales come in the tiles of `layout.py`; activation codes come
 `quantize.py` writes them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tvm import te
 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels import linear_panels
-from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, intrinsic, nibble, stored_dtype
+from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, nibble, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
-from agq_tvm.kernels.space import Space, divisors
-from agq_tvm.tvm_seam import Schedule, T
+from agq_tvm.kernels.linear_schedule import Plan, schedule
+from agq_tvm.kernels.linear_space import default
+from agq_tvm.tvm_seam import T
 
 ZERO = {4: 8, 8: 128}
 """The code that stands for 0 in symmetric weights."""
 OPERANDS = ("w", "ws", "wo", "bias")
 """Packed parameters of a linear that are operands of `define`, in order."""
 _INT32_LIMIT = (1 << 31) - 1
-_MOST_ROWS, _MOST_GROUPS = 8, 16
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ def center_of(layout: Layout, less: int, bits: int, offsets: str | None) -> int:
     return layout.zero + less - (0 if offsets else ZERO[bits])
 
 
-def define(kernel: LinearKernel, isa: InstructionSet, vectors: int = 0):
+def define(kernel: LinearKernel, isa: InstructionSet, plan: Plan | None = None):
     """Return the matrix product as unscheduled TIR.
 
-    `vectors` are those that codes are unpacked for at a time; by default the instruction set's.
+    A plan tells whether codes are unpacked, and for how many vectors at a time; by default as by hand.
 
     Buffers, in order (rows of codes R, M or 2 M; tiles NT, groups G, k-blocks KB; S, V, L, D from the layout):
 
@@ -122,7 +122,8 @@ def define(kernel: LinearKernel, isa: InstructionSet, vectors: int = 0):
     - out float32 [M, NT * V * L]
     """
     layout = isa.layout(kernel.bits)
-    less = isa.center(kernel.bits, kernel.activation_bits, kernel.packed)
+    plan = plan or Plan(**default(kernel, isa))
+    less = isa.center(kernel.bits, kernel.activation_bits, plan.inline)
     M, R, G, GB = kernel.rows, kernel.code_rows, kernel.groups, kernel.group_size // K_BLOCK
     KB, NT = k_blocks(kernel.channels, kernel.group_size), layout.tiles(kernel.columns)
     S, V, L, D = layout.steps, layout.vectors, layout.lanes, layout.depth
@@ -135,7 +136,7 @@ def define(kernel: LinearKernel, isa: InstructionSet, vectors: int = 0):
     wo = te.placeholder((NT, G, V, L), kernel.offsets, name="wo") if kernel.offsets else None
     bias = te.placeholder((NT, V, L), "float32", name="bias") if kernel.bias else None
 
-    TV = vectors or isa.tile(kernel.bits, kernel.packed).vectors
+    TV = layout.vectors if plan.inline else plan.vectors
 
     def code(t, kb, s, h, v, j, i):
         if kernel.bits == 4:
@@ -195,151 +196,12 @@ def define(kernel: LinearKernel, isa: InstructionSet, vectors: int = 0):
     return func.with_attr({"global_symbol": kernel.name, "tirx.noalias": True})
 
 
-def row_tile(rows: int, limit: int) -> int:
-    """Return the largest number of rows up to `limit` that divides `rows`."""
-    return next(r for r in range(min(rows, limit), 0, -1) if rows % r == 0)
-
-
-def space(kernel: LinearKernel, isa: InstructionSet, threads: int = 1) -> Space:
-    """Return the decisions of a matrix product.
-
-    rows, vectors
-        Of the register tile.
-    panel
-        Groups that a register tile goes through at a time.
-    """
-    default = _default(kernel, isa)
-    layout = isa.layout(kernel.bits)
-    if kernel.code_rows == 1:
-        return Space({name: (value,) for name, value in default.items()}, default)
-    choices = {
-        "rows": _with(default["rows"], divisors(kernel.code_rows, _MOST_ROWS)),
-        # Codes of 8 bits stand as they are packed, so that a tile of fewer vectors has gaps.
-        "vectors": _with(default["vectors"], (2, 4) if kernel.bits == 4 and layout.vectors == 4 else ()),
-        "panel": _with(default["panel"], divisors(kernel.groups, _MOST_GROUPS)),
-    }
-    return Space(choices, default)
-
-
-def _with(value: int, values) -> tuple[int, ...]:
-    return tuple(sorted({value, *values}))
-
-
-def _default(kernel: LinearKernel, isa: InstructionSet) -> dict[str, int]:
-    panel = 1 if kernel.code_rows == 1 else row_tile(kernel.groups, max(1, isa.panel // kernel.group_size))
-    return {
-        "rows": row_tile(kernel.code_rows, isa.rows),
-        "vectors": isa.tile(kernel.bits, kernel.packed).vectors,
-        "panel": panel,
-    }
-
-
-def schedule(func, kernel: LinearKernel, isa: InstructionSet, decisions: dict[str, int]) -> Schedule:
-    """Tile, unpack, tensorize and vectorize the definition of a matrix product.
-
-    Threads take tiles of columns. Inside a tile the groups run outermost: one row reads nibbles directly; more
-    rows share codes that are unpacked once for each group. Scales are applied at group ends.
-    """
-    conversions = ["unpack"] if kernel.bits == 4 else []
-    conversions += ["scales", "offsets"] if kernel.offsets else ["scales"]
-    tile = replace(isa.layout(kernel.bits), vectors=decisions["vectors"])
-    return schedule_tiles(func, kernel, isa, "scaled", conversions, tile, decisions["panel"], rows=decisions["rows"])
-
-
-def schedule_tiles(
-    func,
-    kernel,
-    isa: InstructionSet,
-    total: str,
-    conversions: list[str],
-    tile: Layout,
-    panel: int = 1,
-    shifted: bool = False,
-    rows: int = 0,
-) -> Schedule:
-    """Schedule a matrix product whose blocks are `conversions`, ``dot``, `total` and ``out``.
-
-    Parameters
-    ----------
-    func : PrimFunc
-    kernel : LinearKernel, or what has the same properties
-    isa : InstructionSet
-    total : str
-        The block that puts the dot products of groups together; its reduction is over the groups.
-    conversions : list of str
-        Blocks that read weights and scales.
-    tile : Layout
-        Of the register tile, as codes are unpacked for it.
-    panel : int
-        Groups that a register tile goes through at a time.
-    shifted : bool
-        See `intrinsic`.
-    rows : int
-        Of the register tile; by default the instruction set's.
-    """
-    layout = isa.layout(kernel.bits)
-    rows = rows or row_tile(kernel.code_rows, isa.rows)
-    sch = Schedule(func)
-    dot, scaled, out = (sch.get_sblock(name) for name in ("dot", total, "out"))
-
-    # out: tiles of columns in parallel, then rows.
-    m, n = sch.get_loops(out)
-    t, v, j = sch.split(n, [None, layout.vectors, layout.lanes])
-    sch.reorder(t, m, v, j)
-    sch.vectorize(j)
-    sch.unroll(v)
-    sch.parallel(t)
-    # total: inside a tile, panels of groups outermost, then register tiles, which go through the groups of a panel.
-    sch.compute_at(scaled, t, preserve_unit_loops=True)
-    *_, m, v, j, g = sch.get_loops(scaled)
-    m, r = sch.split(m, [None, rows])
-    vo, v = sch.split(v, [None, tile.vectors])
-    g, gi = sch.split(g, [None, panel])
-    sch.reorder(g, m, vo, gi, r, v, j)
-    _vector_tile(sch, r, v, j)
-    # dot: one register tile at a time.
-    sch.compute_at(dot, gi, preserve_unit_loops=True)
-    _place_conversions(sch, kernel, conversions, g)
-    *_, r, v, j, kb, s, h, i = sch.get_loops(dot)
-    sch.reorder(kb, r, v, j, s, h, i)
-    name = intrinsic(isa, tile, kernel.packed, rows, kernel.activation_bits, shifted)
-    if name is None:
-        sch.reorder(kb, s, h, i, r, v, j)
-        _vector_tile(sch, r, v, j)
-        sch.decompose_reduction(dot, kb)
-    else:
-        init = sch.decompose_reduction(dot, kb)
-        _vector_tile(sch, *sch.get_loops(init)[-3:])
-        sch.tensorize(r if rows > 1 else v, name)
-    sch.decompose_reduction(scaled, g)
-    return sch
-
-
-def _vector_tile(sch: Schedule, r, v, j) -> None:
-    sch.unroll(r)
-    sch.unroll(v)
-    sch.vectorize(j)
-
-
-def _place_conversions(sch: Schedule, kernel, names: list[str], g) -> None:
-    """Unpack codes and widen scales once for each group of a tile, or where they are used if there is one row."""
-    for name in names:
-        block = sch.get_sblock(name)
-        if kernel.code_rows == 1:
-            sch.compute_inline(block)
-            continue
-        sch.compute_at(block, g, preserve_unit_loops=True)
-        loops = sch.get_loops(block)
-        lanes = sch.fuse(*loops[-2:]) if name == "unpack" else loops[-1]
-        sch.vectorize(lanes)
-        for loop in loops[-4:-2] if name == "unpack" else loops[-2:-1]:
-            sch.unroll(loop)
-
-
 def build(kernel: LinearKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
     """Return the scheduled PrimFunc of a matrix product, or the one around a loop in assembly where there is one."""
     if linear_panels.loop_for(kernel, isa):
-        return linear_panels.build(kernel, isa)
-    decisions = decisions or _default(kernel, isa)
-    func = define(kernel, isa, decisions["vectors"])
-    return schedule(func, kernel, isa, decisions).mod["main"].with_attr("global_symbol", kernel.name)
+        return linear_panels.build(kernel, isa, decisions)
+    plan = Plan(**(decisions or default(kernel, isa)))
+    conversions = ["unpack"] if kernel.bits == 4 else []
+    conversions += ["scales", "offsets"] if kernel.offsets else ["scales"]
+    scheduled = schedule(define(kernel, isa, plan), kernel, isa, plan, "scaled", conversions)
+    return scheduled.mod["main"].with_attr("global_symbol", kernel.name)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from tvm import te
 
 from agq_tvm.kernels.intrin.base import InstructionSet
-from agq_tvm.kernels.linear import row_tile
+from agq_tvm.kernels.linear_schedule import row_tile
+from agq_tvm.kernels.space import Space, divisors
 from agq_tvm.tvm_seam import Schedule, T
 
 CHANNEL_BLOCK = 8
 """Channels of one unrolled step; every tile of weights has a multiple of it."""
 _ROWS = 4
+_MOST_SUMS = 24
 _TILES = {"avx512vnni": (4, 16), "avxvnni": (2, 8), "avx2": (2, 8), "generic": (2, 4)}
 _ARM_TILE = (4, 4)
 
@@ -52,7 +54,32 @@ class DenseKernel:
         return -(-self.channels // CHANNEL_BLOCK) * CHANNEL_BLOCK
 
 
-def build(kernel: DenseKernel, isa: InstructionSet):
+def default(kernel: DenseKernel) -> dict[str, int]:
+    """Return the decisions made by hand."""
+    return {"rows": row_tile(kernel.rows, _ROWS), "channels": CHANNEL_BLOCK, "parallel": 1}
+
+
+def space(kernel: DenseKernel, isa: InstructionSet, threads: int = 1) -> Space:
+    """Return the decisions of a float product.
+
+    rows
+        Of the register tile.
+    channels
+        Of one unrolled step.
+    parallel
+        Whether threads share the tiles of columns.
+    """
+    made, sums = default(kernel), _MOST_SUMS if isa.name == "avx512vnni" else _MOST_SUMS // 2
+    rows = [rows for rows in divisors(kernel.rows, sums) if rows * tile_of(isa)[0] <= sums]
+    choices = {
+        "rows": tuple(sorted({made["rows"], *rows})),
+        "channels": (2, 4, CHANNEL_BLOCK),
+        "parallel": (0, 1) if threads > 1 else (1,),
+    }
+    return Space(choices, made)
+
+
+def build(kernel: DenseKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
     """Return the scheduled PrimFunc.
 
     Buffers, in order (V vectors of L columns make one of NT tiles):
@@ -78,7 +105,7 @@ def build(kernel: DenseKernel, isa: InstructionSet):
     out = te.compute((M, NT * V * L), finish, name="out")
     operands = [operand for operand in (x, w, bias, out) if operand is not None]
     func = te.create_prim_func(operands).with_attr({"global_symbol": kernel.name, "tirx.noalias": True})
-    return _schedule(func, kernel, isa).mod["main"].with_attr("global_symbol", kernel.name)
+    return _schedule(func, decisions or default(kernel), isa).mod["main"].with_attr("global_symbol", kernel.name)
 
 
 def tile_of(isa: InstructionSet) -> tuple[int, int]:
@@ -92,19 +119,20 @@ def packed_shape(columns: int, channels: int, isa: InstructionSet) -> tuple[int,
     return -(-columns // (V * L)), channels, V, L
 
 
-def _schedule(func, kernel: DenseKernel, isa: InstructionSet) -> Schedule:
+def _schedule(func, decisions: dict[str, int], isa: InstructionSet) -> Schedule:
     """Threads take tiles of columns; a register tile of rows sums over all channels."""
     sch = Schedule(func)
     total, out = sch.get_sblock("total"), sch.get_sblock("out")
     m, n = sch.get_loops(out)
     t, v, j = sch.split(n, [None, *tile_of(isa)])
-    m, r = sch.split(m, [None, row_tile(kernel.rows, _ROWS)])
+    m, r = sch.split(m, [None, decisions["rows"]])
     sch.reorder(t, m, r, v, j)
-    sch.parallel(t)
+    if decisions["parallel"]:
+        sch.parallel(t)
     _vector_tile(sch, r, v, j)
     sch.compute_at(total, m, preserve_unit_loops=True)
     *_, r, v, j, k = sch.get_loops(total)
-    outer, inner = sch.split(k, [None, CHANNEL_BLOCK])
+    outer, inner = sch.split(k, [None, decisions["channels"]])
     sch.reorder(outer, inner, r, v, j)
     sch.unroll(inner)
     _vector_tile(sch, r, v, j)

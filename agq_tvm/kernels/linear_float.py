@@ -12,7 +12,8 @@ from functools import partial
 from agq_tvm.kernels.emit import float32, task_loop
 from agq_tvm.kernels.intrin.base import InstructionSet, nibble, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
-from agq_tvm.kernels.linear import ZERO, row_tile
+from agq_tvm.kernels.linear import ZERO
+from agq_tvm.kernels.linear_schedule import row_tile
 from agq_tvm.tvm_seam import IRBuilder, T
 
 

@@ -10,6 +10,7 @@ from agq_tvm.kernels.intrin import assembly
 from agq_tvm.kernels.intrin.assembly import MAGIC, Assembly, Form, unroll_of
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.layout import K_BLOCK, k_blocks
+from agq_tvm.kernels.space import Space
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
 _FLOATS = 4
@@ -26,14 +27,45 @@ def loop_for(kernel, isa: InstructionSet) -> Assembly | None:
     return loop if kernel.rows % loop.rows == 0 and kernel.group_size in loop.groups else None
 
 
+def default(kernel, isa: InstructionSet) -> dict[str, int]:
+    """Return the decisions made by hand."""
+    return {
+        "panel": min(kernel.groups, loop_for(kernel, isa).panel // kernel.group_size),
+        "rows_first": 1,
+        "parallel": 1,
+    }
+
+
+def space(kernel, isa: InstructionSet, threads: int = 1) -> Space:
+    """Return the decisions of a product whose inner loop is in assembly.
+
+    panel
+        Groups that a call goes through; their codes are unpacked together.
+    rows_first
+        Whether a tile of rows takes all columns of the panel before the next one does, or the other way round.
+    parallel
+        Whether threads share the tiles of columns.
+    """
+    made = default(kernel, isa)
+    most = made["panel"]
+    panels = {most, *(most // n for n in (2, 3, 4, 6, 8, 12, 16) if most // n), *(n for n in (2, 4, 8) if n <= most)}
+    calls = isa.layout_4bit.width // loop_for(kernel, isa).columns
+    choices = {
+        "panel": tuple(sorted(panels)),
+        "rows_first": (0, 1) if calls > 1 else (1,),
+        "parallel": (0, 1) if threads > 1 else (1,),
+    }
+    return Space(choices, made)
+
+
 class _Product:
     """The parts of one product, as they are emitted."""
 
-    def __init__(self, kernel, isa: InstructionSet):
+    def __init__(self, kernel, isa: InstructionSet, decisions: dict[str, int]):
         self.kernel, self.loop, self.layout = kernel, loop_for(kernel, isa), isa.layout_4bit
         self.narrow = self.loop is isa.assembly_4x4
         self.blocks = kernel.group_size // K_BLOCK
-        self.panel = min(kernel.groups, self.loop.panel // kernel.group_size)
+        self.panel, self.rows_first = decisions["panel"], decisions["rows_first"]
         self.panels = -(-kernel.groups // self.panel)
         self.last = kernel.groups - (self.panels - 1) * self.panel
         unroll = min(unroll_of(self.panel, self.blocks), unroll_of(self.last, self.blocks))
@@ -172,26 +204,32 @@ class _Product:
     def multiply(self, panel, groups) -> None:
         """Call the loop for every tile of rows."""
         kernel, loop = self.kernel, self.loop
+        rows = kernel.code_rows // loop.rows
+        for calls in [range(self.calls)] if self.rows_first else [[call] for call in range(self.calls)]:
+            with T.serial(rows) as m:
+                self._multiply_rows(panel, groups, m, calls)
+
+    def _multiply_rows(self, panel, groups, m, calls) -> None:
+        kernel, loop = self.kernel, self.loop
         tile, size = loop.rows * K_BLOCK, self.panel * kernel.group_size * loop.columns
-        with T.serial(kernel.code_rows // loop.rows) as m:
-            for call in range(self.calls):
-                first = panel * self.panel
-                operands = {
-                    "x": self.x.access_ptr("r", offset=first * self.blocks * kernel.code_rows * K_BLOCK + m * tile),
-                    "codes": self.codes.access_ptr("r", offset=call * size),
-                    "factors": self.scaled.access_ptr("r", offset=call * self.panel * len(self.factors) * _FLOATS),
-                    "scales": self.sx.access_ptr(
-                        "r", offset=m * (loop.rows * kernel.groups) + first if kernel.per_group else 0
-                    ),
-                    "sums": self.sums.access_ptr(
-                        "rw", offset=m * (loop.rows * self.layout.width) + call * loop.rows * loop.columns
-                    ),
-                    "count": T.Cast("int64", groups // self.form.unroll),
-                    "stride": T.int64(kernel.code_rows * K_BLOCK - tile + 64),
-                    "magic": self.magic.access_ptr("r"),
-                }
-                assert tuple(operands) == assembly.OPERANDS
-                T.evaluate(tirx.call_extern("void", self.symbol, *operands.values()))
+        for call in calls:
+            first = panel * self.panel
+            operands = {
+                "x": self.x.access_ptr("r", offset=first * self.blocks * kernel.code_rows * K_BLOCK + m * tile),
+                "codes": self.codes.access_ptr("r", offset=call * size),
+                "factors": self.scaled.access_ptr("r", offset=call * self.panel * len(self.factors) * _FLOATS),
+                "scales": self.sx.access_ptr(
+                    "r", offset=m * (loop.rows * kernel.groups) + first if kernel.per_group else 0
+                ),
+                "sums": self.sums.access_ptr(
+                    "rw", offset=m * (loop.rows * self.layout.width) + call * loop.rows * loop.columns
+                ),
+                "count": T.Cast("int64", groups // self.form.unroll),
+                "stride": T.int64(kernel.code_rows * K_BLOCK - tile + 64),
+                "magic": self.magic.access_ptr("r"),
+            }
+            assert tuple(operands) == assembly.OPERANDS
+            T.evaluate(tirx.call_extern("void", self.symbol, *operands.values()))
 
     def finish(self, t) -> None:
         """Put the terms together, with the scales of rows and the bias."""
@@ -214,9 +252,10 @@ class _Product:
                     T.buffer_store(self.out, value, [m * rows + r, tirx.Ramp(t * width + column, 1, _FLOATS)])
 
 
-def build(kernel, isa: InstructionSet):
+def build(kernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
     """Return the PrimFunc of a matrix product, of the operands of `linear.define`."""
-    product = _Product(kernel, isa)
+    decisions = decisions or default(kernel, isa)
+    product, tiles = _Product(kernel, isa, decisions), isa.layout_4bit.tiles(kernel.columns)
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(kernel.name)
@@ -224,7 +263,7 @@ def build(kernel, isa: InstructionSet):
             *inputs, out = product.args().values()
             with (
                 T.attr(tirx.const(0, "int32"), "pragma_import_llvm", product.text()),
-                task_loop("tile", isa.layout_4bit.tiles(kernel.columns), inputs, [out]) as t,
+                task_loop("tile", tiles, inputs, [out], 1 if decisions["parallel"] else tiles) as t,
             ):
                 product.allocate()
                 product.start_sums(t)

@@ -1,4 +1,4 @@
-"""The integer-only matrix product of TRIP: definition in plain TIR; its schedule is that of `linear.py`.
+"""The integer-only matrix product of TRIP: definition in plain TIR; its schedule is that of `linear_schedule.py`.
 
     total = 0;  for each k-block b:  total[m, n] = (total[m, n] << d[b]) + Σ_{k in b} q_x[m, k] · q_w[n, k]
     out[m, n] = s_x · (s_w[n] · total[m, n] + o_w[n] · xsum[m]) + bias[n]
@@ -12,9 +12,12 @@ from dataclasses import dataclass
 
 from agq_tvm.kernels.intrin.base import InstructionSet, nibble, shifted_before
 from agq_tvm.kernels.layout import K_BLOCK, k_blocks
-from agq_tvm.kernels.linear import center_of, schedule_tiles
+from agq_tvm.kernels.linear import center_of
+from agq_tvm.kernels.linear_schedule import Plan, row_tile, schedule
+from agq_tvm.kernels.linear_space import most_sums
+from agq_tvm.kernels.space import Space, divisors
 from agq_tvm.quantize.shifts import check_sum
-from agq_tvm.tvm_seam import IRBuilder, Schedule, T
+from agq_tvm.tvm_seam import IRBuilder, T
 
 OPERANDS = ("w", "shift", "ws", "wo", "bias")
 """Packed parameters of a linear that are operands of `define`, in order."""
@@ -146,12 +149,21 @@ def define(kernel: ShiftedKernel, isa: InstructionSet):
     return builder.get()
 
 
-def schedule(func, kernel: ShiftedKernel, isa: InstructionSet) -> Schedule:
-    """Schedule the definition as `linear.schedule` does: a chunk of k-blocks takes the place of a group."""
-    return schedule_tiles(func, kernel, isa, "total", ["unpack"], isa.layout_4bit, shifted=True)
+def default(kernel: ShiftedKernel, isa: InstructionSet) -> dict[str, int]:
+    """Return the decisions made by hand."""
+    return {"rows": row_tile(kernel.rows, isa.rows), "parallel": 1}
 
 
-def build(kernel: ShiftedKernel, isa: InstructionSet):
-    """Return the scheduled PrimFunc of a matrix product."""
-    func = define(kernel, isa)
-    return schedule(func, kernel, isa).mod["main"].with_attr("global_symbol", kernel.name)
+def space(kernel: ShiftedKernel, isa: InstructionSet, threads: int = 1) -> Space:
+    """Return the decisions of an integer-only product, with the meaning that they have for `linear_schedule.Plan`."""
+    made, most = default(kernel, isa), most_sums(isa) // isa.layout_4bit.vectors
+    rows = tuple(sorted({made["rows"], *divisors(kernel.rows, most)}))
+    return Space({"rows": rows, "parallel": (0, 1) if threads > 1 else (1,)}, made)
+
+
+def build(kernel: ShiftedKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
+    """Return the scheduled PrimFunc of a matrix product: a chunk of k-blocks takes the place of a group."""
+    decisions = decisions or default(kernel, isa)
+    plan = Plan(vectors=isa.layout_4bit.vectors, inline=kernel.packed, **decisions)
+    scheduled = schedule(define(kernel, isa), kernel, isa, plan, "total", ["unpack"], shifted=True)
+    return scheduled.mod["main"].with_attr("global_symbol", kernel.name)

@@ -1,9 +1,10 @@
 """The grammar of kernel names, and its parser. docs/kernels.md has it in words.
 
-product   = [ "agq." ] operation "." instruction-set "." layout [ ".a4" ] [ "." form ] ".m" rows
+product   = [ "agq." ] operation "." instruction-set "." layout [ ".a4" ] [ "." form ] ".m" rows [ tuned ]
 operation = "dot" | "shift_dot" | "loops" | "shift_loops" | "panels" | "floats"
 layout    = sign bits "_v" vectors "x" lanes "_k" depth        sign = "u" | "s"
 form      = "packed" | "bytes"
+tuned     = [ ".of" vectors ] [ ".ahead" blocks ]
 function  = word { "_" word } { "_" size }
 size      = letters number                                     letters: see `SIZES`
 """
@@ -29,6 +30,7 @@ SIZES = {
 _PRODUCT = re.compile(
     r"(?:agq\.)?(?P<operation>(?:shift_)?(?:dot|loops)|panels|floats)\.(?P<instruction_set>[a-z0-9-]+)\.(?P<layout>\w+)"
     r"(?:\.(?P<activations>a4))?(?:\.(?P<form>packed|bytes))?\.m(?P<rows>[1-9]\d*)"
+    r"(?:\.of(?P<stored>\d+))?(?:\.ahead(?P<ahead>\d+))?"
 )
 _LAYOUT = re.compile(r"(?P<sign>[us])(?P<bits>[48])_v(?P<vectors>\d+)x(?P<lanes>\d+)_k(?P<depth>\d+)")
 _SIZE = "|".join(SIZES)
@@ -47,7 +49,8 @@ def parse_name(name: str) -> dict:
     -------
     dict
         Of a product: operation, instruction_set, layout (a dict: sign, bits, vectors, lanes, depth), rows, and where
-        the name says so activations (``"a4"``) and form. Of a function: operation, and sizes by their letters.
+        the name says so activations (``"a4"``), form, and what `intrin.base.Tile` calls stored and ahead. Of a
+        function: operation, and sizes by their letters.
 
     Raises
     ------
@@ -58,7 +61,8 @@ def parse_name(name: str) -> dict:
         found = {key: value for key, value in product.groupdict().items() if value}
         if layout := _LAYOUT.fullmatch(found["layout"]):
             parts = {key: value if key == "sign" else int(value) for key, value in layout.groupdict().items()}
-            return found | {"layout": parts, "rows": int(found["rows"])}
+            sizes = {key: int(found[key]) for key in ("rows", "stored", "ahead") if key in found}
+            return found | {"layout": parts} | sizes
     elif function := _FUNCTION.fullmatch(name):
         sizes = dict(re.findall(rf"_({_SIZE})(\d+)", function["sizes"]))
         return {"operation": function["operation"], "sizes": {key: int(value) for key, value in sizes.items()}}

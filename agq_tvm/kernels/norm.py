@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from agq_tvm.kernels.emit import LANES, float32, lane_chunks, reduce_lanes, task_loop
+from agq_tvm.kernels.space import Space, rows_of_task
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
 
@@ -20,7 +21,12 @@ class LayerNormKernel:
         return f"layer_norm_m{self.rows}_k{self.channels}"
 
 
-def build_layer_norm(kernel: LayerNormKernel):
+def space(kernel: LayerNormKernel) -> Space:
+    """Return the decision of a LayerNorm: the rows that a thread takes at a time."""
+    return Space({"rows": rows_of_task(kernel.rows)}, {"rows": 1})
+
+
+def build_layer_norm(kernel: LayerNormKernel, decisions: dict[str, int] | None = None):
     """Return the kernel: x float32 [M, K], gain and bias float32 [K]; out float32 [M, K]."""
     M, K = kernel.rows, kernel.channels
     with IRBuilder() as builder:
@@ -30,7 +36,7 @@ def build_layer_norm(kernel: LayerNormKernel):
             x = T.arg("x", T.buffer((M, K), "float32"))
             gain, bias = (T.arg(name, T.buffer((K,), "float32")) for name in ("gain", "bias"))
             out = T.arg("out", T.buffer((M, K), "float32"))
-            with task_loop("row", M, [x, gain, bias], [out]) as m:
+            with task_loop("row", M, [x, gain, bias], [out], decisions["rows"] if decisions else 1) as m:
                 partial = T.sblock_alloc_buffer((LANES,), "float32")
                 moments = T.sblock_alloc_buffer((2,), "float32")
                 store_moments(x, m, K, kernel.epsilon, partial, moments)

@@ -83,6 +83,11 @@ class Space:
         return None
 
 
+def rows_of_task(rows: int) -> tuple[int, ...]:
+    """List how many rows of a kernel a thread may take at a time: few or all."""
+    return tuple(sorted({*divisors(rows, 8), rows}))
+
+
 def divisors(number: int, limit: int) -> tuple[int, ...]:
     """List the divisors of a number up to a limit, rising."""
     return tuple(d for d in range(1, min(number, limit) + 1) if number % d == 0)

@@ -6,7 +6,7 @@ from agq_tvm.kernels import activation, embedding, prune
 from agq_tvm.kernels.activation import QuantizeKernel
 from agq_tvm.kernels.attention_form import AttentionForm, AttentionKernel
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
-from agq_tvm.kernels.intrin.base import InstructionSet, intrinsic
+from agq_tvm.kernels.intrin.base import InstructionSet, Tile, intrinsic
 from agq_tvm.kernels.linear_dense import DenseKernel, tile_of
 from agq_tvm.kernels.linear_float import float_form
 from agq_tvm.kernels.norm import LayerNormKernel
@@ -97,7 +97,7 @@ def _row(isa, bits: int, activation_bits: int, operation: str, rows: int, shifte
     loops = f"{'shift_' if shifted else ''}loops.{isa.name}.{layout.name}.m{rows}"
     tile = layout if shifted else isa.tile(bits, packed)
     return KernelRow(
-        name=intrinsic(isa, tile, packed, rows, activation_bits, shifted) or loops,
+        name=intrinsic(isa, Tile(rows, tile, packed, shifted=shifted), activation_bits) or loops,
         operation=f"shifted {operation}" if shifted else operation,
         bits=f"w{bits}a{activation_bits}",
         tile=f"{rows}x{tile.width}x32",

@@ -1,19 +1,88 @@
 """All kernels with a design space, by their descriptions: the spaces, and building a kernel from decisions."""
 
-import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from agq_tvm.errors import AgqError
-from agq_tvm.kernels import linear, linear_panels, linear_shifted
+from agq_tvm.kernels import (
+    activation,
+    attention,
+    attention_space,
+    linear,
+    linear_dense,
+    linear_panels,
+    linear_shifted,
+    linear_space,
+    norm,
+)
+from agq_tvm.kernels.activation import QuantizeKernel
+from agq_tvm.kernels.attention_form import AttentionKernel, described_form
 from agq_tvm.kernels.attrs import annotate
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear_dense import DenseKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
+from agq_tvm.kernels.norm import LayerNormKernel
 from agq_tvm.kernels.space import Space
 
-KINDS = {kind.__name__: kind for kind in (LinearKernel, ShiftedKernel)}
+CONTEXTS = (256, 1024, 4096)
+"""Lengths of the context that attention is tuned for."""
+_MANY = 2
+"""Threads with which all decisions are open."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One class of kernels.
+
+    Attributes
+    ----------
+    description : type
+    space : callable
+        ``f(kernel, isa, threads) -> Space``
+    build : callable
+        ``f(kernel, isa, decisions) -> PrimFunc``
+    version : int
+        Raised whenever decisions come to mean something else, or the space or its default changes.
+    """
+
+    description: type
+    space: Callable
+    build: Callable
+    version: int
+
+
+def _linear_space(kernel: LinearKernel, isa: InstructionSet, threads: int) -> Space:
+    module = linear_panels if linear_panels.loop_for(kernel, isa) else linear_space
+    return module.space(kernel, isa, threads)
+
+
+_ALL = (
+    _Kind(LinearKernel, _linear_space, linear.build, 1),
+    _Kind(ShiftedKernel, linear_shifted.space, linear_shifted.build, 1),
+    _Kind(DenseKernel, linear_dense.space, linear_dense.build, 1),
+    _Kind(
+        QuantizeKernel,
+        lambda kernel, isa, threads: activation.space(kernel),
+        lambda kernel, isa, decisions: activation.build(kernel, isa.layout_4bit, decisions),
+        1,
+    ),
+    _Kind(
+        LayerNormKernel,
+        lambda kernel, isa, threads: norm.space(kernel),
+        lambda kernel, isa, decisions: norm.build_layer_norm(kernel, decisions),
+        1,
+    ),
+    _Kind(
+        AttentionKernel,
+        lambda kernel, isa, threads: attention_space.space(kernel, threads),
+        lambda kernel, isa, decisions: attention.build_attention(kernel, decisions),
+        1,
+    ),
+)
+_KINDS = {kind.description.__name__: kind for kind in _ALL}
+KINDS = {name: kind.description for name, kind in _KINDS.items()}
 """Descriptions of kernels, by the name of their class."""
-_VERSIONS = {"LinearKernel": 1, "ShiftedKernel": 1}
-"""Raised whenever decisions come to mean something else, or a kernel's space or its default changes."""
 
 
 def space_of(kernel, isa: InstructionSet, threads: int = 1) -> Space | None:
@@ -26,10 +95,8 @@ def space_of(kernel, isa: InstructionSet, threads: int = 1) -> Space | None:
     threads : int
         That it runs on.
     """
-    if not isinstance(kernel, LinearKernel) or linear_panels.loop_for(kernel, isa):
-        return None
-    space = linear.space(kernel, isa, threads)
-    return space if space.size > 1 else None
+    space = _kind(kernel).space(kernel, isa, threads)
+    return space if any(len(values) > 1 for values in space.choices.values()) else None
 
 
 def build(kernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
@@ -48,33 +115,31 @@ def build(kernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
         If the decisions are no point of the space.
     """
     if decisions is not None:
-        space = space_of(kernel, isa)
+        space = space_of(kernel, isa, _MANY)
         if space is None:
             raise AgqError(f"{kernel.name} has nothing to decide on {isa.name}: leave the decisions out")
         space.check(decisions)
-    if isinstance(kernel, ShiftedKernel):
-        return annotate(linear_shifted.build(kernel, isa), kernel)
-    return annotate(linear.build(kernel, isa, decisions), kernel)
+    return annotate(_kind(kernel).build(kernel, isa, decisions), kernel)
 
 
 def version_of(kernel) -> int:
     """Return the version of a kernel's design space: what was tuned with another one means nothing now."""
-    return _VERSIONS[type(kernel).__name__]
+    return _kind(kernel).version
 
 
 def task_name(kernel, isa: InstructionSet, threads: int) -> str:
     """Return what tuning calls a kernel, e.g. ``linear_…_m128_n4096_k4096.avx512vnni.u4_v4x16_k4.t2.v1``."""
-    layout = isa.layout(getattr(kernel, "bits", 8)).name
-    return f"{kernel.name}.{isa.name}.{layout}.t{threads}.v{version_of(kernel)}"
+    layout = [isa.layout(kernel.bits).name] if isinstance(kernel, LinearKernel | ShiftedKernel) else []
+    return ".".join([kernel.name, isa.name, *layout, f"t{threads}", f"v{version_of(kernel)}"])
 
 
-def describe(kernel) -> dict:
-    """Return a kernel's description as plain values, from which `described` makes it again."""
-    return {"class": type(kernel).__name__, **dataclasses.asdict(kernel)}
+def specialized(kernel: AttentionKernel, context: int) -> AttentionKernel:
+    """Return attention over full caches of that length: it is tuned like this, and has the same decisions."""
+    return replace(kernel, context=context, fixed=True)
 
 
 def described(description: dict, isa: InstructionSet):
-    """Return the kernel of a description.
+    """Return the kernel of a description that `agq_tvm.kernels.attrs.describe` made.
 
     Raises
     ------
@@ -84,6 +149,12 @@ def described(description: dict, isa: InstructionSet):
     fields = dict(description)
     name = fields.pop("class", None)
     try:
+        if "form" in fields:
+            fields["form"] = described_form(fields["form"], isa)
         return KINDS[name](**fields)
     except (KeyError, TypeError):
         raise AgqError(f"{description} describes no kernel that can be tuned") from None
+
+
+def _kind(kernel) -> _Kind:
+    return _KINDS[type(kernel).__name__]

@@ -20,6 +20,7 @@ from agq_tvm.kernels import attention_append
 from agq_tvm.kernels import embedding as embedding_kernels
 from agq_tvm.kernels import prune as prune_kernels
 from agq_tvm.kernels.attention_form import AttentionForm, AttentionKernel
+from agq_tvm.kernels.attrs import annotate
 from agq_tvm.models.decoder import PREFILL_BUCKETS, DecoderConfig, filled_tiles
 from agq_tvm.tvm_seam import relax
 
@@ -274,7 +275,7 @@ class _Decoder:
         made = emit(relax.op.call_tir_inplace(append, (*inputs, *caches), updated, types))
         made = [made[i] for i in range(len(types))]
         kernel = replace(kernel, importance=drops)
-        attention = self.kernel(attention_kernels.build_attention(kernel))
+        attention = self.kernel(annotate(attention_kernels.build_attention(kernel), kernel))
         inputs = [*made[len(caches) :], *made[: len(caches)], self.lengths, *value_scale]
         if kernel.alibi:
             inputs += [self.slopes, self.positions, self.key_positions] if kernel.pruned else [self.slopes]

@@ -1,5 +1,6 @@
 """Give norms that were not fused with a quantization our own kernel: LayerNorm rows in parallel, in vectors."""
 
+from agq_tvm.kernels.attrs import annotate
 from agq_tvm.kernels.norm import LayerNormKernel, build_layer_norm
 from agq_tvm.tvm_seam import relax, tvm
 
@@ -25,5 +26,5 @@ class _Lowerer(relax.PyExprMutator):
             return call
         rows, channels = (int(extent) for extent in call.ty.shape)
         kernel = LayerNormKernel(rows, channels, float(call.attrs.epsilon))
-        gvar = self.builder_.add_func(build_layer_norm(kernel), kernel.name)
+        gvar = self.builder_.add_func(annotate(build_layer_norm(kernel), kernel), kernel.name)
         return relax.call_tir(gvar, list(call.args), call.ty)

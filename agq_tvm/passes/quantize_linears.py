@@ -235,7 +235,8 @@ class _Quantizer(relax.PyExprMutator):
         fill, layout = QuantizeKernel("plain", rows, channels, group_size, "none"), self.isa.layout(format.bits)
         ((_, padded), _), *_ = filled = fill.output_shapes(layout)
         if format.bits == 16:
-            product = linear_dense.build(DenseKernel(rows, columns, padded, "float16", bias), self.isa)
+            kernel = DenseKernel(rows, columns, padded, "float16", bias)
+            product = annotate(linear_dense.build(kernel, self.isa), kernel)
             vectors, lanes = linear_dense.tile_of(self.isa)
             width = vectors * lanes
         else:

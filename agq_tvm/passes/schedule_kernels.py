@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from agq_tvm.kernels import tunable
-from agq_tvm.kernels.attrs import described_as
+from agq_tvm.kernels.attrs import description_of
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
@@ -42,5 +42,5 @@ class ScheduleKernels:
         """Return the description of a PrimFunc that can be tuned, None for anything else."""
         if not isinstance(func, tirx.PrimFunc):
             return None
-        kernels = (described_as(func, kind) for kind in tunable.KINDS.values())
-        return next((kernel for kernel in kernels if kernel is not None), None)
+        description = description_of(func)
+        return tunable.described(description, self.isa) if description else None

@@ -25,11 +25,14 @@ class Cluster:
         How many there are.
     big : bool
         Whether inference should run on them.
+    ghz : float or None
+        Their highest clock, if it is known.
     """
 
     cpu: str
     count: int
     big: bool
+    ghz: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,13 @@ class Device:
     def threads(self) -> int:
         """Number of threads to run with: one for each big core."""
         return sum(cluster.count for cluster in self.clusters if cluster.big)
+
+    def clock(self, threads: int = 1) -> float | None:
+        """Return the clock in Hz of the slowest core of `threads` threads on the fastest big ones; None if unknown."""
+        clocks = [cluster.ghz for cluster in self.clusters if cluster.big for _ in range(cluster.count)]
+        if None in clocks:
+            return None
+        return 1e9 * sorted(clocks, reverse=True)[min(threads, len(clocks)) - 1]
 
     def tvm_target(self, threads: int | None = None) -> dict:
         """Return the argument of ``tvm.target.Target``.
@@ -237,14 +247,21 @@ class _Checker:
             raise self.error("clusters", "must be at least one [[clusters]] table")
         clusters = []
         for value in values:
-            self.keys("clusters", value, Cluster)
+            self.keys("clusters", value, Cluster, optional={"ghz"})
             if type(value["count"]) is not int or not 1 <= value["count"] <= 1024:
                 raise self.error("clusters.count", f"must be a number of cores, not {value['count']!r}")
             if type(value["big"]) is not bool:
                 raise self.error("clusters.big", f"must be true or false, not {value['big']!r}")
             cpu = self.choice(value, "cpu", known.CPUS[machine])
-            clusters.append(Cluster(cpu=cpu, count=value["count"], big=value["big"]))
+            clusters.append(Cluster(cpu=cpu, count=value["count"], big=value["big"], ghz=self.clock(value.get("ghz"))))
         return tuple(clusters)
+
+    def clock(self, value: object) -> float | None:
+        if value is None:
+            return None
+        if type(value) not in (int, float) or not 0.1 <= value <= 10:
+            raise self.error("clusters.ghz", f"must be a clock from 0.1 to 10 GHz, not {value!r}")
+        return float(value)
 
     def memory(self, value: object) -> float:
         if type(value) not in (int, float) or not 0 < value < 65536:

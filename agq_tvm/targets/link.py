@@ -91,7 +91,7 @@ def link_shared(
     if not files:
         raise AgqError(f"cannot {what}: there are no objects")
     arguments = ["-shared", "-fPIC", "-O2", "-o", str(output), *files, *options, "-lm"]
-    compiler = _system_compiler() if device.machine == detect.machine() else None
+    compiler = system_compiler() if device.machine == detect.machine() else None
     if compiler:
         run_tool([compiler, *arguments], what, _TIME_LIMIT)
     else:
@@ -139,7 +139,8 @@ def exporter(device: Device) -> Exporter:
     return Exporter(device)
 
 
-def _system_compiler() -> str | None:
+def system_compiler() -> str | None:
+    """Return the path of this machine's C compiler, or None."""
     return next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
 
 

@@ -47,7 +47,7 @@ def make_candidate(task: Task, decisions: dict[str, int] | None):
     """
     isa = task.instruction_set
     if decisions is not None:
-        tunable.space_of(task.kernel, isa, task.threads).check(decisions)
+        task.space.check(decisions)
     func = tunable.build(task.kernel, isa, decisions)
     functions = {MAIN: func}
     for place, operand in enumerate(operands_of(task.kernel, func)):

@@ -13,7 +13,7 @@ from agq_tvm.tuning.drift import Drift
 from agq_tvm.tuning.measure import ONCE, Argument, Effort, Measurement
 from agq_tvm.tuning.reference import arguments_of, is_exact
 from agq_tvm.tuning.task import Task
-from agq_tvm.tuning.workers import Worker
+from agq_tvm.tuning.workers import Worker, borrow, give_back
 
 TIMEOUT = 30.0
 """Seconds that a candidate may take on a board, its transfer and its check included."""
@@ -58,7 +58,7 @@ class Measurer(ABC):
     def __init__(self, task: Task, effort: Effort, timeout: float, parallel: int, worker: str) -> None:
         self.task, self.effort, self.timeout = task, effort, timeout
         self.drift = Drift()
-        self._workers = [Worker(worker) for _ in range(parallel)]
+        self._workers = [borrow(worker) for _ in range(parallel)]
         self._free = list(self._workers)
         self._closed = threading.Event()
         self._executor = ThreadPoolExecutor(parallel, thread_name_prefix="measure")
@@ -71,14 +71,16 @@ class Measurer(ABC):
         return self._executor.submit(self._measure, str(path))
 
     def close(self) -> None:
-        """End the worker processes; what is being measured fails."""
+        """Stop measuring; what is being measured fails."""
         self._closed.set()
         self._executor.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
-            worker.kill()
+            if worker not in self._free:
+                worker.kill()
         self._executor.shutdown()
         for worker in self._workers:
-            worker.close()
+            give_back(worker)
+        self._workers.clear()
         self._scratch.cleanup()
 
     def __enter__(self) -> "Measurer":

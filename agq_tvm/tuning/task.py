@@ -1,12 +1,17 @@
 """What is tuned: one kernel of a model, on one device, with one number of threads."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
+from agq_tvm.errors import AgqError
+from agq_tvm.kernels import tunable
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.linear_float import FloatLinearKernel
+from agq_tvm.kernels.space import Space
 from agq_tvm.targets import Device
+from agq_tvm.tuning.operands import operands_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,16 @@ class Task:
         """The instruction set itself; its float form where activations are floats."""
         return instruction_set(self.isa, "none" if isinstance(self.kernel, FloatLinearKernel) else "")
 
+    @property
+    def space(self) -> Space:
+        """The design space."""
+        return _space(self.kernel, self.isa, self.threads)
+
+
+@functools.lru_cache(maxsize=1024)
+def _space(kernel, isa: str, threads: int) -> Space:
+    return tunable.space_of(kernel, instruction_set(isa), threads)
+
 
 def make_task(kernel, isa: str, device: Device, threads: int, count: float = 1) -> Task:
     """Return the task of a kernel; `isa` is the name of its instruction set.
@@ -56,10 +71,6 @@ def make_task(kernel, isa: str, device: Device, threads: int, count: float = 1) 
     AgqError
         If there is nothing to tune, or the operands of such kernels are not known.
     """
-    from agq_tvm.errors import AgqError
-    from agq_tvm.kernels import tunable
-    from agq_tvm.tuning.operands import operands_of
-
     task = Task("", kernel, isa, device, threads)
     space = tunable.space_of(kernel, task.instruction_set, threads)
     if space is None:

@@ -41,7 +41,7 @@ def main() -> None:
     def say(value: dict) -> None:
         answers.write(json.dumps(value) + "\n")
 
-    serve = {"here": _Here, "board": _OnBoard}[sys.argv[1]](say)
+    serve = {"here": _Here, "board": _OnBoard, "build": _Build}[sys.argv[1]](say)
     say({"ready": True})
     for line in jobs:
         job = json.loads(line)
@@ -98,6 +98,19 @@ class _Here:
         return _measured(self._place, job, job["fixed"].get(""))
 
 
+class _Build:
+    """Builds candidates."""
+
+    def __init__(self, _say) -> None:
+        sys.modules.setdefault("torch", None)  # TVM would import it, and needs none of it
+        from agq_tvm.tuning.builder import build_job
+
+        self._build = build_job
+
+    def __call__(self, job: dict) -> dict:
+        return self._build(job)
+
+
 class _OnBoard:
     """Measures on boards, each job on the one that the tracker gives."""
 
@@ -115,16 +128,17 @@ class _OnBoard:
 
     def _on_board(self, job: dict) -> dict:
         from agq_tvm.boards.status import board_status, unfit
-        from agq_tvm.boards.tracker import connect
+        from agq_tvm.boards.tracker import open_session, request_board
         from agq_tvm.errors import AgqError
         from agq_tvm.tuning.places import Board
 
         try:
-            session = connect(job["tracker"], job["key"], timeout=job["limit"], wait=job["wait"])
+            grant = request_board(job["tracker"], job["key"], job["wait"])
+            board = grant.board
+            self._say({"board": board})  # from now on the time of the candidate runs
+            session = open_session(grant, job["limit"])
         except AgqError as error:
             raise MeasureError(LOST, str(error)) from None
-        board = session.board
-        self._say({"board": board})
         try:
             complaint = unfit(session, Device(**job["device"]))
             if complaint:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ class Worker:
     """
 
     def __init__(self, kind: str) -> None:
-        self._kind = kind
+        self.kind = kind
         self._process: subprocess.Popen | None = None
         self._buffer = b""
         self._log = tempfile.NamedTemporaryFile(prefix="agq-worker-", suffix=".log")
@@ -98,14 +99,15 @@ class Worker:
         if self._process:
             return
         self._log.truncate(0)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "agq_tvm.tuning.worker", self._kind],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=open(self._log.name, "ab"),
-            env=_environment(),
-            start_new_session=True,  # Ctrl-C is for the tuner, which ends its workers
-        )
+        with open(self._log.name, "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "agq_tvm.tuning.worker", self.kind],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C is for the tuner, which ends its workers
+            )
         self._line(time.monotonic() + _START_LIMIT)
 
     def _line(self, deadline: float) -> dict:
@@ -128,6 +130,25 @@ class Worker:
         if code < 0:
             return f"its process was ended by signal {-code} ({signal.strsignal(-code)})"
         return f"its process ended with code {code}: {last_line(self._log.name)}"
+
+
+_idle: list[Worker] = []
+_idle_lock = threading.Lock()
+
+
+def borrow(kind: str) -> Worker:
+    """Return a worker, one that was given back if there is one: to start a process takes seconds."""
+    with _idle_lock:
+        found = next((worker for worker in _idle if worker.kind == kind), None)
+        if found:
+            _idle.remove(found)
+    return found or Worker(kind)
+
+
+def give_back(worker: Worker) -> None:
+    """Keep a worker for whoever needs one next; it ends with this process."""
+    with _idle_lock:
+        _idle.append(worker)
 
 
 def _environment() -> dict[str, str]:

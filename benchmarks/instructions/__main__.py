@@ -5,7 +5,7 @@
 
 256 columns, 2048 channels; the quantization of the activations is counted with the product. The figures are the same
 on every machine: executed instructions, not time. Beside them cycles of the product by llvm-mca's models of cores,
-against those that its multiplies need: `benchmarks.instructions.core_model` says what a model leaves out.
+against those that its multiplies need: `agq_tvm.tuning.core_model` says what a model leaves out.
 """
 
 import argparse
@@ -16,9 +16,10 @@ from pathlib import Path
 
 from agq_tvm.errors import AgqError
 from agq_tvm.targets import load_device
-from benchmarks.instructions import baseline, core_model, llama_cpp
-from benchmarks.instructions.core_model import Cycles
-from benchmarks.instructions.disassembly import disassemble, find_disassembler
+from agq_tvm.tuning import core_model
+from agq_tvm.tuning.core_model import Cycles
+from agq_tvm.tuning.disassembly import disassemble, find_disassembler
+from benchmarks.instructions import baseline, llama_cpp
 from benchmarks.instructions.products import DEVICES, Counted, count, table_products
 from benchmarks.tables import RESULTS, aligned, report, write_report
 

@@ -13,8 +13,8 @@ from agq_tvm.errors import AgqError
 from agq_tvm.files import write_json
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.targets import load_device
-from benchmarks.instructions.counting import count_instructions
-from benchmarks.instructions.disassembly import Instruction, disassemble, innermost_loops
+from agq_tvm.tuning.block_counts import count_instructions
+from agq_tvm.tuning.disassembly import Instruction, disassemble, innermost_loops
 from benchmarks.instructions.products import DEVICES, Product, compile_library, tensor_of
 from benchmarks.tables import versions
 

@@ -17,7 +17,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory
 from agq_tvm.targets import Device, load_device
 from agq_tvm.targets.link import cache_directory, run_tool, zig_cc
-from benchmarks.instructions.counting import per_call, run_counted
+from agq_tvm.tuning.block_counts import run_counted
 from benchmarks.instructions.products import CHANNELS, COLUMNS, DEVICES, ROWS
 
 PACKAGE = "llama-cpp-python==0.3.36"
@@ -102,7 +102,13 @@ def _count_type(program: Path, device: Device, kind: str, form: str, output: Pat
             return
         if not float(error) < LARGEST_ERROR:
             raise AgqError(f"llama.cpp's {kind} ({form}) is off by {error} on {device.name}: its build is wrong")
-        yield Peer(device.name, kind, form == "repacked", rows, per_call(once, three).instructions, float(error))
+        yield Peer(device.name, kind, form == "repacked", rows, _per_call(once, three), float(error))
+
+
+def _per_call(once: dict, three: dict) -> int:
+    """Return the instructions of one call, from the blocks of a process that makes one and of one that makes three."""
+    one, all_three = (sum(size * runs for size, runs in blocks.values()) for blocks in (once, three))
+    return (all_three - one) // 2
 
 
 def _program(device: Device) -> Path:

@@ -13,7 +13,7 @@ from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.targets import Device, load_device
 from agq_tvm.targets.link import exporter
-from benchmarks.instructions.counting import Count, count_instructions
+from agq_tvm.tuning.block_counts import Count, count_instructions
 
 COLUMNS, CHANNELS = 256, 2048
 DEVICES = ("raspberry-pi-4", "snapdragon-870")

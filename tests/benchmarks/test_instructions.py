@@ -9,9 +9,10 @@ import pytest
 from agq_tvm.boards.emulate import find_emulator
 from agq_tvm.errors import AgqError
 from agq_tvm.targets import load_device
-from benchmarks.instructions import baseline, core_model
-from benchmarks.instructions.counting import Count, count_instructions
-from benchmarks.instructions.disassembly import Instruction, disassemble, find_disassembler, innermost_loops, regions
+from agq_tvm.tuning import core_model
+from agq_tvm.tuning.block_counts import Count, count_instructions
+from agq_tvm.tuning.disassembly import Instruction, disassemble, find_disassembler, innermost_loops, regions
+from benchmarks.instructions import baseline
 from benchmarks.instructions.products import DEVICES, Product, count
 from tests.boards import kernels
 

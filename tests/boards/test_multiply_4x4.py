@@ -8,7 +8,7 @@ import tvm
 
 from agq_tvm.kernels import linear
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
-from agq_tvm.kernels.intrin.base import dot_impl
+from agq_tvm.kernels.intrin.base import Tile, dot_impl
 from agq_tvm.kernels.layout import Layout
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.tvm_seam import T, tirx
@@ -49,7 +49,7 @@ def tile(isa: str, steps: int, packed: bool, **changes):
     isa = INSTRUCTION_SETS[isa]
     form = isa.layout_4bit
     layout = Long(form.bits, form.vectors, form.lanes, form.depth, form.zero, steps)
-    return dot_impl(1, layout, replace(isa.multiply_4x4, **changes), packed, isa.center(4, 4, packed))
+    return dot_impl(Tile(1, layout, packed, isa.center(4, 4, packed)), replace(isa.multiply_4x4, **changes))
 
 
 TILES = {

@@ -13,6 +13,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.kernels import linear
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear_schedule import row_tile
 from tests.kernels.operands import compiled, corner_operands, random_operands, runs_here, target_of
 
 NATIVE = ("avx512vnni", "avx2", "generic")
@@ -141,4 +142,4 @@ def test_accumulators_stay_in_registers():
 
 
 def test_row_tile_divides():
-    assert [linear.row_tile(rows, 4) for rows in (1, 2, 3, 6, 7, 8, 128)] == [1, 2, 3, 3, 1, 4, 4]
+    assert [row_tile(rows, 4) for rows in (1, 2, 3, 6, 7, 8, 128)] == [1, 2, 3, 3, 1, 4, 4]

@@ -2,11 +2,18 @@
 
 import os
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from tvm.s_tir.meta_schedule.runner import RunnerInput
 
 from agq_tvm.targets import load_device
-from agq_tvm.tuning.local_runner import LocalMeasurer
+from agq_tvm.tuning import measurer as measurer_module
+from agq_tvm.tuning import reference
+from agq_tvm.tuning.candidate import export_candidate, make_candidate
+from agq_tvm.tuning.local_runner import LocalMeasurer, LocalRunner
+from agq_tvm.tuning.measure import kind_of
 from tests.tuning.candidates import ARGUMENTS, QUICK, candidate, task_for
 
 HOST = load_device("host")
@@ -45,7 +52,17 @@ def test_whatever_a_candidate_does_the_next_is_measured(measurer, tmp_path):
     assert outcome(measurer, "right", tmp_path).message is None
 
 
-def test_closing_ends_the_worker(tmp_path):
+def test_the_next_task_gets_the_same_worker(tmp_path):
+    path, pids = candidate("right", HOST, tmp_path), []
+    for _ in range(2):
+        with LocalMeasurer(task_for(HOST), QUICK, timeout=60) as measurer:
+            measurer._arguments = ARGUMENTS
+            assert measurer.submit(path).result(timeout=120).message is None
+            pids.append(measurer._workers[0].pid)
+    assert pids[0] == pids[1]
+
+
+def test_closing_ends_a_worker_that_is_busy(tmp_path):
     with LocalMeasurer(task_for(HOST), QUICK, timeout=60) as measurer:
         measurer._arguments = ARGUMENTS
         future = measurer.submit(candidate("endless", HOST, tmp_path))
@@ -55,3 +72,39 @@ def test_closing_ends_the_worker(tmp_path):
     assert future.result(timeout=30).kind == "crashed"
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_metaschedule_gets_seconds_and_errors(tmp_path):
+    runner = LocalRunner(task_for(HOST), QUICK, 30)
+    try:
+        runner.measurer._arguments = ARGUMENTS
+        paths = [candidate(behaviour, HOST, tmp_path) for behaviour in ("right", "wrong")]
+        futures = runner.run([RunnerInput(path, "llvm", []) for path in paths])
+        right, wrong = [future.result() for future in futures]
+        assert all(future.done() for future in futures)
+    finally:
+        runner.close()
+    assert right.error_msg is None
+    assert len(right.run_secs) >= 1
+    assert wrong.run_secs is None
+    assert kind_of(wrong.error_msg) == "wrong"
+    assert runner.outcomes[paths[0]].result().measurement.seconds
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_kernel_without_a_formula_is_compared_with_the_hand_made_one(exact, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "expected_digest", lambda task, operands: None)
+    monkeypatch.setattr(measurer_module, "is_exact", lambda task: exact)
+    task = task_for(HOST)
+    right = tmp_path / "right.so"
+    export_candidate(make_candidate(task, None), HOST, right)
+    with LocalMeasurer(task, QUICK, timeout=60) as measurer:
+        (written,) = [argument for argument in measurer.arguments() if argument.written]
+        assert (written.digest is not None, written.reference is not None) == (exact, not exact)
+        assert measurer.submit(str(right)).result(timeout=120).message is None
+        measurer._arguments = [
+            replace(argument, digest=argument.digest and argument.digest + 1) for argument in measurer.arguments()
+        ]
+        if not exact:
+            np.save(written.reference, np.load(written.reference) * 1.01)
+        assert measurer.submit(str(right)).result(timeout=120).kind == "wrong"

@@ -11,6 +11,7 @@ from agq_tvm.tvm_seam import IRBuilder, T, TensorIntrin, tirx
 
 ACTIVATION_LIMIT = 127
 """Activation codes are -127..127: intrinsics that sum in 16 bits count on it."""
+_LINE = 64
 _WORDS = {2: "int16", 4: "int32", 8: "int64"}
 """Types that hold so many codes."""
 
@@ -146,22 +147,74 @@ def nibble(byte, half, layout: Layout, center: int = 0):
     return T.shift_right(T.Cast("int8", T.shift_left(byte, T.uint8(4) - shift)), T.int8(4))
 
 
-def tile_signature(rows: int, layout: Layout, packed: bool, center: int, shifted: bool):
+@dataclass(frozen=True)
+class Tile:
+    """A register tile: some rows by some vectors of columns by one k-block.
+
+    Attributes
+    ----------
+    rows : int
+        R.
+    layout : Layout
+        Its weights, where their vectors stand side by side.
+    packed : bool
+        Whether two 4-bit codes share a byte; unpacked codes have one each.
+    center : int
+        What was subtracted from unpacked codes.
+    shifted : bool
+        Whether totals are shifted left before the k-block's products are added.
+    stored : int
+        Vectors that the packed layout has side by side, where that are more than those of the tile; else 0.
+    ahead : int
+        K-blocks between the one that is multiplied and the one that is fetched from memory; 0 fetches none.
+    """
+
+    rows: int
+    layout: Layout
+    packed: bool
+    center: int = 0
+    shifted: bool = False
+    stored: int = 0
+    ahead: int = 0
+
+    @property
+    def name(self) -> str:
+        """The last words of the intrinsic's name, e.g. ``packed.m1``."""
+        parts = ["packed" if self.packed else "bytes", f"m{self.rows}"]
+        parts += [f"of{self.stored}"] if self.stored else []
+        return ".".join([*parts, *([f"ahead{self.ahead}"] if self.ahead else [])])
+
+
+def tile_signature(tile: Tile):
     """Declare the operands of a tile: R rows by one tile of columns by one k-block.
 
     Buffers: x int8 [R, S, 2, D]; w [S, V, L, D] nibbles, or [S, 2, V, L, D] bytes (signed where a center was
     subtracted); if `shifted` d int32 [1], else None; c int32 [R, V, L].
     Without the dimension of rows for R = 1: TVM drops loops of one round before it compares.
     """
+    layout = tile.layout
     S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
-    lead = () if rows == 1 else (rows,)
-    w_shape, w_dtype = ((S, V, L, D), "uint8") if packed else ((S, 2, V, L, D), stored_dtype(layout, center))
+    lead = () if tile.rows == 1 else (tile.rows,)
+    w_shape, w_dtype = (S, 2, V, L, D), stored_dtype(layout, tile.center)
+    if tile.packed:
+        w_shape, w_dtype = (S, V, L, D), "uint8"
     forms = {"x": ((*lead, S, 2, D), "int8"), "w": (w_shape, w_dtype)}
-    forms |= {"d": ((1,), "int32")} if shifted else {}
+    forms |= {"d": ((1,), "int32")} if tile.shifted else {}
     forms |= {"c": ((*lead, V, L), "int32")}
     handles = {name: T.arg(name, T.handle()) for name in forms}
-    buffers = {name: T.match_buffer(handles[name], *form, offset_factor=1) for name, form in forms.items()}
+    strides = {"w": _strides(tile)} if tile.stored else {}
+    buffers = {
+        name: T.match_buffer(handles[name], *form, strides=strides.get(name), offset_factor=1)
+        for name, form in forms.items()
+    }
     return buffers["x"], buffers["w"], buffers.get("d"), buffers["c"]
+
+
+def _strides(tile: Tile) -> list[int]:
+    """Return the strides of weights some of whose vectors belong to other tiles."""
+    step = tile.stored * tile.layout.lanes * tile.layout.depth
+    inner = [tile.layout.lanes * tile.layout.depth, tile.layout.depth, 1]
+    return [step, *inner] if tile.packed else [2 * step, step, *inner]
 
 
 def whole(buffer):
@@ -179,26 +232,29 @@ def shifted_before(total, bits, first):
     return T.Select(first, T.shift_left(total, bits), total)
 
 
-def dot_desc(rows: int, layout: Layout, packed: bool, center: int = 0, shifted: bool = False):
+def dot_desc(tile: Tile):
     """Specify the product of a tile as plain loops; `center` was subtracted from unpacked codes.
 
-    c = c + dot or, if `shifted`, c = (c << d) + dot.
+    c = c + dot or, if `shifted`, c = (c << d) + dot. There are no loops over one row or one vector: TVM drops these
+    before it compares.
     """
+    layout = tile.layout
     S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
-    lead, kinds = ((), "SSRRR") if rows == 1 else ((rows,), "SSSRRR")
+    lead = [extent for extent in (tile.rows, V) if extent > 1]
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("desc")
-            x, w, d, c = tile_signature(rows, layout, packed, center, shifted)
+            x, w, d, c = tile_signature(tile)
             with T.sblock("root"):
                 T.reads(*tile_reads(x, w, d, c))
                 T.writes(whole(c))
-                with T.grid(*lead, V, L, S, 2, D) as loops, T.sblock("dot"):
-                    *r, v, j, s, h, i = T.axis.remap(kinds, loops)
-                    code = nibble(w[s, v, j, i], h, layout) if packed else w[s, h, v, j, i]
+                with T.grid(*lead, L, S, 2, D) as loops, T.sblock("dot"):
+                    *outer, j, s, h, i = T.axis.remap("S" * len(lead) + "SRRR", loops)
+                    r, v = outer[: tile.rows > 1], outer[-1] if V > 1 else 0
+                    code = nibble(w[s, v, j, i], h, layout) if tile.packed else w[s, h, v, j, i]
                     product = T.Cast("int32", x[(*r, s, h, i)]) * T.Cast("int32", code)
                     total = c[(*r, v, j)]
-                    if shifted:
+                    if tile.shifted:
                         total = shifted_before(total, d[0], T.And(s == 0, T.And(h == 0, i == 0)))
                     T.buffer_store(c, total + product, [*r, v, j])
     return builder.get()
@@ -234,11 +290,21 @@ def shift_totals(d, c, rows: int, layout: Layout) -> None:
             T.buffer_store(c, value, [*at, slice(0, layout.lanes)])
 
 
-def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, center: int = 0, shifted: bool = False):
+def fetch_ahead(w, tile: Tile) -> None:
+    """Emit the fetch of the weights of a later k-block, line by line; beyond the last one it does nothing."""
+    layout = tile.layout
+    block = layout.steps * (tile.stored or layout.vectors) * layout.lanes * layout.depth
+    for line in range(0, block, _LINE):
+        address = w.access_ptr("r", offset=tile.ahead * block + line)
+        T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *map(T.int32, (0, 3, 1))))
+
+
+def dot_impl(tile: Tile, multiply: Multiply):
     """Implement `dot_desc`: everything unrolled, totals in registers.
 
     A load of weights feeds R multiplies and a broadcast of activations feeds V; LLVM merges the repeats.
     """
+    rows, layout, packed = tile.rows, tile.layout, tile.packed
     S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
     lanes = multiply.total_lanes if multiply.fold else L
     total_type, byte_lanes = f"{multiply.total}x{lanes}", slice(0, L * D)
@@ -262,7 +328,7 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, center
         codes = x.vload(at(r, s, h, 0), f"int8x{D}" if D > 1 else "int8")
         return broadcast_activations(codes, layout, multiply.offset)
 
-    tile = list(itertools.product(range(rows), range(V)))
+    places = list(itertools.product(range(rows), range(V)))
 
     def multiply_tile(x, w, totals, index):
         if multiply.unroll:
@@ -273,7 +339,7 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, center
                 multiply_step(x, w, totals, index, s)
 
     def multiply_step(x, w, totals, index, s):
-        for first, (r, v) in itertools.product(range(0, 2, multiply.halves), tile):
+        for first, (r, v) in itertools.product(range(0, 2, multiply.halves), places):
             halves = range(first, first + multiply.halves)
             operands = [weights(w, s, h, v) for h in halves], [activations(x, r, s, h) for h in halves]
             if multiply.halves == 1:
@@ -290,12 +356,12 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, center
         totals = T.sblock_alloc_buffer((rows, V, lanes), multiply.total)
         sums = T.sblock_alloc_buffer((V, L * D), "uint8") if multiply.offset else None
         zero = T.broadcast(tirx.const(0, multiply.total), lanes)
-        for r, v in tile:
+        for r, v in places:
             T.buffer_store(totals, zero, [r, v, slice(0, lanes)])
         multiply_tile(x, w, totals, lambda r, v: [r, v])
         if multiply.offset:
             sum_weights(w, sums)
-        for r, v in tile:
+        for r, v in places:
             operands = [totals.vload([r, v, 0], total_type)]
             operands += [sums.vload([v, 0], f"uint8x{L * D}")] if multiply.offset else []
             value = c.vload(at(r, v, 0), f"int32x{L}") + multiply.fold(*operands)
@@ -304,12 +370,14 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, center
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("impl")
-            x, w, d, c = tile_signature(rows, layout, packed, center, shifted)
+            x, w, d, c = tile_signature(tile)
             reads = tile_reads(x, w, d, c)
             with T.sblock("root"):
                 T.reads(*reads)
                 T.writes(whole(c))
-                if shifted:
+                if tile.ahead:
+                    fetch_ahead(w, tile)
+                if tile.shifted:
                     shift_totals(d, c, rows, layout)
                 if not multiply.fold:
                     multiply_tile(x, w, c, at)
@@ -322,39 +390,25 @@ def dot_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, center
     return builder.get()
 
 
-def intrinsic(
-    isa: InstructionSet,
-    tile: Layout,
-    packed: bool,
-    rows: int,
-    activation_bits: int = 8,
-    shifted: bool = False,
-) -> str | None:
+def intrinsic(isa: InstructionSet, tile: Tile, activation_bits: int = 8) -> str | None:
     """Register an intrinsic if need be and return its name, or None where LLVM has the loops.
 
     Parameters
     ----------
-    tile : Layout
-        The weights of a tile: the layout of the instruction set, or one of fewer vectors.
-    packed : bool
-        Whether two 4-bit codes share a byte; unpacked codes have one each.
-    rows : int
-        R, the rows of a tile.
+    isa : InstructionSet
+    tile : Tile
+        Its center is that of the instruction set.
     activation_bits : int
         8 or 4. Where the instruction set has no multiply of its own for 4, the intrinsic is the one for 8.
-    shifted : bool
-        Whether the totals are shifted left before the k-block's products are added.
     """
-    bits = tile.bits
-    multiply = isa.multiply(bits, activation_bits, packed, rows)
+    bits = tile.layout.bits
+    multiply = isa.multiply(bits, activation_bits, tile.packed, tile.rows)
     if multiply is None:
         return None
     activations = ".a4" if multiply is isa.multiply_4x4 else ""
-    operation = "shift_dot" if shifted else "dot"
-    name = f"agq.{operation}.{isa.name}.{tile.name}{activations}.{'packed' if packed else 'bytes'}.m{rows}"
+    operation = "shift_dot" if tile.shifted else "dot"
+    name = f"agq.{operation}.{isa.name}.{tile.layout.name}{activations}.{tile.name}"
     if TensorIntrin.get(name, allow_missing=True) is None:
-        center = isa.center(bits, activation_bits, packed)
-        desc = dot_desc(rows, tile, packed, center, shifted)
-        implement = multiply.implement or dot_impl
-        TensorIntrin.register(name, desc, implement(rows, tile, multiply, packed, center, shifted))
+        tile = replace(tile, center=isa.center(bits, activation_bits, tile.packed))
+        TensorIntrin.register(name, dot_desc(tile), (multiply.implement or dot_impl)(tile, multiply))
     return name

@@ -12,6 +12,7 @@ from agq_tvm.kernels.intrin.assembly import Form, looped, registers, sums_in_reg
 from agq_tvm.kernels.intrin.base import (
     InstructionSet,
     Multiply,
+    Tile,
     shift_totals,
     tile_reads,
     tile_signature,
@@ -45,27 +46,27 @@ def low_and_high(first, second, half: int):
     return tirx.Shuffle([first, second], [half, 2 + half])
 
 
-def matrix_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, center: int = 0, shifted: bool = False):
+def matrix_impl(tile: Tile, multiply: Multiply):
     """Implement `dot_desc` for pairs of rows of unpacked codes: totals of two rows by two columns in a register.
 
     They are c's in another order, both ways with one instruction for a register, and LLVM leaves out those that
     undo each other.
     """
-    S, V = layout.steps, layout.vectors
-    tile = list(itertools.product(range(0, rows, 2), range(V)))
+    S, V = tile.layout.steps, tile.layout.vectors
+    places = list(itertools.product(range(0, tile.rows, 2), range(V)))
 
     def as_halves(values):
         return tirx.reinterpret("int64x2", values)
 
     def load(c, totals):
-        for r, v in tile:
+        for r, v in places:
             both = [as_halves(c.vload([row, v, 0], "int32x4")) for row in (r, r + 1)]
             for p in range(2):
                 value = tirx.reinterpret("int32x4", low_and_high(*both, p))
                 T.buffer_store(totals, value, [r, v, p, slice(0, 4)])
 
     def multiply_step(x, w, totals, s, h):
-        for r, v in tile:
+        for r, v in places:
             both = [as_halves(x.vload([row, s, 0, 0], "int8x16")) for row in (r, r + 1)]
             activations = tirx.reinterpret("int8x16", low_and_high(*both, h))
             for p in range(2):
@@ -74,7 +75,7 @@ def matrix_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, cen
                 T.buffer_store(totals, value, [r, v, p, slice(0, 4)])
 
     def store(c, totals):
-        for r, v in tile:
+        for r, v in places:
             both = [as_halves(totals.vload([r, v, p, 0], "int32x4")) for p in range(2)]
             for row in range(2):
                 value = tirx.reinterpret("int32x4", low_and_high(*both, row))
@@ -83,18 +84,18 @@ def matrix_impl(rows: int, layout: Layout, multiply: Multiply, packed: bool, cen
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("impl")
-            x, w, d, c = tile_signature(rows, layout, packed, center, shifted)
+            x, w, d, c = tile_signature(tile)
             reads = tile_reads(x, w, d, c)
             with T.sblock("root"):
                 T.reads(*reads)
                 T.writes(whole(c))
-                if shifted:
-                    shift_totals(d, c, rows, layout)
+                if tile.shifted:
+                    shift_totals(d, c, tile.rows, tile.layout)
                 # A block of its own: tensorize drops what the outer one allocates.
                 with T.sblock("pairs"):
                     T.reads(*reads)
                     T.writes(whole(c))
-                    totals = T.sblock_alloc_buffer((rows, V, 2, 4), "int32")
+                    totals = T.sblock_alloc_buffer((tile.rows, V, 2, 4), "int32")
                     load(c, totals)
                     for s, h in itertools.product(range(S), range(2)):
                         multiply_step(x, w, totals, s, h)

@@ -1,4 +1,4 @@
-"""Cycles of Arm kernels by `llvm-mca`'s models of cores, weighted by how often each block ran.
+"""Cycles of kernels by `llvm-mca`'s models of cores, weighted by how often each block ran.
 
 A model knows a core's decoder width, units, latencies and registers. It leaves out caches and memory (every access
 hits the first level), that a load may wait for a store, branch prediction and the fetching of instructions: the cycles
@@ -14,16 +14,22 @@ from functools import cache
 
 from agq_tvm.errors import AgqError
 from agq_tvm.targets import Device
-from benchmarks.instructions.counting import Count
-from benchmarks.instructions.disassembly import Instruction, Region, innermost_loops, output_of, regions
+from agq_tvm.tuning.block_counts import Count
+from agq_tvm.tuning.disassembly import Instruction, Region, innermost_loops, output_of, regions
 
-CORES = {"cortex-a72": "cortex-a72", "cortex-a76": "neoverse-n1", "cortex-a77": "neoverse-n1"}
+CORES = {
+    "cortex-a72": "cortex-a72",
+    "cortex-a76": "neoverse-n1",
+    "cortex-a77": "neoverse-n1",
+    "x86-64-v3": "haswell",
+}
 """By the device's core: LLVM's model of it. Under the name of the A76 and A77 it has the tables of the older A57."""
 
 _OLDEST, _NEWEST = 17, 40
 _ITERATIONS = 100
 _COVERED = 0.99
 _MULTIPLY = re.compile(r"(s|u|us)?(mull2?|mlal2?|dot|mmla)|mul|mla")
+_X86_MULTIPLY = re.compile(r"vpdpb\w+|vpmaddubsw")
 _UNPACK = re.compile(r"and|bic|eor|add|sub|ushr|sshr|usra|shl|sli|sri|tbl")
 _BYTES = re.compile(r"v\d+\.(16|8)b")
 
@@ -65,8 +71,9 @@ class _Simulation:
 
 
 def is_multiply(instruction: Instruction) -> bool:
-    """Whether an instruction of AArch64 multiplies vectors of integers."""
-    return bool(_MULTIPLY.fullmatch(instruction.mnemonic)) and instruction.operands.startswith("v")
+    """Whether an instruction multiplies vectors of integers, on x86 those of bytes."""
+    arm = _MULTIPLY.fullmatch(instruction.mnemonic) and instruction.operands.startswith("v")
+    return bool(arm or _X86_MULTIPLY.fullmatch(instruction.mnemonic))
 
 
 def is_unpacking(instruction: Instruction) -> bool:
@@ -96,23 +103,47 @@ def unpacking(listing: dict[int, Instruction], count: Count) -> int:
     return sum(region.runs * sum(map(is_unpacking, region.instructions)) for region in regions(listing, count))
 
 
-def simulate(listing: dict[int, Instruction], count: Count, device: Device) -> Cycles:
+def core_of(device: Device) -> str:
+    """Return LLVM's name of the model of a device's core.
+
+    Raises
+    ------
+    AgqError
+        If there is none.
+    """
+    if device.cpu not in CORES:
+        raise AgqError(f"there is no core model for {device.cpu}: there are some for {', '.join(CORES)}")
+    return CORES[device.cpu]
+
+
+def simulate(listing: dict[int, Instruction], count: Count, device: Device, core: str | None = None) -> Cycles:
     """Simulate the blocks that make up 99 % of what a call executed, each as a loop of its own.
+
+    Parameters
+    ----------
+    listing : dict
+        Instructions of the library by address, in order.
+    count : Count
+        What a call executes.
+    device : Device
+    core : str, optional
+        LLVM's name of a model, instead of that of the device's core.
 
     Raises
     ------
     AgqError
         If there is no simulator, or none for the device's core.
     """
-    if device.cpu not in CORES:
-        raise AgqError(f"there is no core model for {device.cpu}: there are some for {', '.join(CORES)}")
-    core, simulated, executed = CORES[device.cpu], [], 0
+    core, chosen, executed = core or core_of(device), [], 0
     for region in sorted(regions(listing, count), key=lambda region: -region.executed):
         if executed >= _COVERED * count.instructions:
             break
-        simulated.append((region, _simulate_region(region, core)))
+        chosen.append(region)
         executed += region.executed
-    loop = _busiest_loop([region for region, _ in simulated])
+    if not chosen:
+        raise AgqError("the call executes no instruction of the library")
+    simulated = list(zip(chosen, _simulate_regions(chosen, core, device), strict=True))
+    loop = _busiest_loop(chosen)
     inside = [(region, one) for region, one in simulated if region.instructions[0].address in loop]
     cycles, bound = _total(simulated, "cycles"), _total(simulated, "bound")
     loop_cycles, loop_bound = _total(inside, "cycles"), _total(inside, "bound")
@@ -144,11 +175,26 @@ def _limit(simulated: list[tuple[Region, _Simulation]]) -> str:
     return f"{unit} {100 * cycles / _total(simulated, 'cycles'):.0f}"
 
 
-def _simulate_region(region: Region, core: str) -> _Simulation:
-    text = "\n".join(_assembly(instruction) for instruction in region.instructions)
-    command = [find_simulator()[0], "-mtriple=aarch64", f"-mcpu={core}", f"-iterations={_ITERATIONS}", "-json"]
-    report = json.loads(output_of(command, text))
-    (result,) = report["CodeRegions"]
+def _simulate_regions(found: list[Region], core: str, device: Device) -> list[_Simulation]:
+    comment = "//" if device.machine == "aarch64" else "#"
+    parts = []
+    for number, region in enumerate(found):
+        lines = (_assembly(instruction) for instruction in region.instructions)
+        parts += [f"{comment} LLVM-MCA-BEGIN {number}", *lines, f"{comment} LLVM-MCA-END"]
+    command = [
+        find_simulator()[0],
+        f"-mtriple={device.machine}",
+        f"-mcpu={core}",
+        f"-iterations={_ITERATIONS}",
+        "-json",
+    ]
+    report = json.loads(output_of(command, "\n".join(parts) + "\n"))
+    results = {int(result["Name"]): result for result in report["CodeRegions"]}
+    resources = report["TargetInfo"]["Resources"]
+    return [_simulation(results[number], region, resources) for number, region in enumerate(found)]
+
+
+def _simulation(result: dict, region: Region, resources: list[str]) -> _Simulation:
     infos = result["InstructionInfoView"]["InstructionList"]
     if len(infos) != len(region.instructions):
         raise AgqError(f"llvm-mca read {len(infos)} of {len(region.instructions)} instructions")
@@ -157,7 +203,7 @@ def _simulate_region(region: Region, core: str) -> _Simulation:
     busy = Counter(decode=summary["TotaluOps"] / summary["DispatchWidth"] / _ITERATIONS)
     for usage in result["ResourcePressureView"]["ResourcePressureInfo"]:
         if usage["InstructionIndex"] == len(infos):  # the sum of all
-            busy[_unit(report["TargetInfo"]["Resources"][usage["ResourceIndex"]])] += usage["ResourceUsage"]
+            busy[_unit(resources[usage["ResourceIndex"]])] += usage["ResourceUsage"]
     return _Simulation(summary["TotalCycles"] / _ITERATIONS, bound, busy)
 
 
@@ -168,6 +214,8 @@ def _unit(name: str) -> str:
 
 
 def _assembly(instruction: Instruction) -> str:
-    """Return an instruction as an assembler reads it: addresses become a symbol."""
+    """Return an instruction as an assembler reads it: addresses become a symbol, long fillers the short one."""
+    if instruction.mnemonic.startswith("nop") or instruction.operands in ("%ax,%ax", "%esi,%esi"):
+        return "nop"
     operands = re.sub(r"[0-9a-f]+ <[^>]*>", "elsewhere", instruction.operands)
     return f"{instruction.mnemonic} {operands}"

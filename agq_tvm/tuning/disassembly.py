@@ -9,15 +9,15 @@ from pathlib import Path
 
 from agq_tvm.errors import AgqError
 from agq_tvm.targets import Device
-from benchmarks.instructions.counting import Count
+from agq_tvm.tuning.block_counts import Count
 
-_LINE = re.compile(r"\s*([0-9a-f]+):\s+(\S+)\s*(.*)")
+_LINE = re.compile(r"\s*([0-9a-f]+):\s+(?:(?:data16|cs|ds|bnd|notrack) )*(\S+)\s*(.*)")
 _BRANCH = re.compile(r"b(\.\w+)?|cbn?z|tbn?z|j\w+")
+_COMMENT = re.compile(r"//.*|\s#\s.*")
 _TARGET = re.compile(r"\b([0-9a-f]+) <")
-_LEAVES = ("b", "br", "ret")
+_LEAVES = ("b", "br", "ret", "jmp")
 _TIME_LIMIT = 60.0
-ARM_WIDTH = 4
-"""Bytes of an instruction of AArch64."""
+_PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -101,33 +101,42 @@ def output_of(command: list[str], text: str | None = None) -> str:
 def _instruction(match: re.Match) -> Instruction:
     address, mnemonic, operands = match.groups()
     target = _TARGET.search(operands) if _BRANCH.fullmatch(mnemonic) else None
-    operands = operands.split("//")[0].strip()
+    operands = _COMMENT.sub("", operands).strip()
     return Instruction(int(address, 16), mnemonic, operands, int(target[1], 16) if target else None)
 
 
 def regions(listing: dict[int, Instruction], count: Count) -> list[Region]:
-    """Return what a call executes of an Arm library, cut wherever the number of runs changes and at loops' ends.
+    """Return what a call executes of a library, cut wherever the number of runs changes and at loops' ends.
 
     QEMU's blocks overlap where something jumps into the middle of one, and end at its limits: so runs are summed for
     each instruction.
     """
+    order = list(listing)
+    place = {address: number for number, address in enumerate(order)}
     runs = {}
     for at, (size, times) in count.blocks.items():
-        for address in range(at, at + size * ARM_WIDTH, ARM_WIDTH):
-            if address in listing:
+        if at in place:
+            inside = order[place[at] : place[at] + size]
+            for address in inside[: -1 if size > 1 and _on_two_pages(place[inside[-1]], order) else None]:
                 runs[address] = runs.get(address, 0) + times
     starts = {instruction.target for address in runs if (instruction := listing[address]).backward}
     found, current = [], []
     for address in sorted(runs):
-        if current and (address in starts or _cut(current[-1], listing[address], runs)):
+        if current and (address in starts or _cut(current[-1], listing[address], runs, place)):
             found.append(Region(tuple(current), runs[current[0].address]))
             current = []
         current.append(listing[address])
     return [*found, Region(tuple(current), runs[current[0].address])] if current else found
 
 
-def _cut(last: Instruction, following: Instruction, runs: dict[int, int]) -> bool:
-    apart = following.address != last.address + ARM_WIDTH or runs[following.address] != runs[last.address]
+def _on_two_pages(place: int, order: list[int]) -> bool:
+    """Whether an instruction of x86 lies on two pages: QEMU counts it for the block before, and runs it on its own."""
+    following = order[place + 1] if place + 1 < len(order) else order[place]
+    return (following - 1) // _PAGE > order[place] // _PAGE
+
+
+def _cut(last: Instruction, following: Instruction, runs: dict[int, int], place: dict[int, int]) -> bool:
+    apart = place[following.address] != place[last.address] + 1 or runs[following.address] != runs[last.address]
     return apart or last.backward or last.mnemonic in _LEAVES
 
 

@@ -1,0 +1,97 @@
+"""Which schedule each kernel of a model gets, and what came of looking for it."""
+
+from collections import Counter
+
+from agq_tvm.flow.tasks import tuned_variants
+from agq_tvm.kernels import tunable
+from agq_tvm.kernels.attrs import describe
+from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.records import Library, Record
+
+TUNED, NEAREST, DEFAULT = "tuned", "nearest", "default"
+
+
+class Chooser:
+    """Chooses decisions for kernels from a library, and remembers what it chose.
+
+    Nothing that a file says is taken for granted: decisions that a kernel's space does not allow are left out.
+
+    Parameters
+    ----------
+    library : Library
+    isa : InstructionSet
+    threads : int
+        That the model runs with.
+
+    Attributes
+    ----------
+    kernels : dict of str to dict
+        By name of the kernel: ``schedule`` (``"tuned"``, ``"nearest"`` or ``"default"``), and what it comes from.
+    """
+
+    def __init__(self, library: Library, isa: InstructionSet, threads: int):
+        self.library, self.isa, self.threads = library, isa, threads
+        self.kernels: dict[str, dict] = {}
+        self._records = library.read()
+
+    def __call__(self, kernel) -> dict[str, int] | None:
+        """Return the decisions of a kernel, None for the default."""
+        if tunable.space_of(kernel, self.isa, self.threads) is None:
+            return None
+        kind, record = self._find(kernel)
+        found = {"schedule": kind}
+        if record is not None:
+            found |= {"decisions": record.decisions, "task": record.task, "how": record.how, "seconds": record.time}
+        self.kernels[kernel.name] = found
+        return dict(record.decisions) if record is not None else None
+
+    def _find(self, kernel) -> tuple[str, Record | None]:
+        # Attention: what the longest caches that were tuned for want, up to its own.
+        variant = tuned_variants(kernel)[-1:]
+        for same in variant:
+            record = self.library.best(tunable.task_name(same, self.isa, self.threads))
+            if record is not None and self._allowed(kernel, record):
+                return TUNED, record
+        version = tunable.version_of(kernel)
+        for same in variant:
+            near = self.library.nearest(describe(same), self.isa.name, self.threads, version)
+            record = next((record for record in near if self._allowed(kernel, record)), None)
+            if record is not None:
+                return NEAREST, record
+        return DEFAULT, None
+
+    def _allowed(self, kernel, record: Record) -> bool:
+        return tunable.space_of(kernel, self.isa, self.threads).allows(record.decisions)
+
+    def report(self) -> dict:
+        """Return how many kernels have which kind of schedule, each of them, and what was left out."""
+        counts = Counter(found["schedule"] for found in self.kernels.values())
+        versions = {kind.__name__: self._version(kind) for kind in tunable.KINDS.values()}
+        other = sum(
+            record.instruction_set == self.isa.name and record.kernel_version != versions.get(record.kernel["class"])
+            for record in self._records
+        )
+        return {
+            **{kind: counts[kind] for kind in (TUNED, NEAREST, DEFAULT)},
+            "simulated": sum(found.get("how") == "simulated" for found in self.kernels.values()),
+            "other_version": other,
+            "left_out": self.library.problems,
+            "kernels": self.kernels,
+        }
+
+    @staticmethod
+    def _version(kind: type) -> int:
+        return tunable.version_of(object.__new__(kind))
+
+
+def summary(report: dict) -> str:
+    """Say in a line which schedules a model has."""
+    parts = [f"{report[kind]} {kind}" for kind in (TUNED, NEAREST, DEFAULT) if report[kind]] or ["nothing to choose"]
+    text = ", ".join(parts)
+    if report["simulated"]:
+        text += f" ({report['simulated']} by simulation)"
+    if report["other_version"]:
+        text += f"; {report['other_version']} records are for other versions of the kernels and were ignored"
+    if report["left_out"]:
+        text += f"; {len(report['left_out'])} damaged records were left out"
+    return text

@@ -1,0 +1,209 @@
+"""Tune a checkpoint's kernels: on this machine, on boards, or simulated."""
+
+import time
+from dataclasses import dataclass
+
+from agq_tvm.errors import AgqError
+from agq_tvm.flow.tasks import extract_tasks
+from agq_tvm.kernels.records import MEASURED, SIMULATED, Library, open_library
+from agq_tvm.progress import say
+from agq_tvm.targets import Device, detect, load_device
+from agq_tvm.tuning.task import Task
+
+
+@dataclass(frozen=True)
+class TuneRequest:
+    """What `agq tune` is asked for.
+
+    Attributes
+    ----------
+    checkpoint, target : str
+    trials : int
+        For all tasks together; what the library has already counts.
+    tracker, key : str or None
+        Where boards are; without them candidates are measured here, unless `simulate` is set.
+    simulate : bool
+    only : str or None
+        Part of the names of tasks that are tuned; the others are left alone.
+    strategy : str
+        See `agq_tvm.tuning.search.STRATEGIES`.
+    time_limit : float or None
+        Seconds.
+    library : str or None
+        A directory; by default the user's own library.
+    context : int or None
+        Length of the caches, as for `agq compile`.
+    cache : str
+    timeout : float
+        Seconds for a candidate.
+    cooldown : float
+        Seconds that a board rests before each candidate.
+    """
+
+    checkpoint: str
+    target: str
+    trials: int
+    tracker: str | None = None
+    key: str | None = None
+    simulate: bool = False
+    only: str | None = None
+    strategy: str = "evolutionary"
+    time_limit: float | None = None
+    library: str | None = None
+    context: int | None = None
+    cache: str = "float16"
+    timeout: float = 30.0
+    cooldown: float = 0.0
+
+
+def tune(request: TuneRequest) -> dict:
+    """Tune and return what came of it.
+
+    Returns
+    -------
+    dict
+        ``library``, ``device``, ``how``, ``seconds``, ``measured`` and ``tasks``: for each its ``task``, ``trials``,
+        ``wanted``, ``measured``, ``failures``, ``best``, ``default`` (seconds, or None), and ``speedup``.
+
+    Raises
+    ------
+    AgqError
+        If there is nothing to tune, nothing to measure with, or no record can be written.
+    """
+    from agq_tvm.flow.compile import cache_length
+    from agq_tvm.quantize.checkpoint import read_checkpoint
+    from agq_tvm.tuning.display import Lines
+    from agq_tvm.tuning.tuner import Settings, Tuner
+
+    begun = time.monotonic()
+    device = load_device(request.target)
+    boards = _boards(request, device)
+    context = cache_length(read_checkpoint(request.checkpoint), request.context)
+    say(f"looking for the kernels of {request.checkpoint}")
+    tasks = chosen(extract_tasks(request.checkpoint, device, context, request.cache), request.only)
+    library = open_library(device.name, request.library)
+    settings = Settings(
+        request.trials,
+        request.strategy,
+        request.time_limit,
+        how=SIMULATED if request.simulate else MEASURED,
+        emulated=boards.emulated,
+        overlap=request.simulate or request.tracker is not None,
+    )
+    tuner = Tuner(library, tasks, boards.runner, settings, Lines(meaningful=not boards.emulated))
+    done = [progress for progress in tuner.progress.values() if not tuner.lacks(progress.task)]
+    path = library.files[0].path
+    say(f"{len(tasks)} tasks, {len(done)} of them have their trials; records go to {path}")
+    for problem in library.problems:
+        say(f"left out: {problem}")
+    try:
+        progress = tuner.run()
+    except KeyboardInterrupt:
+        say(f"interrupted: every measurement is in {path}, and the same command goes on from there")
+        raise
+    return _result(request, device, library, progress, time.monotonic() - begun)
+
+
+def chosen(tasks: list[Task], only: str | None) -> list[Task]:
+    """Return the tasks whose names have `only` in them."""
+    found = [task for task in tasks if only is None or only in task.name]
+    if not found:
+        names = "\n  ".join(sorted(task.name for task in tasks))
+        raise AgqError(f"--only {only} is in the name of no task; there are\n  {names}")
+    return found
+
+
+def _result(request: TuneRequest, device: Device, library: Library, progress, seconds: float) -> dict:
+    tasks = []
+    for each in progress:
+        best = library.best(each.task.name)
+        default = _seconds_of_default(library, each) if best else None
+        tasks.append(
+            {
+                "task": each.task.name,
+                "trials": each.known,
+                "wanted": each.wanted,
+                "measured": each.measured,
+                "failures": each.failures,
+                "best": best.time if best else None,
+                "default": default,
+                "speedup": round(default / best.time, 3) if default else None,
+            }
+        )
+    return {
+        "library": str(library.files[0].path),
+        "device": device.name,
+        "how": SIMULATED if request.simulate else MEASURED,
+        "seconds": round(seconds, 1),
+        "measured": sum(task["measured"] for task in tasks),
+        "tasks": tasks,
+    }
+
+
+def _seconds_of_default(library: Library, progress) -> float | None:
+    """Return the time of the hand-made schedule, measured beside the best where that was confirmed."""
+
+    task, best = progress.task, library.best(progress.task.name)
+    default = task.space.default
+    alike = [
+        record.time
+        for record in library.of_task(task.name)
+        if record.usable
+        and record.decisions == default
+        and (record.how, record.confirmed) == (best.how, best.confirmed)
+    ]
+    return min(alike, default=None)
+
+
+@dataclass(frozen=True)
+class _Boards:
+    """Where candidates are measured."""
+
+    request: TuneRequest
+    emulated: bool = False
+
+    def runner(self, task: Task):
+        request = self.request
+        if request.simulate:
+            from agq_tvm.tuning.simulate import SimulatedRunner
+
+            return SimulatedRunner(task, max(request.timeout, 300.0))
+        from agq_tvm.tuning.measure import Effort
+
+        effort = Effort(cooldown=request.cooldown)
+        if request.tracker:
+            from agq_tvm.tuning.tracker_runner import TrackerRunner
+
+            return TrackerRunner(task, request.tracker, request.key, effort, request.timeout)
+        from agq_tvm.tuning.local_runner import LocalRunner
+
+        return LocalRunner(task, effort, request.timeout)
+
+
+def _boards(request: TuneRequest, device: Device) -> _Boards:
+    """Check that there is something to measure with before any work is done."""
+    if bool(request.tracker) != bool(request.key):
+        raise AgqError("--tracker and --key go together: where the tracker is, and what the boards are called there")
+    if request.tracker:
+        return _Boards(request, _is_emulated(request, device))
+    if request.simulate:
+        return _Boards(request)
+    missing = detect.missing_features(device, detect.cpu_features(), detect.machine())
+    if missing:
+        raise AgqError(
+            f"this machine cannot run code for {device.name}: it lacks {', '.join(missing)}; measure on a board "
+            "(--tracker, --key) or take --simulate"
+        )
+    return _Boards(request)
+
+
+def _is_emulated(request: TuneRequest, device: Device) -> bool:
+    """Look at a board before the first candidate; return whether it is emulated."""
+    from agq_tvm.boards.status import unfit
+    from agq_tvm.boards.tracker import board_is_emulated, connect
+
+    session = connect(request.tracker, request.key, timeout=60.0)
+    complaint = unfit(session, device)
+    if complaint:
+        raise AgqError(f"{session.board}, key {request.key}, {complaint}: take its own device as --target")
+    return board_is_emulated(session)

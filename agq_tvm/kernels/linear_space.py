@@ -1,0 +1,81 @@
+"""The design space of integer matrix products: `linear_schedule.Plan` says what the decisions mean."""
+
+from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.linear_schedule import row_tile
+from agq_tvm.kernels.space import Space, divisors
+
+_SUMS = {"avx512vnni": 24, "generic": 8}
+_OTHER_SUMS = 12
+_MOST_ROWS = 16
+_PANELS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 32)
+_UNROLLS = (1, 2, 4)
+_BLOCKS = (1, 2, 4)
+_AHEAD_OF_ONE_ROW, _AHEAD = (0, 2, 4, 8, 16, 32), (0, 8)
+_MOST_MULTIPLIES = 1024
+"""Of a loop's body: beyond, compiling takes long and instructions leave their cache."""
+
+
+def default(kernel, isa: InstructionSet) -> dict[str, int]:
+    """Return the decisions made by hand."""
+    one_row = kernel.code_rows == 1
+    return {
+        "rows": row_tile(kernel.code_rows, isa.rows),
+        "vectors": isa.tile(kernel.bits, kernel.packed).vectors,
+        "panel": 1 if one_row else row_tile(kernel.groups, max(1, isa.panel // kernel.group_size)),
+        "inline": int(one_row),
+        "split": 0,
+        "blocks": 1,
+        "parallel": 1,
+        "unroll": 1,
+        "columns_first": 0,
+        "ahead": 0,
+    }
+
+
+def most_sums(isa: InstructionSet) -> int:
+    """Return how many vectors of sums stay in registers, next to weights and activations."""
+    return _SUMS.get(isa.name, _OTHER_SUMS)
+
+
+def space(kernel, isa: InstructionSet, threads: int = 1) -> Space:
+    """Return the decisions of a `LinearKernel`; with one thread, there is none about sharing."""
+    made, layout = default(kernel, isa), isa.layout(kernel.bits)
+    one_row, several = kernel.code_rows == 1, threads > 1
+    multiply = isa.multiply(kernel.bits, kernel.activation_bits, True)
+    vectors = tuple(v for v in (1, 2, 4) if layout.vectors % v == 0)
+    choices = {
+        "rows": divisors(kernel.code_rows, _MOST_ROWS),
+        "vectors": vectors,
+        "panel": tuple(panel for panel in _PANELS if kernel.groups % panel == 0),
+        "inline": (1,) if one_row else (0, 1),
+        "split": (0, 1),
+        "blocks": _BLOCKS if several and kernel.terms == 1 else (1,),
+        "parallel": (0, 1) if several else (1,),
+        "unroll": _UNROLLS,
+        "columns_first": (0, 1),
+        "ahead": (0,) if multiply is None or kernel.bits == 8 else _AHEAD_OF_ONE_ROW if one_row else _AHEAD,
+    }
+    choices = {name: tuple(sorted({made[name], *values})) for name, values in choices.items()}
+
+    def rule(d: dict[str, int]) -> bool:
+        return d == made or all(_fits(kernel, isa, layout, d))
+
+    return Space(choices, made, rule)
+
+
+def _fits(kernel, isa: InstructionSet, layout, d: dict[str, int]):
+    packed, partial = d["inline"] and kernel.bits == 4, d["vectors"] < layout.vectors
+    multiply = isa.multiply(kernel.bits, kernel.activation_bits, bool(packed), d["rows"])
+    yield d["rows"] * d["vectors"] <= most_sums(isa)
+    yield kernel.code_rows % (d["rows"] * d["blocks"]) == 0
+    yield d["panel"] % d["unroll"] == 0
+    yield d["unroll"] * d["rows"] * d["vectors"] * kernel.group_size // layout.depth <= _MOST_MULTIPLIES
+    yield partial or not (d["split"] or d["columns_first"])
+    yield not d["split"] or (d["blocks"] == 1 and not d["columns_first"])
+    yield not d["columns_first"] or d["rows"] < kernel.code_rows
+    yield d["parallel"] or not (d["split"] or d["blocks"] > 1)
+    yield not d["ahead"] or packed
+    if multiply is None:
+        yield not partial or not d["inline"]
+    elif multiply.implement:
+        yield d["vectors"] > 1

@@ -1,0 +1,77 @@
+"""Building candidates in processes of their own, apart from measuring: LLVM may end the process that it runs in."""
+
+import base64
+import os
+import pickle
+import queue
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from agq_tvm.tuning.task import Task
+from agq_tvm.tuning.workers import Worker, WorkerEnded, WorkerLate
+
+TIMEOUT = 300.0
+"""Seconds for a candidate; linking for a board for the first time takes a minute."""
+
+
+class Builder:
+    """Builds candidates in parallel.
+
+    Parameters
+    ----------
+    parallel : int, optional
+        Processes; by default as many as this one may use processors.
+    timeout : float
+        Seconds for a candidate.
+    """
+
+    def __init__(self, parallel: int | None = None, timeout: float = TIMEOUT):
+        parallel = parallel or len(os.sched_getaffinity(0))
+        self._timeout = timeout
+        self._workers = [Worker("build") for _ in range(parallel)]
+        self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._free.put(worker)
+        self._executor = ThreadPoolExecutor(parallel, thread_name_prefix="build")
+
+    def submit(self, task: Task, decisions: dict[str, int], path: Path) -> "Future[str | None]":
+        """Have a candidate built into a library; its future is None, or says why that failed."""
+        return self._executor.submit(self._build, task, decisions, path)
+
+    def close(self) -> None:
+        """End the processes; what is being built fails."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.kill()
+        self._executor.shutdown()
+        for worker in self._workers:
+            worker.close()
+
+    def __enter__(self) -> "Builder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _build(self, task: Task, decisions: dict[str, int], path: Path) -> str | None:
+        pickled = base64.b64encode(pickle.dumps(task)).decode()
+        job = {"task": pickled, "decisions": decisions, "path": str(path), "limit": self._timeout}
+        worker = self._free.get()
+        try:
+            answer = worker.ask(job, self._timeout)
+        except WorkerLate:
+            return f"not built: no library within {self._timeout:g} s"
+        except WorkerEnded as error:
+            return f"not built: {error}"
+        finally:
+            self._free.put(worker)
+        return None if "built" in answer else f"not built: {answer['text']}"
+
+
+def build_job(job: dict) -> dict:
+    """Build a candidate, in a worker: ``task`` is pickled, ``decisions``, and ``path`` for the library."""
+    from agq_tvm.tuning.candidate import export_candidate, make_candidate
+
+    task = pickle.loads(base64.b64decode(job["task"]))
+    export_candidate(make_candidate(task, job["decisions"]), task.device, job["path"])
+    return {"built": job["path"]}

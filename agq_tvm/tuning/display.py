@@ -1,0 +1,82 @@
+"""What a person sees of tuning: one line for each task, which moves on a terminal."""
+
+import sys
+import time
+
+from agq_tvm.tuning.tuner import Progress
+
+_EVERY = 0.2
+_SELDOM = 30.0
+
+
+class Lines:
+    """Shows a line for each task on standard error.
+
+    Parameters
+    ----------
+    limit_of : callable, optional
+        ``f(task) -> seconds or None``: the least that a call can take.
+    meaningful : bool
+        Whether seconds mean anything; on emulated boards they do not.
+    stream : text file, optional
+        Instead of standard error.
+    """
+
+    def __init__(self, limit_of=lambda task: None, meaningful: bool = True, stream=None):
+        self._limit_of, self._meaningful = limit_of, meaningful
+        self._stream = stream or sys.stderr
+        self._moves = self._stream.isatty()
+        self._shown = -1e9
+
+    def update(self, progress: Progress) -> None:
+        """Show where a task is: at once on a terminal, now and then in a file."""
+        now = time.monotonic()
+        if now - self._shown < (_EVERY if self._moves else _SELDOM):
+            return
+        self._shown = now
+        self._write(progress, "" if self._moves else "\n")
+
+    def finish(self, progress: Progress) -> None:
+        """Leave a task's last line."""
+        self._shown = time.monotonic()
+        self._write(progress, "\n")
+
+    def _write(self, progress: Progress, end: str) -> None:
+        start = "\r\x1b[2K" if self._moves else ""
+        self._stream.write(f"{start}{self.line(progress)}{end}")
+        self._stream.flush()
+
+    def line(self, progress: Progress) -> str:
+        """Say where a task is."""
+        parts = [f"{progress.task.name}  {progress.known}/{progress.wanted}"]
+        if self._meaningful and progress.best:
+            parts += [f"best {readable(progress.best)}", rate(progress)]
+            limit = self._limit_of(progress.task)
+            parts += [f"{100 * limit / progress.best:.0f} % of the limit"] if limit else []
+            parts += [f"default {readable(progress.default)}"] if progress.default else []
+        parts.append(f"{progress.failures} failed")
+        if progress.time_left is not None:
+            parts.append(f"{clock(progress.time_left)} left")
+        return ", ".join(parts)
+
+
+def rate(progress: Progress) -> str:
+    """Return billions of operations a second of the best; of bytes, where nothing is multiplied."""
+    if progress.task.macs:
+        return f"{2 * progress.task.macs / progress.best / 1e9:.1f} GOP/s"
+    return f"{progress.task.bytes / progress.best / 1e9:.1f} GB/s"
+
+
+def readable(seconds: float) -> str:
+    """Return a short time in a unit that suits it."""
+    for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,406 @@
+"""The tuner: tasks in, records out. What it has measured is in the library before the next candidate is asked for."""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from tvm.s_tir.meta_schedule.runner import RunnerInput
+
+from agq_tvm.errors import AgqError
+from agq_tvm.kernels import tunable
+from agq_tvm.kernels.attrs import describe
+from agq_tvm.kernels.records import MEASURED, Library, Record
+from agq_tvm.tuning.allotment import allot, weight_of
+from agq_tvm.tuning.builder import Builder
+from agq_tvm.tuning.claims import Claims
+from agq_tvm.tuning.confirm import ROUNDS, to_confirm
+from agq_tvm.tuning.measure import NO_VERDICT, UNFIT, kind_of
+from agq_tvm.tuning.provenance import provenance_of
+from agq_tvm.tuning.search import CostModel, Search, tuning_record
+from agq_tvm.tuning.task import Task
+
+_POLL = 0.02
+_HINTS = 2
+_MOST_LOST = 5
+"""Candidates in a row without a verdict after which the boards are given up."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to tune.
+
+    Attributes
+    ----------
+    trials : int
+        For all tasks together; what the library has already counts.
+    strategy : str
+        One of `agq_tvm.tuning.search.STRATEGIES`.
+    time_limit : float or None
+        Seconds after which no more candidates are measured.
+    how : str
+        ``"measured"`` or ``"simulated"``: what records are marked with.
+    emulated : bool
+        Whether boards are emulated, so that their time means nothing.
+    overlap : bool
+        Whether candidates are built while others are measured; not where both happen on one machine.
+    batch : int
+        Candidates that the search proposes at a time.
+    default : bool
+        Whether the hand-made schedule is measured, too.
+    builders : int or None
+        Processes that build; by default one for each processor.
+    seed : int
+    """
+
+    trials: int
+    strategy: str = "evolutionary"
+    time_limit: float | None = None
+    how: str = MEASURED
+    emulated: bool = False
+    overlap: bool = False
+    batch: int = 16
+    default: bool = True
+    builders: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class Progress:
+    """Where a task is.
+
+    Attributes
+    ----------
+    task : Task
+    wanted : int
+        Trials that the library shall have of it.
+    known, failures : int
+        Trials that it has, and those of them that failed.
+    measured : int
+        Those of this run.
+    best, default : float or None
+        Seconds of a call: the fastest's, and the hand-made schedule's.
+    time_left : float or None
+        Seconds until all tasks are done, as far as one can tell.
+    """
+
+    task: Task
+    wanted: int
+    known: int = 0
+    failures: int = 0
+    measured: int = 0
+    best: float | None = None
+    default: float | None = None
+    time_left: float | None = None
+
+    @property
+    def missing(self) -> int:
+        """Trials that are to be made."""
+        return max(0, self.wanted - self.known)
+
+
+class Display(Protocol):
+    """Shows what happens."""
+
+    def update(self, progress: Progress) -> None:
+        """Show where a task is."""
+
+    def finish(self, progress: Progress) -> None:
+        """Show where a task was left."""
+
+
+@dataclass
+class _Measuring:
+    future: Any
+    point: dict[str, int]
+    path: Path
+
+
+@dataclass
+class _Flow:
+    """A task's candidates between the search and the library."""
+
+    building: dict[Future, tuple[dict[str, int], Path]] = field(default_factory=dict)
+    built: list[tuple[dict[str, int], Path]] = field(default_factory=list)
+    measuring: list[_Measuring] = field(default_factory=list)
+    results: list[tuple[dict[str, int], list[float] | None]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return len(self.building) + len(self.built) + len(self.measuring)
+
+
+class Tuner:
+    """Tunes tasks, the weightiest first.
+
+    Parameters
+    ----------
+    library : Library
+        Records go there, one by one.
+    tasks : sequence of Task
+    runner_of : callable
+        ``f(task)``: MetaSchedule's runner for it; may have ``close()``, and ``outcomes`` as
+        `agq_tvm.tuning.runner.MeasuringRunner` has.
+    settings : Settings
+    display : Display
+    make_builder : callable
+        Makes what builds candidates, see `Builder`.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        tasks: Sequence[Task],
+        runner_of: Callable[[Task], Any],
+        settings: Settings,
+        display: Display,
+        make_builder: Callable[[], Builder] | None = None,
+    ):
+        self._make_builder = make_builder or (lambda: Builder(settings.builders))
+        self.library, self.runner_of, self.settings, self.display = library, runner_of, settings, display
+        self.tasks = sorted(tasks, key=lambda task: -weight_of(task))
+        sizes = {task.name: self._size(task) for task in self.tasks}
+        wanted = allot(self.tasks, sizes, settings.trials)
+        self.progress = {task.name: Progress(task, wanted[task.name]) for task in self.tasks}
+        self._model = CostModel() if settings.strategy == "evolutionary" else None
+        self._claims = Claims(library.files[0].path.parent)
+        self._begun, self._measured, self._lost, self._number = 0.0, 0, 0, 0
+        self._confirmed: set[str] = set()
+
+    def _size(self, task: Task) -> int:
+        space = task.space
+        return space.size - (not self.settings.default)
+
+    def run(self) -> list[Progress]:
+        """Tune until all tasks have their trials, or time is up; return where each of them is.
+
+        Raises
+        ------
+        AgqError
+            If no record can be written, or no board can measure.
+        """
+        self._begun = time.monotonic()
+        for task in self.tasks:
+            self._refresh(task)
+        with (
+            self._make_builder() as self._builder,
+            tempfile.TemporaryDirectory(prefix="agq-tune-") as folder,
+        ):
+            self._folder = Path(folder)
+            while not self._late() and (task := self._next()):
+                try:
+                    self._tune(task)
+                finally:
+                    self._claims.release(task.name)
+        return list(self.progress.values())
+
+    def _next(self) -> Task | None:
+        """Claim the weightiest task that lacks trials; wait while other tuners have all of these."""
+        while not self._late():
+            left = [task for task in self.tasks if self.lacks(task)]
+            if not left:
+                return None
+            for task in left:
+                if self._claims.claim(task.name):
+                    if self.lacks(task):
+                        return task
+                    self._claims.release(task.name)
+            time.sleep(0.5)
+        return None
+
+    def lacks(self, task: Task) -> bool:
+        """Tell whether a task lacks trials, or the confirmation of its best."""
+        if self._refresh(task).missing:
+            return True
+        return self._confirms and task.name not in self._confirmed and bool(self._chosen(task))
+
+    @property
+    def _confirms(self) -> bool:
+        return self.settings.how == MEASURED and not self.settings.emulated
+
+    def _chosen(self, task: Task) -> list[Record]:
+        return to_confirm(task, self._known(task), self.library.of_task(task.name))
+
+    def _late(self) -> bool:
+        limit = self.settings.time_limit
+        return limit is not None and time.monotonic() - self._begun >= limit
+
+    def _known(self, task: Task) -> list[Record]:
+        """Return what the library has of a task, as this run would measure it."""
+        settings, space = self.settings, task.space
+        found = {}
+        for record in self.library.of_task(task.name):
+            alike = (record.how, record.emulated) == (settings.how, settings.emulated)
+            if alike and not record.confirmed and space.allows(record.decisions):
+                found[record.key] = record
+        return list(found.values())
+
+    def _refresh(self, task: Task) -> Progress:
+        progress, known = self.progress[task.name], self._known(task)
+        default = task.space.default
+        good = [record.time for record in known if record.seconds]
+        own = [record.time for record in known if record.seconds and record.decisions == default]
+        progress.known, progress.failures = len(known), len(known) - len(good)
+        progress.best, progress.default = min(good, default=None), min(own, default=None)
+        progress.time_left = self._time_left()
+        return progress
+
+    def _time_left(self) -> float | None:
+        if not self._measured:
+            return None
+        spent = time.monotonic() - self._begun
+        left = spent / self._measured * sum(progress.missing for progress in self.progress.values())
+        return left if self.settings.time_limit is None else max(0, min(left, self.settings.time_limit - spent))
+
+    def _tune(self, task: Task) -> None:
+        known = [(record.decisions, record.seconds) for record in self._known(task)]
+        settings, progress = self.settings, self.progress[task.name]
+        self.display.update(progress)
+        search = Search(task, self._model, known, settings.batch, settings.default, settings.seed, self._hints(task))
+        runner = self.runner_of(task)
+        try:
+            self._search(task, search, runner)
+            if self._confirms and not self._late():
+                self._confirm(task, runner)
+        finally:
+            if hasattr(runner, "close"):
+                runner.close()
+            self.display.finish(progress)
+
+    def _hints(self, task: Task) -> list[dict[str, int]]:
+        """Return what was best for the kernels most like this one."""
+        if not self.settings.default:
+            return []
+        kernel, version = describe(task.kernel), tunable.version_of(task.kernel)
+        near = self.library.nearest(kernel, task.isa, task.threads, version)
+        return [record.decisions for record in near if record.task != task.name][:_HINTS]
+
+    def _search(self, task: Task, search: Search, runner) -> None:
+        flow, progress = _Flow(), self.progress[task.name]
+        while not self._late():
+            self._start(task, search, flow, progress.missing)
+            if not flow.count:
+                progress.wanted = min(progress.wanted, progress.known)  # there is nothing more to propose
+                return
+            moved = self._take_built(task, flow, progress)
+            moved += self._hand_over(flow, runner)
+            moved += self._take_measured(task, search, flow, runner)
+            if flow.results and (len(flow.results) >= self.settings.batch or not flow.count):
+                search.tell(flow.results)
+                flow.results = []
+            if not moved:
+                time.sleep(_POLL)
+
+    def _start(self, task: Task, search: Search, flow: _Flow, missing: int) -> None:
+        """Have the next candidates built, if few enough are on their way."""
+        room = missing - flow.count
+        if room <= 0 or flow.count > (self.settings.batch // 2 if self.settings.overlap else 0):
+            return
+        for point in search.propose(min(room, self.settings.batch)):
+            self._number += 1
+            path = self._folder / f"candidate-{self._number}.so"
+            flow.building[self._builder.submit(task, point, path)] = point, path
+
+    def _take_built(self, task: Task, flow: _Flow, progress: Progress) -> int:
+        done = [future for future in flow.building if future.done()]
+        for future in done:
+            point, path = flow.building.pop(future)
+            error = future.result()
+            if error is None:
+                flow.built.append((point, path))
+            else:
+                self._record(task, point, None, error, {})
+                flow.results.append((point, None))
+        return len(done)
+
+    def _hand_over(self, flow: _Flow, runner) -> int:
+        """Give built candidates to the runner; on one machine when all are built."""
+        if flow.building and not self.settings.overlap:
+            return 0
+        handed = len(flow.built)
+        while flow.built:
+            point, path = flow.built.pop(0)
+            flow.measuring.append(_Measuring(runner.run([RunnerInput(str(path), "cpu", [])])[0], point, path))
+        return handed
+
+    def _take_measured(self, task: Task, search: Search, flow: _Flow, runner) -> int:
+        done = [each for each in flow.measuring if each.future.done()]
+        for each in done:
+            flow.measuring.remove(each)
+            seconds, error, told = _outcome(each.future, runner, str(each.path))
+            each.path.unlink(missing_ok=True)
+            if error and kind_of(error) in NO_VERDICT:
+                self._not_measured(error)
+                search.give_back(each.point)
+                continue
+            self._lost = 0
+            self._record(task, each.point, seconds, error, told)
+            flow.results.append((each.point, seconds))
+        return len(done)
+
+    def _not_measured(self, error: str) -> None:
+        self._lost += 1
+        text = error.partition(": ")[2]
+        if kind_of(error) == UNFIT:
+            raise AgqError(f"{text}: take the board's own device as --target")
+        if self._lost >= _MOST_LOST:
+            raise AgqError(f"no board measures any more ({text}): look at them, then run the same command again")
+
+    def _record(self, task: Task, point: dict, seconds: list[float] | None, error: str | None, told: dict) -> None:
+        trace = tuning_record(task, point, seconds) if seconds else None
+        provenance = self._provenance(task, told)
+        self.library.append(_record(task, point, seconds, error, self.settings.how, trace, provenance))
+        self._measured += 1
+        self.progress[task.name].measured += 1
+        self.display.update(self._refresh(task))
+
+    def _provenance(self, task: Task, told: dict) -> dict:
+        told = {"emulated": self.settings.emulated} | told
+        return provenance_of(task, told, local=self.settings.how == MEASURED and not told.get("board"))
+
+    def _confirm(self, task: Task, runner) -> None:
+        """Measure the best again, in turns with the default; what fails then is left as it was."""
+        self._confirmed.add(task.name)
+        chosen = self._chosen(task)
+        paths = [self._folder / f"confirm-{number}.so" for number in range(len(chosen))]
+        pairs = zip(chosen, paths, strict=True)
+        builds = [self._builder.submit(task, record.decisions, path) for record, path in pairs]
+        if any([build.result() is not None for build in builds]):
+            return
+        found: list[list[float]] = [[] for _ in chosen]
+        told: dict = {}
+        for turn in range(ROUNDS if chosen else 0):
+            order = range(len(chosen)) if turn % 2 == 0 else range(len(chosen) - 1, -1, -1)
+            for number in order:
+                future = runner.run([RunnerInput(str(paths[number]), "cpu", [])])[0]
+                seconds, error, told = _outcome(future, runner, str(paths[number]))
+                if error or self._late():
+                    return
+                found[number] += seconds
+        for record, seconds in zip(chosen, found, strict=True):
+            provenance = self._provenance(task, told) | {"confirmed": True}
+            self.library.append(replace(record, seconds=tuple(seconds), provenance=provenance))
+
+
+def _outcome(future, runner, path: str) -> tuple[list[float] | None, str | None, dict]:
+    """Return seconds, error, and what is told besides of a measurement."""
+    result = future.result()
+    error = str(result.error_msg) if result.error_msg is not None else None
+    seconds = [float(f"{float(value):.6g}") for value in result.run_secs] if error is None else None
+    known = getattr(runner, "outcomes", {}).pop(path, None)
+    measured = known.result().measurement if known else None
+    if measured is None:
+        return seconds, error, {}
+    names = ("outliers", "spread", "drift", "hot", "board", "emulated", "status")
+    return seconds, error, {name: getattr(measured, name) for name in names}
+
+
+def _record(task: Task, point, seconds, error, how: str, trace, provenance: dict) -> Record:
+    kernel = describe(task.kernel)
+    short = error[:500] if error else None
+    return Record(
+        task.name, kernel, task.isa, dict(point), tuple(seconds) if seconds else None, short, how, trace, provenance
+    )

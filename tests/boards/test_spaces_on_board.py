@@ -1,0 +1,35 @@
+"""Points of the design spaces on emulated boards: products are exact."""
+
+import numpy as np
+import pytest
+import tvm
+
+from agq_tvm.kernels.instruction_sets import instruction_set
+from agq_tvm.targets import load_device
+from tests.boards import kernels
+from tests.boards.conftest import BOARDS
+from tests.kernels.operands import random_operands
+from tests.kernels.spaces import PRODUCTS, build_all
+
+pytestmark = pytest.mark.emulator
+
+
+@pytest.mark.parametrize("device", BOARDS)
+def test_all_points_of_products_are_exact(boards, tmp_path, device):
+    isa = instruction_set(load_device(device).instruction_set)
+    built = build_all(PRODUCTS, isa)
+    module = tvm.IRModule({name: func for name, (_, func) in built.items()})
+    path = kernels.library(module, device, tmp_path, "points.so")
+    with boards.session(device) as session:
+        session.upload(path)
+        loaded = [session.load_module("points.so")]
+        for name, (kernel, _) in built.items():
+
+            def call(*tensors, name=name):
+                there = [tvm.runtime.tensor(tensor.numpy(), session.cpu(0)) for tensor in tensors]
+                loaded[0][name](*there)
+                tensors[-1].copyfrom(there[-1].numpy())
+
+            operands = random_operands(kernel, 1).integer_form()
+            np.testing.assert_array_equal(operands.run(call, isa), operands.expected(), err_msg=f"{kernel.name} {name}")
+        loaded.clear()

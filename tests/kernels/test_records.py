@@ -1,0 +1,241 @@
+"""The library of tuned schedules: what is in a file stays there, and nothing else gets out of it."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+from dataclasses import replace
+
+import pytest
+
+from agq_tvm.errors import AgqError
+from agq_tvm.flow.schedule_library import list_schedules, merge_schedules, prune_schedules
+from agq_tvm.kernels.records import RECORDS, Library, Record, RecordFile, parse_record
+
+KERNEL = {"class": "LinearKernel", "rows": 16, "columns": 64, "channels": 64, "bits": 4}
+
+
+def record(point: int = 0, seconds=(1e-3,), task: str = "task", how: str = "measured", **provenance) -> Record:
+    error = None if seconds else "wrong: it differs"
+    origin = {"kernel_version": 1, "threads": 2} | provenance
+    return Record(task, KERNEL, "avx2", {"rows": point}, seconds, error, how, None, origin)
+
+
+def library(folder) -> Library:
+    return Library(folder, device="x86-64-avx2")
+
+
+def test_what_is_added_is_read_again_once(tmp_path):
+    mine = library(tmp_path)
+    assert mine.append(record(1)) and mine.append(record(2, None))
+    assert not mine.append(record(1, (5e-4,)))
+    assert library(tmp_path).read() == [record(1), record(2, None)]
+
+
+def test_a_reader_sees_what_others_add(tmp_path):
+    reader, writer = library(tmp_path), library(tmp_path)
+    assert reader.read() == []
+    for point in range(3):
+        writer.append(record(point))
+        assert len(reader.read()) == point + 1
+
+
+@pytest.mark.parametrize("cut", (1, 2, 40))
+def test_a_torn_last_line_is_not_read_and_gives_way_to_the_next(tmp_path, cut):
+    mine = library(tmp_path)
+    mine.append(record(1))
+    path = mine.files[0].path
+    whole = path.read_bytes()
+    torn = record(2).line()[:-cut]
+    path.write_bytes(whole + torn)
+    again = library(tmp_path)
+    kept = [record(1), record(2)] if cut == 1 else [record(1)]  # only the end of the line is missing
+    assert again.read() == kept and again.problems == []
+    again.append(record(3))
+    assert library(tmp_path).read() == [*kept, record(3)]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def broken(**changes) -> bytes:
+    return json.dumps(json.loads(record().line()) | changes).encode()
+
+
+@pytest.mark.parametrize(
+    "line",
+    (
+        b"[]",
+        b"{}",
+        b"nonsense",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        broken(seconds=[]),
+        broken(seconds=[-1.0]),
+        broken(seconds=[True]),
+        broken(seconds=["1"]),
+        broken(seconds=None),
+        broken(error="both"),
+        broken(decisions={"rows": 1.5}),
+        broken(decisions={"rows": True}),
+        broken(decisions=[1]),
+        broken(how="guessed"),
+        broken(kernel={}),
+        broken(task=""),
+        broken(provenance=None),
+        broken(record="trace"),
+        broken(extra=1),
+        record().line().replace(b"0.001", b"Infinity"),
+        record().line().replace(b"0.001", b"NaN"),
+    ),
+)
+def test_lines_that_are_no_records_are_left_out_with_a_word(tmp_path, line):
+    mine = library(tmp_path)
+    mine.append(record(1))
+    with open(mine.files[0].path, "ab") as file:
+        file.write(line + b"\n" + record(2).line())
+    assert mine.read() == [record(1), record(2)]
+    assert len(mine.problems) == 1 and "line 2" in mine.problems[0]
+    with pytest.raises(AgqError):
+        parse_record(line)
+
+
+def test_a_file_that_is_one_endless_line_is_refused(tmp_path):
+    mine = library(tmp_path)
+    mine.append(record(1))
+    with open(mine.files[0].path, "ab") as file:
+        file.write(b"x" * (2 << 20))
+    with pytest.raises(AgqError, match="too long"):
+        mine.read()
+
+
+def test_measured_comes_before_simulated_and_confirmed_before_both(tmp_path):
+    mine = library(tmp_path)
+    assert mine.best("task") is None
+    mine.append(record(0, None))
+    assert mine.best("task") is None
+    for number, each in enumerate((record(1, (1e-9,), how="simulated"), record(2, (3e-3,)), record(3, (2e-3,)))):
+        mine.append(each)
+        assert mine.best("task").decisions["rows"] == number + 1
+    mine.append(record(4, (1e-6,), emulated=True))
+    assert mine.best("task").decisions["rows"] == 3
+    mine.append(record(5, (4e-3,), confirmed=True))
+    assert mine.best("task").decisions["rows"] == 5
+
+
+def test_the_best_of_several_libraries_counts_and_only_the_first_is_written(tmp_path):
+    library(tmp_path / "other").append(record(1, (1e-4,)))
+    both = Library(tmp_path / "mine", tmp_path / "other", device="x86-64-avx2")
+    both.append(record(2, (1e-3,)))
+    assert both.best("task").decisions == {"rows": 1}
+    assert len(library(tmp_path / "other").read()) == 1
+    assert library(tmp_path / "mine").best("task").decisions == {"rows": 2}
+
+
+def test_the_nearest_is_of_a_like_kernel(tmp_path):
+    mine = library(tmp_path)
+
+    def add(point, version=1, **fields):
+        each = replace(record(point, task=f"task{point}", kernel_version=version), kernel=KERNEL | fields)
+        mine.append(each)
+
+    add(1, rows=64)
+    add(2, rows=32)
+    add(3, rows=1)  # decode is another matter
+    add(4, bits=8)
+    add(5, columns=4096)  # too far
+    add(6, version=2)
+    near = mine.nearest(KERNEL, "avx2", 2, 1)
+    assert [each.decisions["rows"] for each in near] == [2, 1]
+    assert mine.nearest(KERNEL, "neon", 2, 1) == []
+
+
+def append_many(folder, first: int, barrier) -> None:
+    mine = library(folder)
+    barrier.wait()
+    for point in range(first, first + 60):
+        mine.append(record(point))
+
+
+def test_two_processes_add_to_one_file(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    children = [context.Process(target=append_many, args=(tmp_path, first, barrier)) for first in (0, 30)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    points = [each.decisions["rows"] for each in library(tmp_path).read()]
+    assert sorted(points) == list(range(90))
+
+
+def fill_the_disk(folder) -> None:
+    """Add records until no more fit."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+    mine = library(folder)
+    try:
+        for point in range(1000):
+            mine.append(record(point))
+    except AgqError as error:
+        os._exit(0 if "cannot write" in str(error) and RECORDS in str(error) else 1)
+    os._exit(2)
+
+
+def test_a_record_that_does_not_fit_on_the_disk_leaves_the_others_whole(tmp_path):
+    child = multiprocessing.get_context("fork").Process(target=fill_the_disk, args=(tmp_path,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    mine = library(tmp_path)
+    count = len(mine.read())
+    assert count > 3 and mine.problems == []
+    assert mine.files[0].path.read_bytes().endswith(b"\n")
+    assert mine.append(record(5000))
+    assert len(library(tmp_path).read()) == count + 1
+
+
+def test_merging_keeps_the_better_of_each(tmp_path):
+    mine, other = library(tmp_path / "mine"), library(tmp_path / "other")
+    for each in (record(1, (2e-3,)), record(2, (1e-3,)), record(3, None)):
+        mine.append(each)
+    for each in (record(1, (1e-3,)), record(2, (2e-3,)), record(3, (3e-3,)), record(4)):
+        other.append(each)
+    result = merge_schedules([str(tmp_path / "other")], str(tmp_path / "mine"))
+    assert (result["added"], result["replaced"]) == (1, 2)
+    times = {each.decisions["rows"]: each.time for each in library(tmp_path / "mine").read()}
+    assert times == {1: 1e-3, 2: 1e-3, 3: 3e-3, 4: 1e-3}
+    assert merge_schedules([str(tmp_path / "other")], str(tmp_path / "mine"))["added"] == 0
+    with pytest.raises(AgqError, match="no library"):
+        merge_schedules([str(tmp_path / "nothing")], str(tmp_path / "mine"))
+
+
+def test_pruning_leaves_the_best_of_each_task(tmp_path):
+    mine = library(tmp_path)
+    for point in range(5):
+        mine.append(record(point, (1e-3 * (point + 1),)))
+    mine.append(record(9, None))
+    mine.append(record(10, (1e-9,), kernel_version=0))
+    mine.append(record(11, task="another"))
+    assert prune_schedules(str(tmp_path), keep=2) == {"library": str(tmp_path), "kept": 3, "removed": 5}
+    assert sorted(each.decisions["rows"] for each in mine.read()) == [0, 1, 11]
+    listed = list_schedules(str(tmp_path), None)["devices"]["x86-64-avx2"]
+    assert [task["task"] for task in listed["tasks"]] == ["another", "task"]
+
+
+def test_a_record_added_while_the_file_is_replaced_is_not_lost(tmp_path):
+    mine, file = library(tmp_path), RecordFile(tmp_path / "x86-64-avx2" / RECORDS)
+    mine.append(record(1))
+    context = multiprocessing.get_context("spawn")  # a fork would hold the lock, too
+    children = []
+
+    def choose(records):
+        children.append(context.Process(target=library(tmp_path).append, args=(record(2),)))
+        children[0].start()
+        children[0].join(1)  # it waits for the lock
+        assert children[0].is_alive()
+        return records
+
+    file.replace(choose)
+    children[0].join(30)
+    assert library(tmp_path).read() == [record(1), record(2)]

@@ -1,0 +1,169 @@
+"""Design spaces: every point builds the same kernel, the default is what is built without decisions."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tvm
+
+from agq_tvm.errors import AgqError
+from agq_tvm.kernels import tunable
+from agq_tvm.kernels.attrs import describe
+from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS, instruction_set
+from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.names import parse_name
+from agq_tvm.kernels.space import Space
+from agq_tvm.passes.schedule_kernels import ScheduleKernels
+from tests.kernels.operands import device_here, random_operands, runs_here
+from tests.kernels.spaces import OTHERS, PRODUCTS, attentions, build_all, outputs
+
+HERE = [name for name in ("avx512vnni", "avx2", "generic") if runs_here(name)]
+CHECKSUMS = {
+    "LinearKernel": {1: "512fc1556826786a"},
+    "ShiftedKernel": {1: "88b200c9cb08bc99"},
+    "DenseKernel": {1: "ad9210409ab75aff"},
+    "QuantizeKernel": {1: "29ca96dab7898711"},
+    "LayerNormKernel": {1: "5640ab85c1713516"},
+    "AttentionKernel": {1: "c2ae9fb4d88c69f0"},
+}
+"""Of the spaces of `_examples`, by version: a line is added when a version is raised, none is changed."""
+
+
+def _examples(isa):
+    return [*PRODUCTS, *OTHERS, *attentions(isa)]
+
+
+def _library(built: dict, isa: str):
+    target = tvm.target.Target(device_here(isa).tvm_target())
+    return tvm.compile(tvm.IRModule({name: func for name, (_, func) in built.items()}), target=target)
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_all_points_of_products_are_exact(isa):
+    built = build_all(PRODUCTS, instruction_set(isa))
+    library = _library(built, isa)
+    for name, (kernel, _) in built.items():
+        operands = random_operands(kernel, 1).integer_form()
+        got = operands.run(library[name], instruction_set(isa))
+        np.testing.assert_array_equal(got, operands.expected(), err_msg=f"{kernel.name} {name}")
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_all_points_of_other_kernels_are_as_the_default(isa):
+    """What kernels compute by hand is held to references in their own tests."""
+    kernels = [*OTHERS, *attentions(instruction_set(isa))]
+    built = build_all(kernels, instruction_set(isa))
+    library = _library(built, isa)
+    for name, (kernel, func) in built.items():
+        default = f"{name.partition('_')[0]}_default"
+        for got, expected in zip(outputs(library[name], func), outputs(library[default], func), strict=True):
+            assert not np.isnan(got).any()
+            if got.dtype.kind == "i":
+                np.testing.assert_array_equal(got, expected, err_msg=f"{kernel.name} {name}")
+            else:
+                np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-5, err_msg=f"{kernel.name} {name}")
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_default_is_a_point_and_what_is_built_without_decisions(isa):
+    isa = instruction_set(isa)
+    for kernel in _examples(isa):
+        for threads in (1, 2):
+            space = tunable.space_of(kernel, isa, threads)
+            if space:
+                assert space.default in space.points()
+                tvm.ir.assert_structural_equal(
+                    tunable.build(kernel, isa, space.default), tunable.build(kernel, isa), map_free_vars=True
+                )
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_points_of_one_thread_are_points_of_several(isa):
+    isa = instruction_set(isa)
+    for kernel in _examples(isa):
+        one, several = (tunable.space_of(kernel, isa, threads) for threads in (1, 2))
+        for point in one.points() if one else []:
+            several.check(point)
+
+
+def test_attention_has_the_same_decisions_for_every_context():
+    isa = instruction_set("generic")
+    for kernel in attentions(isa):
+        spaces = [tunable.space_of(tunable.specialized(kernel, context), isa, 2) for context in tunable.CONTEXTS]
+        spaces.append(tunable.space_of(replace(kernel, fixed=False), isa, 2))
+        assert len({space.checksum() for space in spaces}) == 1
+        decisions = spaces[0].points()[-1]
+        func = tunable.build(replace(kernel, fixed=False, context=48), isa, decisions)
+        assert "lengths[0]" in func.script()
+        assert "lengths[0]" not in tunable.build(kernel, isa, decisions).script()
+
+
+def test_wrong_decisions_are_refused():
+    isa, kernel = instruction_set("avx2"), PRODUCTS[0]
+    default = tunable.space_of(kernel, isa, 2).default
+    for decisions, complaint in [
+        ({}, "missing"),
+        (default | {"colour": 1}, "colour unknown"),
+        (default | {"rows": 3}, "rows = 3 is not one of"),
+        (default | {"split": 1}, "do not go together"),
+    ]:
+        with pytest.raises(AgqError, match=complaint):
+            tunable.build(kernel, isa, decisions)
+    with pytest.raises(AgqError, match="not one of"):
+        Space({"a": (1, 2)}, {"a": 3})
+
+
+@pytest.mark.parametrize("kind", tunable.KINDS)
+def test_version_is_raised_with_every_change(kind):
+    names, versions = hashlib.sha256(), set()
+    for isa in INSTRUCTION_SETS.values():
+        for kernel in _examples(isa):
+            if type(kernel).__name__ == kind:
+                versions.add(tunable.version_of(kernel))
+                for threads in (1, 2):
+                    space = tunable.space_of(kernel, isa, threads)
+                    names.update(f"{tunable.task_name(kernel, isa, threads)} {space and space.checksum()}".encode())
+    (version,) = versions
+    known = CHECKSUMS[kind]
+    assert version in known, f"write {names.hexdigest()[:16]} for version {version}"
+    assert known[version] == names.hexdigest()[:16], "the space is another one: raise its version in tunable.py"
+    assert len(set(known.values())) == len(known)
+
+
+@pytest.mark.parametrize("isa", ["avx512vnni", "neon"])
+def test_descriptions_make_kernels_again(isa):
+    isa = instruction_set(isa)
+    for kernel in _examples(isa):
+        assert tunable.described(json.loads(json.dumps(describe(kernel))), isa) == kernel
+    with pytest.raises(AgqError, match="describes no kernel"):
+        tunable.described({"class": "LinearKernel", "rows": 1}, isa)
+
+
+def test_tiles_of_tuned_products_have_names():
+    name = "agq.dot.avx2.u4_v2x8_k4.packed.m4.of4.ahead8"
+    kernel, isa = PRODUCTS[0], instruction_set("avx2")
+    decisions = {"rows": 4, "vectors": 2, "inline": 1, "ahead": 8}
+    tunable.build(kernel, isa, tunable.space_of(kernel, isa).default | decisions)
+    assert tvm.s_tir.TensorIntrin.get(name, allow_missing=True) is not None
+    parsed = parse_name(name)
+    assert (parsed["rows"], parsed["stored"], parsed["ahead"]) == (4, 4, 8)
+
+
+def test_task_names():
+    isa = instruction_set("avx512vnni")
+    kernel = LinearKernel(128, 4096, 4096, 4, 32, True, "float16", False)
+    name = "linear_w4a8g32_group_asym_m128_n4096_k4096.avx512vnni.u4_v4x16_k4.t2.v1"
+    assert tunable.task_name(kernel, isa, 2) == name
+
+
+def test_the_pass_builds_what_is_chosen():
+    isa, chosen = instruction_set("generic"), {}
+    for kernel in _examples(isa):
+        space = tunable.space_of(kernel, isa, 2)
+        chosen[kernel] = space.points()[-1] if space else None
+    module = tvm.IRModule({kernel.name: tunable.build(kernel, isa) for kernel in chosen})
+    scheduled = ScheduleKernels(isa, chosen.get)(module)
+    for kernel, decisions in chosen.items():
+        tvm.ir.assert_structural_equal(scheduled[kernel.name], tunable.build(kernel, isa, decisions))

@@ -1,0 +1,207 @@
+"""The tuner: it finds what is fast, and what it has measured is there whatever happens to it."""
+
+import collections
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from agq_tvm.errors import AgqError
+from agq_tvm.kernels.records import Library
+from agq_tvm.tuning.allotment import allot
+from agq_tvm.tuning.tuner import Settings
+from tests.tuning.fake_tuning import DEVICE, landscape, lowest, tasks, tuner
+
+TRIALS = 60
+
+
+def records(folder):
+    return Library(folder, device=DEVICE).read()
+
+
+def tried(folder) -> list:
+    return [(each.task, tuple(sorted(each.decisions.items()))) for each in records(folder) if not each.confirmed]
+
+
+def test_the_search_finds_the_best_of_a_landscape(tmp_path):
+    pytest.importorskip("xgboost")
+    (task,) = tasks(16)
+    found = {}
+    for strategy in ("evolutionary", "random"):
+        folder = tmp_path / strategy
+        tuner(folder, [task], Settings(72, strategy, default=False, seed=1)).run()
+        found[strategy] = min(each.time for each in records(folder)) / lowest(task)
+        assert len(tried(folder)) == len(set(tried(folder))) == 72
+    assert task.space.size > 20 * 72
+    assert found["evolutionary"] < 1.1 and found["evolutionary"] < found["random"], found
+
+
+def test_a_space_smaller_than_the_trials_ends_when_it_is_exhausted(tmp_path):
+    from dataclasses import replace
+
+    from agq_tvm.kernels.norm import LayerNormKernel
+    from agq_tvm.targets import load_device
+    from agq_tvm.tuning.task import make_task
+
+    task = make_task(LayerNormKernel(16, 64, 1e-5), "avx512vnni", load_device(DEVICE), 2)
+    (progress,) = tuner(tmp_path, [replace(task, count=9)], Settings(10_000, "random")).run()
+    assert progress.known == progress.wanted == task.space.size == len(tried(tmp_path))
+
+
+def test_the_default_comes_first_and_the_best_is_measured_again_beside_it(tmp_path):
+    (task,) = tasks(16)
+    tuner(tmp_path, [task], Settings(20, "random")).run()
+    found = records(tmp_path)
+    assert found[0].decisions == task.space.default
+    confirmed = [each for each in found if each.confirmed]
+    assert 2 <= len(confirmed) <= 4 and all(len(each.seconds) == 9 for each in confirmed)
+    best = Library(tmp_path, device=DEVICE).best(task.name)
+    assert best.confirmed
+    assert best.time == pytest.approx(min(landscape(task, each.decisions) for each in found), rel=1e-5)
+
+
+def test_what_is_known_is_not_measured_again_nor_are_failures(tmp_path):
+    log, some = tmp_path / "log", tasks(16)
+    for trials in (10, 10, 24):
+        tuner(tmp_path, some, Settings(trials, "random"), log, wrong=lambda each: each["rows"] != 1).run()
+    failed = [each for each in records(tmp_path) if each.error]
+    assert failed and all(each.error.startswith("wrong:") and each.record is None for each in failed)
+    assert len(tried(tmp_path)) == len(set(tried(tmp_path))) == 24
+
+
+def test_records_that_the_space_does_not_allow_are_no_trials(tmp_path):
+    (task,) = tasks(16)
+    tuner(tmp_path, [task], Settings(4, "random")).run()
+    path = Library(tmp_path, device=DEVICE).files[0].path
+    path.write_text(path.read_text().replace('"decisions":{"rows":', '"decisions":{"rows":77'))
+    (progress,) = tuner(tmp_path, [task], Settings(4, "random")).run()
+    assert progress.known == progress.measured == 4
+
+
+def test_time_is_up(tmp_path):
+    begun = time.monotonic()
+    (progress,) = tuner(tmp_path, tasks(16), Settings(1000, "random", time_limit=1.5), delay=0.05).run()
+    assert time.monotonic() - begun < 30
+    assert 0 < progress.known < 1000
+    assert progress.known == len(tried(tmp_path))
+
+
+def test_trials_go_where_time_goes():
+    from dataclasses import replace
+
+    light, heavy = tasks(16, 128)
+    shares = allot([light, replace(heavy, count=100)], {light.name: 1000, heavy.name: 1000}, 200)
+    assert sum(shares.values()) == 200 and shares[heavy.name] > 5 * shares[light.name] >= 10
+    assert allot([light, heavy], {light.name: 3, heavy.name: 5}, 200) == {light.name: 3, heavy.name: 5}
+
+
+def start(folder, log, delay: float, trials: int = TRIALS, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.tuning.fake_tuning", str(folder), str(log), str(trials), str(delay)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(condition, process, seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def finish(process) -> None:
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+
+
+def test_killed_at_any_moment_it_goes_on_without_loss_or_repetition(tmp_path):
+    log, before = tmp_path / "log", []
+    for goal in (3, 11):
+        process = start(tmp_path, log, 0.01)
+        wait_for(lambda goal=goal: len(tried(tmp_path)) >= goal, process)
+        process.kill()
+        process.wait()
+        kept = [each.line() for each in records(tmp_path)]
+        assert kept[: len(before)] == before
+        before = kept
+    finish(start(tmp_path, log, 0))
+    assert [each.line() for each in records(tmp_path)][: len(before)] == before
+    assert len(tried(tmp_path)) == len(set(tried(tmp_path))) == TRIALS
+    counted = collections.Counter(log.read_text().splitlines())
+    confirmed = {json.dumps([each.task, each.decisions]) for each in records(tmp_path) if each.confirmed}
+    begun = [line for line, count in counted.items() if count > 1 and line not in confirmed]
+    assert len(begun) <= 2 * 4  # what was being measured when it was killed, and no more
+
+
+def test_two_tuners_share_a_library(tmp_path):
+    log = tmp_path / "log"
+    both = [start(tmp_path, log, 0.01) for _ in range(2)]
+    for process in both:
+        finish(process)
+    assert len(tried(tmp_path)) == len(set(tried(tmp_path))) == TRIALS
+    confirmed = {json.dumps([each.task, each.decisions]) for each in records(tmp_path) if each.confirmed}
+    counted = collections.Counter(log.read_text().splitlines())
+    assert all(count == 1 for line, count in counted.items() if line not in confirmed)
+
+
+def limit_files() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+
+def test_a_full_disk_ends_it_with_a_sentence_and_whole_records(tmp_path):
+    log = tmp_path / "log"
+    process = start(tmp_path, log, 0, preexec_fn=limit_files)
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 2
+    assert "cannot write" in errors.splitlines()[-1] and "records.jsonl" in errors
+    library = Library(tmp_path, device=DEVICE)
+    kept = len(library.read())
+    assert kept > 0 and not library.problems
+    finish(start(tmp_path, log, 0))
+    assert len(tried(tmp_path)) == len(set(tried(tmp_path))) == TRIALS > kept
+
+
+class Lost:
+    """A runner whose boards are gone, or of another kind."""
+
+    def __init__(self, error: str):
+        self.error = error
+
+    def run(self, inputs):
+        from tvm.s_tir.meta_schedule.runner import RunnerResult
+
+        from tests.tuning.fake_tuning import Done
+
+        return [Done(RunnerResult(None, self.error), 0) for _ in inputs]
+
+
+@pytest.mark.parametrize("error", ("lost: the board was stopped", "unfit: 10.0.0.7:9090 lacks asimddp"))
+def test_boards_that_cannot_measure_leave_no_record(tmp_path, error):
+    made = tuner(tmp_path, tasks(16), Settings(20, "random"))
+    made.runner_of = lambda task: Lost(error)
+    with pytest.raises(AgqError, match=error.partition(": ")[2].split()[-1]):
+        made.run()
+    assert records(tmp_path) == []
+
+
+def test_claims_end_with_their_process(tmp_path):
+    from agq_tvm.tuning.claims import Claims
+
+    script = f"from pathlib import Path; from agq_tvm.tuning.claims import Claims; c = Claims(Path({str(tmp_path)!r}))"
+    script += "; print(c.claim('task'), flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    try:
+        assert other.stdout.readline() == "True\n"
+        mine = Claims(tmp_path)
+        assert not mine.claim("task") and mine.claim("another")
+    finally:
+        other.kill()
+        other.communicate()
+    assert mine.claim("task")
