@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.tasks import extract_tasks
-from agq_tvm.kernels.records import MEASURED, SIMULATED, Library, open_library
+from agq_tvm.kernels.records import MEASURED, SIMULATED, Library, Record, open_library
 from agq_tvm.progress import say
 from agq_tvm.targets import Device, detect, load_device
 from agq_tvm.tuning.task import Task
@@ -115,8 +115,8 @@ def chosen(tasks: list[Task], only: str | None) -> list[Task]:
 def _result(request: TuneRequest, device: Device, library: Library, progress, seconds: float) -> dict:
     tasks = []
     for each in progress:
-        best = library.best(each.task.name)
-        default = _seconds_of_default(library, each) if best else None
+        best = library.best(each.task.name, each.task.space.allows)
+        default = _seconds_of_default(library, each.task, best) if best else None
         tasks.append(
             {
                 "task": each.task.name,
@@ -139,10 +139,9 @@ def _result(request: TuneRequest, device: Device, library: Library, progress, se
     }
 
 
-def _seconds_of_default(library: Library, progress) -> float | None:
+def _seconds_of_default(library: Library, task: Task, best: Record) -> float | None:
     """Return the time of the hand-made schedule, measured beside the best where that was confirmed."""
 
-    task, best = progress.task, library.best(progress.task.name)
     default = task.space.default
     alike = [
         record.time

@@ -76,6 +76,8 @@ def test_decisions_that_the_space_does_not_allow_are_not_used(tmp_path):
     library.append(record(KERNEL, 1e-9, {"rows": 3}))
     choose = Chooser(library, ISA, 2)
     assert choose(KERNEL) is None and choose.kernels[KERNEL.name]["schedule"] == "default"
+    library.append(record(KERNEL, 1e-3))
+    assert choose(KERNEL) == record(KERNEL, 1e-3).decisions
 
 
 def test_other_versions_are_ignored_with_a_word(tmp_path):
