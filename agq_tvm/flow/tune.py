@@ -141,7 +141,6 @@ def _result(request: TuneRequest, device: Device, library: Library, progress, se
 
 def _seconds_of_default(library: Library, task: Task, best: Record) -> float | None:
     """Return the time of the hand-made schedule, measured beside the best where that was confirmed."""
-
     default = task.space.default
     alike = [
         record.time
