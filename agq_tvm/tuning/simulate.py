@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tvm.ir.utils import derived_object
 
+from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.records import SIMULATED
 from agq_tvm.targets import Device
@@ -156,6 +157,7 @@ class SimulatedMeasurer:
     def __init__(self, task: Task, timeout: float = TIMEOUT, parallel: int | None = None) -> None:
         check_simulation(task.device)
         self.task, self.timeout = task, timeout
+        _operands(task)  # TVM is not asked by several threads
         self._executor = ThreadPoolExecutor(parallel or len(os.sched_getaffinity(0)), thread_name_prefix="simulate")
         self._arguments: list[Argument] | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="agq-simulate-")
@@ -210,6 +212,8 @@ class SimulatedMeasurer:
         except KernelFailed as error:
             kind = HUNG if error.late else CRASHED if error.crashed else FAILED
             return Outcome(kind=kind, text=str(error))
+        except AgqError as error:  # code that the core model cannot read
+            return Outcome(kind=FAILED, text=str(error))
         wrong = self._wrong(simulation, digests)
         if wrong:
             return Outcome(kind=WRONG, text=wrong)

@@ -18,9 +18,9 @@ from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.records import SIMULATED, Library, Record
 from agq_tvm.targets import load_device
 from agq_tvm.tuning import block_counts, core_model, simulate
-from agq_tvm.tuning.block_counts import KernelFailed, count_calls
+from agq_tvm.tuning.block_counts import Count, KernelFailed, count_calls
 from agq_tvm.tuning.candidate import export_candidate, make_candidate
-from agq_tvm.tuning.disassembly import disassemble, regions
+from agq_tvm.tuning.disassembly import Instruction, disassemble, regions
 from agq_tvm.tuning.measure import CRASHED, FAILED, HUNG, WRONG
 from agq_tvm.tuning.operands import Operand
 from agq_tvm.tuning.reference import arguments_of
@@ -128,6 +128,27 @@ def test_blocks_are_those_of_the_listing(tmp_path):
     found = regions(disassemble(library, task.device), count)
     executed = sum(region.executed for region in found)
     assert 0.98 * count.instructions <= executed <= count.instructions
+
+
+def test_an_instruction_on_two_pages_counts_once():
+    """QEMU counts the third of this loop's instructions for two blocks."""
+    addresses = (4080, 4086, 4092, 4098, 4100)
+    listing = {at: Instruction(at, "add", "", None) for at in addresses}
+    listing[4098] = Instruction(4098, "jne", "", 4080)
+    (loop,) = regions(listing, Count(0, {4080: (3, 7), 4092: (2, 7)}))
+    assert [one.address for one in loop.instructions] == [4080, 4086, 4092, 4098] and loop.runs == 7
+
+
+def test_code_that_the_core_model_cannot_read_is_a_failure(tmp_path, monkeypatch):
+    task = task_of(ARM)
+
+    def refuse(*_):
+        raise AgqError("llvm-mca failed: invalid instruction")
+
+    with SimulatedMeasurer(task) as measurer:
+        monkeypatch.setattr(core_model, "simulate", refuse)
+        outcome = measurer.submit(str(library_of(task, tmp_path))).result()
+    assert outcome.kind == FAILED and "invalid instruction" in outcome.text
 
 
 def test_a_runner_of_metaschedule_gives_seconds(tmp_path):
