@@ -273,7 +273,7 @@ class Tuner:
         if not self.settings.default:
             return []
         kernel, version = describe(task.kernel), tunable.version_of(task.kernel)
-        near = self.library.nearest(kernel, task.isa, task.threads, version)
+        near = self.library.nearest(kernel, task.isa, task.threads, version, task.space.allows)
         return [record.decisions for record in near if record.task != task.name][:_HINTS]
 
     def _search(self, task: Task, search: Search, runner) -> None:
