@@ -46,23 +46,17 @@ class Chooser:
         return dict(record.decisions) if record is not None else None
 
     def _find(self, kernel) -> tuple[str, Record | None]:
+        allows = tunable.space_of(kernel, self.isa, self.threads).allows
+        version = tunable.version_of(kernel)
         # Attention: what the longest caches that were tuned for want, up to its own.
-        variant = tuned_variants(kernel)[-1:]
-        for same in variant:
-            space = tunable.space_of(kernel, self.isa, self.threads)
-            record = self.library.best(tunable.task_name(same, self.isa, self.threads), space.allows)
+        for same in tuned_variants(kernel)[-1:]:
+            record = self.library.best(tunable.task_name(same, self.isa, self.threads), allows)
             if record is not None:
                 return TUNED, record
-        version = tunable.version_of(kernel)
-        for same in variant:
-            near = self.library.nearest(describe(same), self.isa.name, self.threads, version)
-            record = next((record for record in near if self._allowed(kernel, record)), None)
-            if record is not None:
-                return NEAREST, record
+            near = self.library.nearest(describe(same), self.isa.name, self.threads, version, allows)
+            if near:
+                return NEAREST, near[0]
         return DEFAULT, None
-
-    def _allowed(self, kernel, record: Record) -> bool:
-        return tunable.space_of(kernel, self.isa, self.threads).allows(record.decisions)
 
     def report(self) -> dict:
         """Return how many kernels have which kind of schedule, each of them, and what was left out."""

@@ -1,5 +1,6 @@
 """Tune a checkpoint's kernels: on this machine, on boards, or simulated."""
 
+import difflib
 import time
 from dataclasses import dataclass
 
@@ -107,8 +108,9 @@ def chosen(tasks: list[Task], only: str | None) -> list[Task]:
     """Return the tasks whose names have `only` in them."""
     found = [task for task in tasks if only is None or only in task.name]
     if not found:
-        names = "\n  ".join(sorted(task.name for task in tasks))
-        raise AgqError(f"--only {only} is in the name of no task; there are\n  {names}")
+        names = sorted(task.name for task in tasks)
+        like = difflib.get_close_matches(only, names, 3, 0) or names[:3]
+        raise AgqError(f"{only} is in the name of none of the {len(names)} tasks: choose a part of {', '.join(like)}")
     return found
 
 

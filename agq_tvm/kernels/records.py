@@ -290,6 +290,10 @@ def _is_record(line: bytes) -> bool:
         return False
 
 
+def _anything(_decisions: dict) -> bool:
+    return True
+
+
 class Library:
     """The records of one device, from several libraries; what is new goes into the first.
 
@@ -323,7 +327,7 @@ class Library:
         """Return the records of a task, failures among them."""
         return [record for record in self.read() if record.task == task]
 
-    def best(self, task: str, allows: Callable[[dict], bool] = lambda decisions: True) -> Record | None:
+    def best(self, task: str, allows: Callable[[dict], bool] = _anything) -> Record | None:
         """Return the best record of a task; measured ones come before simulated ones, failures never.
 
         Parameters
@@ -334,7 +338,14 @@ class Library:
         """
         return best_of(record for record in self.of_task(task) if allows(record.decisions)).get(task)
 
-    def nearest(self, kernel: dict, instruction_set: str, threads: int, version: int) -> list[Record]:
+    def nearest(
+        self,
+        kernel: dict,
+        instruction_set: str,
+        threads: int,
+        version: int,
+        allows: Callable[[dict], bool] = _anything,
+    ) -> list[Record]:
         """Return the best records of the tasks most like a kernel, the nearest first.
 
         Parameters
@@ -345,11 +356,13 @@ class Library:
         threads : int
         version : int
             Of the kernel's design space.
+        allows : callable, optional
+            As for `best`.
         """
         near = []
         for record in self.read():
             same = record.instruction_set == instruction_set and record.kernel_version == version
-            if same and distance(record, kernel, threads) <= _FARTHEST:
+            if same and distance(record, kernel, threads) <= _FARTHEST and allows(record.decisions):
                 near.append(record)
         best = best_of(near).values()
         return sorted(best, key=lambda record: (distance(record, kernel, threads), record.rank))
