@@ -74,6 +74,19 @@ def write_error(error: OSError, path: str | os.PathLike) -> AgqError:
     return AgqError(f"cannot write {path}: {error.strerror or error} ({where})")
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """Refuse a file that could not be written, before the work whose result it gets.
+
+    Raises
+    ------
+    AgqError
+    """
+    path = Path(path).absolute()
+    folder = next(parent for parent in path.parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise AgqError(f"cannot write {path}: it is a folder, or lies where this user may not write")
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a small text file under a temporary name, then rename it."""
     path = Path(path)

@@ -15,6 +15,20 @@ def as_table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def as_markdown_table(rows: list[tuple[str, ...]]) -> str:
+    """Write rows, the first of which names the columns, as a table in Markdown.
+
+    Examples
+    --------
+    >>> print(as_markdown_table([("test", "t/s"), ("pp512", "1")]))
+    | test | t/s |
+    |---|---|
+    | pp512 | 1 |
+    """
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
 def megabytes(size: int) -> str:
     """Write a size in bytes as megabytes."""
     return f"{size / 1e6:.1f} MB"

@@ -23,7 +23,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.space import Space
-from agq_tvm.progress import progress
+from agq_tvm.progress import progress, say
 from agq_tvm.runtime.threads import Threads
 from agq_tvm.targets import load_device
 from agq_tvm.tuning import core_model
@@ -127,7 +127,11 @@ def simulate(task: Task, most: int, core: str | None, folder: Path) -> list[tupl
     found = []
     for number, decisions in enumerate(progress(points, task.kernel.name, unit="candidate")):
         library = folder / f"{number}.so"
-        export_candidate(make_candidate(task, decisions), task.device, library)
+        try:
+            export_candidate(make_candidate(task, decisions), task.device, library)
+        except Exception as error:  # whatever TVM or LLVM refuses: the tuner records it as a failure
+            say(f"{task.kernel.name}, {decisions}: {str(error).strip().splitlines()[-1]}")
+            continue
         simulated = simulate_candidate(library, task, core)
         found.append((Candidate(decisions, simulated.instructions, simulated.cycles), library))
     return found
@@ -217,9 +221,12 @@ def main() -> None:
         chosen += [(task, host_core()) for task in tasks(X86_DEVICE, X86_PRODUCTS)]
     if arguments.only != "x86":
         chosen += [(task, None) for device in ARM_DEVICES for task in tasks(device, ARM_PRODUCTS)]
-    for task, _ in chosen:
-        check_simulation(task)
-    results = [_measure(task, arguments, core) for task, core in chosen]
+    for device in dict.fromkeys(task.device for task, _ in chosen):
+        check_simulation(device)
+    results = []
+    for task, core in chosen:
+        results.append(_measure(task, arguments, core))
+        say("\n".join(map("  ".join, _lines(results[-1]))))
     print(aligned([_HEAD, *(line for result in results for line in _lines(result))]))
     simulator = core_model.find_simulator()[1]
     contents = report("benchmarks.simulated", ("apache-tvm", "ziglang"), llvm_mca=simulator, results=results)

@@ -69,7 +69,7 @@ class CompiledModel:
         self.parameters = [SimpleNamespace(name=name, dtype=dtype) for name, _, dtype in tensors[len(self.caches) :]]
         self._tensors = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays]
         self._packed = tvm.runtime.convert(self._tensors)
-        model = {"vocab_size": checkpoint.config.vocab_size}
+        model = {"vocab_size": checkpoint.config.vocab_size, "eos_token_ids": []}
         self.manifest = {"context": context, "buckets": [rows], "model": model, "device": {"instruction_set": isa}}
         if scheme.pruning:
             self.manifest["pruning"] = asdict(scheme.pruning) | {"layers": list(scheme.pruning.layers)}

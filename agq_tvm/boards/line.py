@@ -16,7 +16,15 @@ _PROBING = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 6}  # lost af
 
 def sockets() -> set[int]:
     """Return the inodes of this process's sockets; none where the system does not tell."""
-    return {os.fstat(each.fileno()).st_ino for each in _each_socket()}
+    return {_inode(each) for each in _each_socket()}
+
+
+def cut_since(before: set[int], port: int) -> None:
+    """End every connection to a port that was opened since `before`: it has said nothing for too long."""
+    for each in _each_socket():
+        if _inode(each) not in before and _peer_port(each) == port:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
 
 def _each_socket() -> Iterator[socket.socket]:
@@ -46,19 +54,33 @@ class Line:
     """
 
     def __init__(self, before: set[int], port: int, reply: float):
-        self._inode = None
-        for each in _each_socket():
-            inode = os.fstat(each.fileno()).st_ino
-            if inode not in before and _peer_port(each) == port:
-                self._inode = inode
-                _limit(each, reply)
+        opened = ((_inode(each), _peer_port(each)) for each in _each_socket())
+        self._inode = next((inode for inode, peer in opened if inode not in before and peer == port), None)
+        self.limit(reply)
+
+    def limit(self, reply: float) -> None:
+        """Set the longest wait in seconds for an answer, and notice within a minute that the other side is gone."""
+        for each in self._sockets():
+            limit = struct.pack("@ll", int(reply), int(reply % 1 * 1e6))
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                each.setsockopt(socket.SOL_SOCKET, option, limit)
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _PROBING.items():
+                each.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def cut(self) -> None:
         """End the connection at once: what still belongs to the session no longer waits for the board."""
-        for each in _each_socket():
-            if os.fstat(each.fileno()).st_ino == self._inode:
-                with contextlib.suppress(OSError):  # it has ended already
-                    each.shutdown(socket.SHUT_RDWR)
+        for each in self._sockets():
+            with contextlib.suppress(OSError):  # it has ended already
+                each.shutdown(socket.SHUT_RDWR)
+
+    def _sockets(self) -> Iterator[socket.socket]:
+        """Give the connection, as long as it is open: TVM holds it, and closes it."""
+        return (each for each in _each_socket() if _inode(each) == self._inode)
+
+
+def _inode(connection: socket.socket) -> int:
+    return os.fstat(connection.fileno()).st_ino
 
 
 def _peer_port(connection: socket.socket) -> int | None:
@@ -66,12 +88,3 @@ def _peer_port(connection: socket.socket) -> int | None:
         return connection.getpeername()[1]
     except (OSError, IndexError):
         return None
-
-
-def _limit(connection: socket.socket, reply: float) -> None:
-    limit = struct.pack("@ll", int(reply), int(reply % 1 * 1e6))
-    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-        connection.setsockopt(socket.SOL_SOCKET, option, limit)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _PROBING.items():
-        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

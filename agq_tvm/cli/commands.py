@@ -3,7 +3,7 @@
 import json
 import sys
 
-from agq_tvm.cli import look, quantize
+from agq_tvm.cli import bench, look, quantize
 from agq_tvm.cli.options import board_options, command, json_option, positive, print_result, threads_option, with_error
 from agq_tvm.tables import megabytes
 
@@ -25,7 +25,7 @@ def register(subparsers) -> None:
     look.analyze(subparsers)
     look.prune_search(subparsers)
     look.profile(subparsers)
-    _bench(subparsers)
+    bench.register(subparsers)
     look.targets(subparsers)
     look.kernels(subparsers)
 
@@ -159,25 +159,5 @@ def _lm_eval(subparsers) -> None:
     parser.add_argument("--tasks", required=True, metavar="T,T,…", help="names that lm-eval knows, or YAML files")
     parser.add_argument("--limit", type=positive, metavar="N", help="only so many documents of each task")
     parser.add_argument("--examples", type=int, metavar="N", help="solved ones before each (default: the task's own)")
-    threads_option(parser)
-    json_option(parser)
-
-
-def _bench(subparsers) -> None:
-    def run(args) -> None:
-        from agq_tvm.runtime.bench import bench
-
-        result = bench(args.bundle, args.threads, args.prefill, args.decode, args.rounds)
-        rows = [("device", f"{result['device']}, {result['threads']} threads")]
-        for kind, short in (("prefill", "pp"), ("decode", "tg")):
-            median, std = (result[f"{kind}_tokens_per_second{end}"] for end in ("", "_std"))
-            rows.append((f"{short}{result[f'{kind}_tokens']}", f"{median:.1f} ± {std:.1f} tokens/s"))
-        print_result(args, result, [*rows, ("size", megabytes(result["bytes"]))])
-
-    parser = command(subparsers, "bench", "time prefill and decode", run)
-    parser.add_argument("bundle", metavar="BUNDLE")
-    parser.add_argument("--prefill", type=positive, default=512, metavar="N", help="default: %(default)s tokens")
-    parser.add_argument("--decode", type=positive, default=64, metavar="N", help="default: %(default)s tokens")
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="default: %(default)s")
     threads_option(parser)
     json_option(parser)

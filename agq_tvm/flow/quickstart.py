@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.runtime.bundle import MANIFEST, Bundle
 from agq_tvm.runtime.generate import generate
 from agq_tvm.runtime.perplexity import compare
+from agq_tvm.runtime.status import processor_name
 from agq_tvm.tables import as_table, megabytes
 from agq_tvm.targets import load_device
 
@@ -112,7 +112,15 @@ def _bench_apart(bundle: Path) -> dict:
     result = subprocess.run(command, stdout=subprocess.PIPE, timeout=_BENCH_LIMIT)
     if result.returncode:
         raise AgqError(f"the bench of {bundle} ended with code {result.returncode}: see its message above")
-    return json.loads(result.stdout)
+    found = json.loads(result.stdout)
+    prefill, decode = found["tests"].values()
+    return {name: found[name] for name in ("threads", "instruction_set")} | {
+        "prefill_tokens": prefill["tokens"],
+        "prefill_tokens_per_second": prefill["mean"],
+        "decode_tokens": decode["tokens"],
+        "decode_tokens_per_second": decode["mean"],
+        "bytes": found["memory"]["bundle"],
+    }
 
 
 def _quality(model: str, bundle: Path) -> dict:
@@ -145,12 +153,7 @@ def _size(directory: Path) -> int:
 
 def machine() -> str:
     """Describe this machine's processor in a few words."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    return f"{processor_name()}, {os.cpu_count()} cores"
 
 
 def report(result: dict) -> str:

@@ -46,22 +46,17 @@ class Chooser:
         return dict(record.decisions) if record is not None else None
 
     def _find(self, kernel) -> tuple[str, Record | None]:
-        # Attention: what the longest caches that were tuned for want, up to its own.
-        variant = tuned_variants(kernel)[-1:]
-        for same in variant:
-            record = self.library.best(tunable.task_name(same, self.isa, self.threads))
-            if record is not None and self._allowed(kernel, record):
-                return TUNED, record
+        allows = tunable.space_of(kernel, self.isa, self.threads).allows
         version = tunable.version_of(kernel)
-        for same in variant:
-            near = self.library.nearest(describe(same), self.isa.name, self.threads, version)
-            record = next((record for record in near if self._allowed(kernel, record)), None)
+        # Attention: what the longest caches that were tuned for want, up to its own.
+        for same in tuned_variants(kernel)[-1:]:
+            record = self.library.best(tunable.task_name(same, self.isa, self.threads), allows)
             if record is not None:
-                return NEAREST, record
+                return TUNED, record
+            near = self.library.nearest(describe(same), self.isa.name, self.threads, version, allows)
+            if near:
+                return NEAREST, near[0]
         return DEFAULT, None
-
-    def _allowed(self, kernel, record: Record) -> bool:
-        return tunable.space_of(kernel, self.isa, self.threads).allows(record.decisions)
 
     def report(self) -> dict:
         """Return how many kernels have which kind of schedule, each of them, and what was left out."""

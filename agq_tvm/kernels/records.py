@@ -11,7 +11,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -290,6 +290,10 @@ def _is_record(line: bytes) -> bool:
         return False
 
 
+def _anything(_decisions: dict) -> bool:
+    return True
+
+
 class Library:
     """The records of one device, from several libraries; what is new goes into the first.
 
@@ -323,11 +327,25 @@ class Library:
         """Return the records of a task, failures among them."""
         return [record for record in self.read() if record.task == task]
 
-    def best(self, task: str) -> Record | None:
-        """Return the best record of a task; measured ones come before simulated ones, failures never."""
-        return best_of(self.of_task(task)).get(task)
+    def best(self, task: str, allows: Callable[[dict], bool] = _anything) -> Record | None:
+        """Return the best record of a task; measured ones come before simulated ones, failures never.
 
-    def nearest(self, kernel: dict, instruction_set: str, threads: int, version: int) -> list[Record]:
+        Parameters
+        ----------
+        task : str
+        allows : callable, optional
+            ``f(decisions) -> bool``: whether the kernel's space has that point, which a file cannot be trusted with.
+        """
+        return best_of(record for record in self.of_task(task) if allows(record.decisions)).get(task)
+
+    def nearest(
+        self,
+        kernel: dict,
+        instruction_set: str,
+        threads: int,
+        version: int,
+        allows: Callable[[dict], bool] = _anything,
+    ) -> list[Record]:
         """Return the best records of the tasks most like a kernel, the nearest first.
 
         Parameters
@@ -338,11 +356,13 @@ class Library:
         threads : int
         version : int
             Of the kernel's design space.
+        allows : callable, optional
+            As for `best`.
         """
         near = []
         for record in self.read():
             same = record.instruction_set == instruction_set and record.kernel_version == version
-            if same and distance(record, kernel, threads) <= _FARTHEST:
+            if same and distance(record, kernel, threads) <= _FARTHEST and allows(record.decisions):
                 near.append(record)
         best = best_of(near).values()
         return sorted(best, key=lambda record: (distance(record, kernel, threads), record.rank))

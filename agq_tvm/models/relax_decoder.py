@@ -21,6 +21,7 @@ from agq_tvm.kernels import embedding as embedding_kernels
 from agq_tvm.kernels import prune as prune_kernels
 from agq_tvm.kernels.attention_form import AttentionForm, AttentionKernel
 from agq_tvm.kernels.attrs import annotate
+from agq_tvm.kernels.functions import Functions
 from agq_tvm.models.decoder import PREFILL_BUCKETS, DecoderConfig, filled_tiles
 from agq_tvm.tvm_seam import relax
 
@@ -69,9 +70,14 @@ def build_decoder(config: DecoderConfig, context: int, form: AttentionForm, prun
         The functions of `function_names`; parameters carry the names under which they are packed.
     """
     builder = relax.BlockBuilder()
+    functions = Functions(builder)
     for name, rows, all_rows in function_names():
-        _Decoder(builder, config, context, form, rows, pruning).emit(name, all_rows)
+        _Decoder(builder, functions, config, context, form, rows, pruning).emit(name, all_rows)
     return builder.get()
+
+
+def _attention_kernel(kernel: AttentionKernel):
+    return annotate(attention_kernels.build_attention(kernel), kernel)
 
 
 class _Decoder:
@@ -81,8 +87,18 @@ class _Decoder:
     `kernels.prune`.
     """
 
-    def __init__(self, builder, config: DecoderConfig, context: int, form: AttentionForm, rows: int, pruning):
-        self.builder, self.config, self.context, self.rows = builder, config, context, rows
+    def __init__(
+        self,
+        builder,
+        functions: Functions,
+        config: DecoderConfig,
+        context: int,
+        form: AttentionForm,
+        rows: int,
+        pruning: Pruning | None,
+    ):
+        self.builder, self.functions = builder, functions
+        self.config, self.context, self.rows = config, context, rows
         self.params: list = []
         self.pruned_layers = pruning.layers if pruning else ()
         self.segment, self.segments = 0, 1 + len(self.pruned_layers)
@@ -102,9 +118,6 @@ class _Decoder:
         var = relax.Var(name, relax.TensorType(shape, dtype))
         self.params.append(var)
         return var
-
-    def kernel(self, prim_func):
-        return self.builder.add_func(prim_func, str(prim_func.attrs["global_symbol"]))
 
     def emit(self, name: str, all_rows: bool) -> None:
         config, rows = self.config, self.rows
@@ -128,7 +141,7 @@ class _Decoder:
                     drops = ends_segment and not all_rows and self._drops_rows()
                     x = self._layer(x, weights[layer], caches[layer], ends_segment, drops)
                 if not all_rows:
-                    last = self.kernel(embedding_kernels.build_last_row(self.rows, config.hidden_size))
+                    last = self.functions.add(embedding_kernels.build_last_row, self.rows, config.hidden_size)
                     out_type = relax.TensorType((1, config.hidden_size), "float32")
                     x = emit(relax.call_tir(last, (x, self.lengths), out_type))
                 logits = self.builder.emit_output(self._logits(x, final_norm))
@@ -215,12 +228,12 @@ class _Decoder:
         rows, emit, channels = self.rows, self.builder.emit, self.config.hidden_size
         kept = min(rows, filled_tiles(self.counts[self.segment + 1]))
         kernel = prune_kernels.SelectKernel(rows, kept, self.config.num_heads, self.segment, self.segments)
-        select, types = self.kernel(prune_kernels.build_select(kernel)), [relax.TensorType((kept,), "int32")] * 2
+        select, types = self.functions.add(prune_kernels.build_select, kernel), [relax.TensorType((kept,), "int32")] * 2
         chosen, self.positions = emit(
             relax.call_tir(select, (self.importance, self.positions, self.all_lengths), types)
         )
         self.rows, self.attention = kept, replace(self.attention, rows=kept)
-        gather = self.kernel(prune_kernels.build_gather(rows, kept, channels))
+        gather = self.functions.add(prune_kernels.build_gather, rows, kept, channels)
         return emit(relax.call_tir(gather, (x, chosen), relax.TensorType((kept, channels), "float32")))
 
     def _enter_next_segment(self) -> None:
@@ -228,12 +241,12 @@ class _Decoder:
         self.lengths = self._segment_lengths()
         self.attention = replace(self.attention, pruned=not self.renumber)
         if self.renumber and self.config.positions == "rotary":
-            places = self.kernel(prune_kernels.build_places(self.rows, self.context))
+            places = self.functions.add(prune_kernels.build_places, self.rows, self.context)
             self.positions = self.builder.emit(
                 relax.call_tir(places, (self.lengths,), relax.TensorType((self.rows,), "int32"))
             )
         if self.position_caches:
-            append = self.kernel(prune_kernels.build_append_positions(self.rows, self.context))
+            append = self.functions.add(prune_kernels.build_append_positions, self.rows, self.context)
             cache = self.position_caches[self.segment - 1]
             arguments = (self.positions, self.lengths, cache)
             self.key_positions = self.builder.emit(relax.op.call_tir_inplace(append, arguments, [2], [cache.ty]))
@@ -269,13 +282,13 @@ class _Decoder:
             inputs = (qkv, *self.rope, self.positions, self.lengths, *value_scale)
         else:
             inputs = (qkv, self.lengths, *value_scale)
-        append = self.kernel(attention_append.build_append(kernel, rotary=self.config.positions == "rotary"))
+        append = self.functions.add(attention_append.build_append, kernel, self.config.positions == "rotary")
         types = [*(cache.ty for cache in caches), *(relax.TensorType(*query) for query in kernel.queries)]
         updated = [*range(len(inputs), len(inputs) + len(caches)), *(-1 for _ in kernel.queries)]
         made = emit(relax.op.call_tir_inplace(append, (*inputs, *caches), updated, types))
         made = [made[i] for i in range(len(types))]
         kernel = replace(kernel, importance=drops)
-        attention = self.kernel(annotate(attention_kernels.build_attention(kernel), kernel))
+        attention = self.functions.add(_attention_kernel, kernel)
         inputs = [*made[len(caches) :], *made[: len(caches)], self.lengths, *value_scale]
         if kernel.alibi:
             inputs += [self.slopes, self.positions, self.key_positions] if kernel.pruned else [self.slopes]

@@ -14,7 +14,9 @@ import dataclasses
 from agq_tvm.kernels import activation
 from agq_tvm.kernels.activation import QuantizeKernel
 from agq_tvm.kernels.attrs import annotate, described_as
+from agq_tvm.kernels.functions import Functions
 from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.layout import Layout
 from agq_tvm.tvm_seam import relax, tvm
 
 _NORMS = {"relax.nn.rms_norm": "rms_norm", "relax.nn.layer_norm": "layer_norm"}
@@ -42,6 +44,7 @@ class _Fuser(relax.PyExprMutator):
     def __init__(self, mod, isa: InstructionSet):
         super().__init__(mod)
         self.mod, self.isa = mod, isa
+        self.functions = Functions(self.builder_)
 
     def fuse(self, func):
         self.users = relax.analysis.udchain(func.body.blocks[0])
@@ -65,9 +68,9 @@ class _Fuser(relax.PyExprMutator):
         if residual is not None:
             inputs = [*(self.visit_expr(argument) for argument in self.values[residual].args), *inputs[1:]]
         kernel = dataclasses.replace(kernel, source=source, epsilon=epsilon, adds=residual is not None)
-        func = annotate(activation.build(kernel, self.isa.layout_4bit), kernel)
-        gvar = self.builder_.add_func(func, kernel.name)
-        types = [relax.TensorType(shape, dtype) for shape, dtype in kernel.output_shapes(self.isa.layout_4bit)]
+        layout = self.isa.layout_4bit
+        gvar = self.functions.add(_fused, kernel, layout)
+        types = [relax.TensorType(shape, dtype) for shape, dtype in kernel.output_shapes(layout)]
         made = relax.call_tir(gvar, [*inputs, *vectors], types if len(types) > 1 else types[0])
         return made if residual is None else self._with_residual(made, residual, len(types))
 
@@ -108,6 +111,10 @@ class _Fuser(relax.PyExprMutator):
             return None
         split = self.lookup_binding(gate.tuple_value)
         return ("silu_mul", [split.args[0]], 0.0) if _is_call(split, "relax.split") else None
+
+
+def _fused(kernel: QuantizeKernel, layout: Layout):
+    return annotate(activation.build(kernel, layout), kernel)
 
 
 def _is_call(expr, op: str) -> bool:

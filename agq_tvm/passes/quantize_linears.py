@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from agq_tvm.kernels import activation, embedding, linear, linear_dense, linear_float, linear_shifted
 from agq_tvm.kernels.activation import QuantizeKernel
 from agq_tvm.kernels.attrs import annotate
+from agq_tvm.kernels.functions import Functions
 from agq_tvm.kernels.intrin.base import InstructionSet, stored_dtype
-from agq_tvm.kernels.layout import K_BLOCK, k_blocks
+from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_dense import DenseKernel
 from agq_tvm.kernels.linear_float import FloatLinearKernel
@@ -135,6 +136,7 @@ class _Quantizer(relax.PyExprMutator):
     def __init__(self, mod, format: LinearFormat, isa: InstructionSet):
         super().__init__(mod)
         self.format, self.isa = format, isa
+        self.functions = Functions(self.builder_)
 
     def quantize(self, func):
         self.biases = _biases(func)
@@ -180,14 +182,14 @@ class _Quantizer(relax.PyExprMutator):
         layout = self.isa.layout(format.bits)
         quantize, kernel = self._kernels(rows, columns, channels, weight)
         codes = self._call(
-            annotate(activation.build(quantize, layout), quantize),
+            self.functions.add(_quantization, quantize, layout),
             [x, *(operands[part] for part in _QUANTIZE_OPERANDS if part in operands)],
             quantize.output_shapes(layout),
         )
         module = linear_shifted if format.shifts else linear
         width = layout.tiles(columns) * layout.width
         y = self._call(
-            annotate(module.define(kernel, self.isa), kernel),
+            self.functions.add(_definition, kernel, self.isa),
             [
                 *(self.builder_.emit(relax.TupleGetItem(codes, i)) for i in range(3)),
                 *(operands[part] for part in module.OPERANDS if part in operands),
@@ -235,14 +237,13 @@ class _Quantizer(relax.PyExprMutator):
         fill, layout = QuantizeKernel("plain", rows, channels, group_size, "none"), self.isa.layout(format.bits)
         ((_, padded), _), *_ = filled = fill.output_shapes(layout)
         if format.bits == 16:
-            kernel = DenseKernel(rows, columns, padded, "float16", bias)
-            product = annotate(linear_dense.build(kernel, self.isa), kernel)
+            product = self.functions.add(_dense, DenseKernel(rows, columns, padded, "float16", bias), self.isa)
             vectors, lanes = linear_dense.tile_of(self.isa)
             width = vectors * lanes
         else:
             kernel = FloatLinearKernel(rows, columns, channels, format.bits, group_size, format.offsets, bias)
-            product, width = linear_float.build(kernel, self.isa), layout.width
-        x = self._call(annotate(activation.build(fill, layout), fill), [x], filled)
+            product, width = self.functions.add(linear_float.build, kernel, self.isa), layout.width
+        x = self._call(self.functions.add(_quantization, fill, layout), [x], filled)
         outputs = [((rows, -(-columns // width) * width), "float32")]
         return _first_columns(self._call(product, [x, *self._packed(weight)], outputs), columns)
 
@@ -251,15 +252,28 @@ class _Quantizer(relax.PyExprMutator):
         rows, packed, bits = int(tokens.ty.shape[0]), self._packed(table), self._format(table).bits
         if bits == 16:
             shape = tuple(int(extent) for extent in packed[0].ty.shape)
-            func = embedding.build_float_embedding(rows, columns, channels, shape)
+            look_up = self.functions.add(embedding.build_float_embedding, rows, columns, channels, shape)
         else:
-            func = embedding.build_embedding(rows, columns, channels, self.isa.layout(bits), len(packed) == 3)
-        return self._call(func, [tokens, *packed], [((rows, channels), "float32")])
+            arguments = (rows, columns, channels, self.isa.layout(bits), len(packed) == 3)
+            look_up = self.functions.add(embedding.build_embedding, *arguments)
+        return self._call(look_up, [tokens, *packed], [((rows, channels), "float32")])
 
-    def _call(self, func, arguments, outputs):
-        gvar = self.builder_.add_func(func, str(func.attrs["global_symbol"]))
+    def _call(self, kernel, arguments, outputs):
         types = [relax.TensorType(shape, dtype) for shape, dtype in outputs]
-        return self.builder_.emit(relax.call_tir(gvar, arguments, types if len(types) > 1 else types[0]))
+        return self.builder_.emit(relax.call_tir(kernel, arguments, types if len(types) > 1 else types[0]))
+
+
+def _quantization(kernel: QuantizeKernel, layout: Layout):
+    return annotate(activation.build(kernel, layout), kernel)
+
+
+def _definition(kernel, isa: InstructionSet):
+    module = linear_shifted if isinstance(kernel, ShiftedKernel) else linear
+    return annotate(module.define(kernel, isa), kernel)
+
+
+def _dense(kernel: DenseKernel, isa: InstructionSet):
+    return annotate(linear_dense.build(kernel, isa), kernel)
 
 
 def _first_columns(y, columns: int):

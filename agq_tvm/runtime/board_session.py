@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from agq_tvm.boards.status import board_status
 from agq_tvm.boards.tracker import board_features, board_is_emulated, connect
 from agq_tvm.errors import AgqError
 from agq_tvm.progress import say
 from agq_tvm.runtime.board_files import send_files
 from agq_tvm.runtime.bundle import LIBRARY, PARAMETERS, Bundle
-from agq_tvm.runtime.operations import Operation
+from agq_tvm.runtime.operations import Operation, by_time
 from agq_tvm.runtime.threads import configure_board
 
 SESSION_SECONDS = 6 * 3600.0
@@ -23,6 +24,7 @@ REPLY_SECONDS = 300.0
 """After so long without an answer a board counts as lost."""
 _CPU = 1  # DLPack's device type
 _PREFIX = "param"
+_WATCH = "agq.board.watch"
 
 
 @contextmanager
@@ -51,9 +53,11 @@ def open_board(bundle: Bundle, tracker: str, key: str | None, threads: int | Non
         say(f"board {key or device} at {tracker}: loading {bundle.path}")
         board = BoardSession(bundle, connection, threads)
         yield board
-    except (RuntimeError, OSError) as error:
-        connection.line.cut()
-        raise AgqError(f"board {key or device} at {tracker}: {_reason(error)}") from None
+    except BaseException as error:
+        connection.line.cut()  # else each handle, as it is dropped, would wait for a board that may be gone
+        if isinstance(error, RuntimeError | OSError):
+            raise AgqError(f"board {key or device} at {tracker}: {_reason(error)}") from None
+        raise
     finally:
         if board is not None:
             board.close()
@@ -165,26 +169,32 @@ class BoardSession:
         inputs = self._inputs(tokens, positions, lengths)
         return float(self._evaluators[function](*inputs, self._packed).results[0])
 
-    def watch(self, work: Callable[["BoardSession"], None]) -> list[Operation] | None:
-        """Time every function that the virtual machine calls while `work` runs a session; None if the board cannot.
-
-        TVM's Python server cannot. The board server reads its clock around each call, which takes less than a
-        microsecond.
-        """
+    def watch(self, work: Callable[[Callable[[], None]], None]) -> list[Operation] | None:
+        """Time every kernel: see `LocalSession.watch`. TVM's own Python server cannot: None."""
         from tvm import relax
 
         machine, before = relax.VirtualMachine(self.library, self._device), self._machine
         try:
-            machine.module["set_instrument"]("agq.board.watch")
+            machine.module["set_instrument"](_WATCH)
         except RuntimeError:
             return None
         self._machine = machine
         try:
-            work(self)
+            work(lambda: self._call(_WATCH)())
         finally:
             self._machine = before
         lines = (line.rsplit(" ", 2) for line in str(self._call("agq.board.watched")()).splitlines())
-        return [Operation(name, int(calls), 1e-9 * int(nanoseconds)) for name, calls, nanoseconds in lines]
+        return by_time([Operation(name, int(calls), 1e-9 * int(nanoseconds)) for name, calls, nanoseconds in lines])
+
+    def status(self) -> dict[str, float] | None:
+        """Return what `LocalSession.status` does; None if the board's server cannot tell, as TVM's own in Python."""
+        told = board_status(self._rpc) or {}
+        found = {
+            name: unit * max(told[source].values())
+            for name, source, unit in (("temperature_celsius", "millidegrees", 1e-3), ("clock_hertz", "kilohertz", 1e3))
+            if told.get(source)
+        }
+        return found or None
 
     def peak_bytes(self) -> int | None:
         """Return the most memory that the session had on the board, None if its server cannot tell."""

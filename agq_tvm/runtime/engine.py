@@ -1,6 +1,7 @@
 """Running a bundle: chunks of prefill, decode, and the tokens between them."""
 
-from collections.abc import Iterator
+import resource
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Protocol
 
@@ -10,6 +11,8 @@ from agq_tvm.errors import AgqError
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.runtime.bundle import LIBRARY, Bundle
+from agq_tvm.runtime.operations import Operation, Watch
+from agq_tvm.runtime.status import machine_status
 from agq_tvm.runtime.threads import Threads
 from agq_tvm.runtime.virtual_machine import VirtualMachine, aligned
 from agq_tvm.targets import detect
@@ -58,13 +61,43 @@ class LocalSession:
         self._threads = Threads(threads or bundle.manifest["device"]["threads"])
         self._threads.configure()
         self.threads = self._threads.count
-        caches = [aligned(shape, dtype) for _, shape, dtype in bundle.caches]
-        self._machine = VirtualMachine(bundle.path / LIBRARY, [*caches, *bundle.arrays().values()])
+        self._library, caches = bundle.path / LIBRARY, [aligned(shape, dtype) for _, shape, dtype in bundle.caches]
+        self._state = [*caches, *bundle.arrays().values()]
+        self._machine = VirtualMachine(self._library, self._state)
 
     def run(self, function: str, tokens: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """See `Session.run`."""
         with self._threads.running():
             return self._machine.run(function, (tokens, positions, lengths))
+
+    def watch(self, work: Callable[[Callable[[], None]], None]) -> list[Operation]:
+        """Time every kernel while `work` uses this session, on a machine of its own with the same caches and weights.
+
+        Parameters
+        ----------
+        work : callable
+            Gets a function that forgets what was counted so far.
+
+        Returns
+        -------
+        list of Operation
+            By falling time.
+        """
+        watch, before = Watch(), self._machine
+        self._machine = VirtualMachine(self._library, self._state, watch)
+        try:
+            work(watch.forget)
+        finally:
+            self._machine = before
+        return watch.operations()
+
+    def status(self) -> dict[str, float] | None:
+        """Return temperature and clock, see `agq_tvm.runtime.status`."""
+        return machine_status()
+
+    def peak_bytes(self) -> int | None:
+        """Return the most memory that this process had."""
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def chunks(count: int, buckets: tuple[int, ...] | list[int]) -> list[tuple[int, int]]:

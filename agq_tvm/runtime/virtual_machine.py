@@ -1,5 +1,6 @@
 """The functions of a compiled library on this machine, called without copying what goes in or comes out."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,17 @@ class VirtualMachine:
     library : path-like
     state : list of array
         Caches and weights, at multiples of 64 bytes: what the functions take as one tuple, read and updated in place.
+    instrument : callable, optional
+        Called before and after each function that the machine calls, see TVM's ``VirtualMachine.set_instrument``.
     """
 
-    def __init__(self, library: str | Path, state: list[np.ndarray]):
+    def __init__(self, library: str | Path, state: list[np.ndarray], instrument: Callable | None = None):
         ffi = tvm_ffi()
         self._from_dlpack = ffi.from_dlpack
         self._module = ffi.load_module(str(library))["vm_load_executable"]()
         self._module["vm_initialization"](_CPU, _FIRST, _POOLED)
+        if instrument is not None:
+            self._module["set_instrument"](ffi.convert(instrument))
         self._state = ffi.convert([ffi.from_dlpack(array) for array in state])
         self._calls: dict[str, tuple] = {}
 

@@ -158,7 +158,7 @@ def run_counted(
     AgqError
         If the emulator is missing.
     """
-    emulator = [*_emulator(device), "-E", "TVM_NUM_THREADS=1", "-plugin", f"{_plugin()},out={output}"]
+    emulator = [*emulator_command(device), "-E", "TVM_NUM_THREADS=1", "-plugin", f"{_plugin()},out={output}"]
     try:
         result = subprocess.run(
             [*emulator, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=time_limit
@@ -186,19 +186,25 @@ def prepare(device: Device) -> None:
     AgqError
         If the device cannot be emulated here, or the emulator or a compiler is missing.
     """
-    _emulator(device)
+    emulator_command(device)
     _plugin()
     _runner(device)
 
 
 def emulated_runner(device: Device) -> list[str]:
     """Return the command that calls a library's functions under emulation, uncounted: see runner.c."""
-    return [*_emulator(device), str(_runner(device))]
+    return [*emulator_command(device), str(_runner(device))]
 
 
 @cache
-def _emulator(device: Device) -> list[str]:
-    """Return the emulator's command for a device."""
+def emulator_command(device: Device) -> list[str]:
+    """Return the emulator's command for a device.
+
+    Raises
+    ------
+    AgqError
+        If there is none for it, or it is not installed.
+    """
     if device.machine == "aarch64":
         if device.emulator is None:
             raise AgqError(f"{device.name} cannot be simulated: its file names no emulator")

@@ -181,14 +181,8 @@ def _simulate_regions(found: list[Region], core: str, device: Device) -> list[_S
     for number, region in enumerate(found):
         lines = (_assembly(instruction) for instruction in region.instructions)
         parts += [f"{comment} LLVM-MCA-BEGIN {number}", *lines, f"{comment} LLVM-MCA-END"]
-    command = [
-        find_simulator()[0],
-        f"-mtriple={device.machine}",
-        f"-mcpu={core}",
-        f"-iterations={_ITERATIONS}",
-        "-json",
-    ]
-    report = json.loads(output_of(command, "\n".join(parts) + "\n"))
+    options = [f"-mtriple={device.machine}", f"-mcpu={core}", f"-iterations={_ITERATIONS}", "-json"]
+    report = json.loads(output_of([find_simulator()[0], *options], "\n".join(parts) + "\n"))
     results = {int(result["Name"]): result for result in report["CodeRegions"]}
     resources = report["TargetInfo"]["Resources"]
     return [_simulation(results[number], region, resources) for number, region in enumerate(found)]

@@ -16,7 +16,7 @@ _BRANCH = re.compile(r"b(\.\w+)?|cbn?z|tbn?z|j\w+")
 _COMMENT = re.compile(r"//.*|\s#\s.*")
 _TARGET = re.compile(r"\b([0-9a-f]+) <")
 _LEAVES = ("b", "br", "ret", "jmp")
-_TIME_LIMIT = 60.0
+_TIME_LIMIT = 600.0
 _PAGE = 4096
 
 

@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 from tvm.ir.utils import derived_object
 
+from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.records import SIMULATED
+from agq_tvm.targets import Device
 from agq_tvm.tuning import block_counts, core_model
 from agq_tvm.tuning.block_counts import KernelFailed
 from agq_tvm.tuning.candidate import MAIN, digest_name, export_candidate, fill_name, make_candidate
@@ -59,18 +61,19 @@ class Simulation:
     written: dict[int, np.ndarray]
 
 
-def check_simulation(task: Task) -> None:
-    """Find what simulating a task needs, so that what is missing is said before the first candidate.
+def check_simulation(device: Device) -> None:
+    """Find what simulating a device needs, so that what is missing is said before any work is done.
 
     Raises
     ------
     AgqError
         If the device cannot be emulated, there is no model of its core, or a tool is missing.
     """
-    core_model.core_of(task.device)
+    block_counts.emulator_command(device)
+    core_model.core_of(device)
     core_model.find_simulator()
-    find_disassembler(task.device)
-    block_counts.prepare(task.device)
+    find_disassembler(device)
+    block_counts.prepare(device)
 
 
 def simulate_candidate(
@@ -152,8 +155,9 @@ class SimulatedMeasurer:
     how = SIMULATED
 
     def __init__(self, task: Task, timeout: float = TIMEOUT, parallel: int | None = None) -> None:
-        check_simulation(task)
+        check_simulation(task.device)
         self.task, self.timeout = task, timeout
+        _operands(task)  # TVM is not asked by several threads
         self._executor = ThreadPoolExecutor(parallel or len(os.sched_getaffinity(0)), thread_name_prefix="simulate")
         self._arguments: list[Argument] | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="agq-simulate-")
@@ -208,6 +212,8 @@ class SimulatedMeasurer:
         except KernelFailed as error:
             kind = HUNG if error.late else CRASHED if error.crashed else FAILED
             return Outcome(kind=kind, text=str(error))
+        except AgqError as error:  # code that the core model cannot read
+            return Outcome(kind=FAILED, text=str(error))
         wrong = self._wrong(simulation, digests)
         if wrong:
             return Outcome(kind=WRONG, text=wrong)

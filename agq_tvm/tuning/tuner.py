@@ -25,7 +25,9 @@ from agq_tvm.tuning.task import Task
 
 _POLL = 0.02
 _HINTS = 2
-_MOST_LOST = 5
+_FULL = ("No space left", "File too large")
+"""What a build says that failed for want of room: no fault of its candidate."""
+_MOST_LOST = 3
 """Candidates in a row without a verdict after which the boards are given up."""
 
 
@@ -62,7 +64,7 @@ class Settings:
     how: str = MEASURED
     emulated: bool = False
     overlap: bool = False
-    batch: int = 16
+    batch: int = 8
     default: bool = True
     builders: int | None = None
     seed: int = 0
@@ -171,8 +173,7 @@ class Tuner:
         self._confirmed: set[str] = set()
 
     def _size(self, task: Task) -> int:
-        space = task.space
-        return space.size - (not self.settings.default)
+        return task.space.size - (not self.settings.default)
 
     def run(self) -> list[Progress]:
         """Tune until all tasks have their trials, or time is up; return where each of them is.
@@ -185,10 +186,7 @@ class Tuner:
         self._begun = time.monotonic()
         for task in self.tasks:
             self._refresh(task)
-        with (
-            self._make_builder() as self._builder,
-            tempfile.TemporaryDirectory(prefix="agq-tune-") as folder,
-        ):
+        with self._make_builder() as self._builder, tempfile.TemporaryDirectory(prefix="agq-tune-") as folder:
             self._folder = Path(folder)
             while not self._late() and (task := self._next()):
                 try:
@@ -275,7 +273,7 @@ class Tuner:
         if not self.settings.default:
             return []
         kernel, version = describe(task.kernel), tunable.version_of(task.kernel)
-        near = self.library.nearest(kernel, task.isa, task.threads, version)
+        near = self.library.nearest(kernel, task.isa, task.threads, version, task.space.allows)
         return [record.decisions for record in near if record.task != task.name][:_HINTS]
 
     def _search(self, task: Task, search: Search, runner) -> None:
@@ -311,6 +309,8 @@ class Tuner:
             error = future.result()
             if error is None:
                 flow.built.append((point, path))
+            elif any(words in error for words in _FULL):
+                raise AgqError(f"the disk is full while building in {self._folder}: free some space, then go on")
             else:
                 self._record(task, point, None, error, {})
                 flow.results.append((point, None))

@@ -54,7 +54,7 @@ def test_whole_way(agq, tmp_path, text):
     assert scores[0]["nll"] == pytest.approx(scores[1]["nll"], rel=1e-3)
     assert scores[0]["nll"] != scores[2]["nll"]
     speed = result_of(agq("bench", bundle, "--prefill", "40", "--decode", "5", "--rounds", "1", "--json"))
-    assert speed["prefill_tokens_per_second"] > 0 and speed["decode_tokens_per_second"] > 0
+    assert list(speed["tests"]) == ["pp40", "tg5"] and all(test["mean"] > 0 for test in speed["tests"].values())
 
 
 def test_budget_of_activation_bits(agq, tmp_path):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from agq_tvm.errors import AgqError
 from agq_tvm.kernels.attention_form import AttentionForm
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.models.registry import describe
@@ -55,6 +56,13 @@ def test_linears_are_quantized(dumped):
         assert "R.matmul" not in after and "R.permute_dims" not in after and "R.take" not in after
         assert len(re.findall(r"R\.call_tir\(cls\.linear_w4a8|R\.call_tir\(linear_w4a8", after)) == 4 * LAYERS
         assert after.count("(linear_w8a8") + after.count("cls.linear_w8a8") == 1
+
+
+def test_the_head_is_computed_for_the_rows_whose_logits_are_asked_for(dumped):
+    texts, _, _ = dumped
+    for name, rows, all_logits in function_names():
+        heads = re.findall(r"call_tir\((?:cls\.)?linear_w8a8\w*?_m(\d+)_n", relax_part(texts["quantize_linears"], name))
+        assert heads == [str(rows if all_logits else 1)]
 
 
 def test_quantization_is_fused_with_what_comes_before(dumped):
@@ -141,3 +149,10 @@ def test_residuals_are_added_by_the_norms_that_read_them(fused, family, override
     decode = fused(family, **overrides)
     patterns = (r"call_tir\((?:cls\.)?add_layer_norm_quantize_", r"R\.add\(")
     assert [len(re.findall(pattern, decode)) for pattern in patterns] == counts
+
+
+def test_a_mistake_found_in_a_pass_keeps_its_words():
+    module = build_decoder(describe(tiny_config(num_hidden_layers=1, intermediate_size=66_336)), 64, AttentionForm())
+    format = LinearFormat(8, "column", "per-token", None)
+    with pytest.raises(AgqError, match=r"^66336 products of 8-bit weights .* may leave 32 bits"):
+        pipeline.run(module, target_of("avx512vnni"), format, INSTRUCTION_SETS["avx512vnni"])

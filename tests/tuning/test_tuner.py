@@ -15,7 +15,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.kernels.records import Library
 from agq_tvm.tuning.allotment import allot
 from agq_tvm.tuning.tuner import Settings
-from tests.tuning.fake_tuning import DEVICE, landscape, lowest, tasks, tuner
+from tests.tuning.fake_tuning import DEVICE, FakeBuilder, landscape, lowest, tasks, tuner
 
 TRIALS = 60
 
@@ -185,6 +185,20 @@ def test_boards_that_cannot_measure_leave_no_record(tmp_path, error):
     made = tuner(tmp_path, tasks(16), Settings(20, "random"))
     made.runner_of = lambda task: Lost(error)
     with pytest.raises(AgqError, match=error.partition(": ")[2].split()[-1]):
+        made.run()
+    assert records(tmp_path) == []
+
+
+def test_a_build_that_finds_no_room_is_no_verdict(tmp_path):
+    class Full(FakeBuilder):
+        def submit(self, task, decisions, path):
+            future = super().submit(task, decisions, path)
+            future._result = "not built: LLVM ERROR: IO failure on output stream: No space left on device"
+            return future
+
+    made = tuner(tmp_path, tasks(16), Settings(20, "random"))
+    made._make_builder = Full
+    with pytest.raises(AgqError, match="the disk is full"):
         made.run()
     assert records(tmp_path) == []
 
