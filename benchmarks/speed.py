@@ -44,7 +44,7 @@ class Ours:
     def __init__(self, bundle: str):
         from agq_tvm.runtime.bundle import Bundle
         from agq_tvm.runtime.engine import Engine, LocalSession
-        from benchmarks import limits
+        from agq_tvm.tuning import limits
 
         loaded = Bundle(bundle)
         if loaded.manifest["context"] < PREFILL_TOKENS:

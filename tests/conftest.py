@@ -27,6 +27,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("trained", found, ids=lambda path: path.name)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_library_of_ones_own(tmp_path_factory):
+    """Keep schedules that the user has tuned out of what tests compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
 def once(tmp_path_factory, name: str, make) -> Path:
     """Call ``make(path)`` in the first process that asks, wait for it in the others, and return the path."""
     base = tmp_path_factory.getbasetemp()

@@ -19,6 +19,14 @@ def sockets() -> set[int]:
     return {_inode(each) for each in _each_socket()}
 
 
+def cut_since(before: set[int], port: int) -> None:
+    """End every connection to a port that was opened since `before`: it has said nothing for too long."""
+    for each in _each_socket():
+        if _inode(each) not in before and _peer_port(each) == port:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+
 def _each_socket() -> Iterator[socket.socket]:
     """Give every socket of this process, under a number of its own that is closed again."""
     for entry in list(_DESCRIPTORS.iterdir()) if _DESCRIPTORS.is_dir() else ():

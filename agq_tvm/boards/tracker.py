@@ -9,16 +9,18 @@ import os
 import re
 import socket
 import struct
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from agq_tvm.boards.line import Line, sockets
+from agq_tvm.boards.line import Line, cut_since, sockets
 from agq_tvm.errors import AgqError
 
 if TYPE_CHECKING:
     from tvm.rpc import RPCSession
 
 _MAX_ANSWER = 1 << 20
+_GREETING_SECONDS = 30.0  # for a board that was given to us to greet
 _LATE_SECONDS = 30.0  # for the board to say that the time of a session is over
 
 
@@ -162,11 +164,16 @@ def open_session(grant: Grant, timeout: float, reply: float | None = None) -> "R
     from tvm import rpc
 
     before = sockets()
+    guard = threading.Timer(_GREETING_SECONDS, cut_since, (before, grant.port))  # TVM has no limit for this either
+    guard.daemon = True
+    guard.start()
     try:
         key = f"{grant.match_key} -user={_user()}"
         session = rpc.connect(grant.address, grant.port, key, session_timeout=timeout)
     except Exception as error:  # TVM raises its own kinds, by release
         raise AgqError(f"board {grant.key!r} at {grant.board} does not answer: look at its log") from error
+    finally:
+        guard.cancel()
     session.board = grant.board
     session.line = Line(before, grant.port, reply or timeout + _LATE_SECONDS)
     return session

@@ -49,8 +49,9 @@ class Chooser:
         # Attention: what the longest caches that were tuned for want, up to its own.
         variant = tuned_variants(kernel)[-1:]
         for same in variant:
-            record = self.library.best(tunable.task_name(same, self.isa, self.threads))
-            if record is not None and self._allowed(kernel, record):
+            space = tunable.space_of(kernel, self.isa, self.threads)
+            record = self.library.best(tunable.task_name(same, self.isa, self.threads), space.allows)
+            if record is not None:
                 return TUNED, record
         version = tunable.version_of(kernel)
         for same in variant:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.tasks import extract_tasks
-from agq_tvm.kernels.records import MEASURED, SIMULATED, Library, open_library
+from agq_tvm.kernels.records import MEASURED, SIMULATED, Library, Record, open_library
 from agq_tvm.progress import say
 from agq_tvm.targets import Device, detect, load_device
 from agq_tvm.tuning.task import Task
@@ -72,7 +72,6 @@ def tune(request: TuneRequest) -> dict:
     """
     from agq_tvm.flow.compile import cache_length
     from agq_tvm.quantize.checkpoint import read_checkpoint
-    from agq_tvm.tuning.display import Lines
     from agq_tvm.tuning.tuner import Settings, Tuner
 
     begun = time.monotonic()
@@ -90,7 +89,7 @@ def tune(request: TuneRequest) -> dict:
         emulated=boards.emulated,
         overlap=request.simulate or request.tracker is not None,
     )
-    tuner = Tuner(library, tasks, boards.runner, settings, Lines(meaningful=not boards.emulated))
+    tuner = Tuner(library, tasks, boards.runner, settings, boards.display(device))
     done = [progress for progress in tuner.progress.values() if not tuner.lacks(progress.task)]
     path = library.files[0].path
     say(f"{len(tasks)} tasks, {len(done)} of them have their trials; records go to {path}")
@@ -116,8 +115,8 @@ def chosen(tasks: list[Task], only: str | None) -> list[Task]:
 def _result(request: TuneRequest, device: Device, library: Library, progress, seconds: float) -> dict:
     tasks = []
     for each in progress:
-        best = library.best(each.task.name)
-        default = _seconds_of_default(library, each) if best else None
+        best = library.best(each.task.name, each.task.space.allows)
+        default = _seconds_of_default(library, each.task, best) if best else None
         tasks.append(
             {
                 "task": each.task.name,
@@ -140,10 +139,8 @@ def _result(request: TuneRequest, device: Device, library: Library, progress, se
     }
 
 
-def _seconds_of_default(library: Library, progress) -> float | None:
+def _seconds_of_default(library: Library, task: Task, best: Record) -> float | None:
     """Return the time of the hand-made schedule, measured beside the best where that was confirmed."""
-
-    task, best = progress.task, library.best(progress.task.name)
     default = task.space.default
     alike = [
         record.time
@@ -161,6 +158,16 @@ class _Boards:
 
     request: TuneRequest
     emulated: bool = False
+
+    def display(self, device: Device):
+        """Return what shows a line for each task, with times where they mean something."""
+        from agq_tvm.tuning.display import Lines
+
+        if self.request.simulate or self.request.tracker:
+            return Lines(meaningful=not self.emulated)
+        from agq_tvm.tuning.limits import Limits
+
+        return Lines(Limits(device))
 
     def runner(self, task: Task):
         request = self.request
@@ -201,12 +208,9 @@ def _boards(request: TuneRequest, device: Device) -> _Boards:
 
 
 def _is_emulated(request: TuneRequest, device: Device) -> bool:
-    """Look at a board before the first candidate; return whether it is emulated."""
-    from agq_tvm.boards.status import unfit
+    """Look at the boards before any work is done; return whether they are emulated."""
+    from agq_tvm.boards.fleet import check_fleet
     from agq_tvm.boards.tracker import board_is_emulated, connect
 
-    session = connect(request.tracker, request.key, timeout=60.0)
-    complaint = unfit(session, device)
-    if complaint:
-        raise AgqError(f"{session.board}, key {request.key}, {complaint}: take its own device as --target")
-    return board_is_emulated(session)
+    check_fleet(request.tracker, request.key, device)
+    return board_is_emulated(connect(request.tracker, request.key, timeout=60.0))

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -323,9 +323,16 @@ class Library:
         """Return the records of a task, failures among them."""
         return [record for record in self.read() if record.task == task]
 
-    def best(self, task: str) -> Record | None:
-        """Return the best record of a task; measured ones come before simulated ones, failures never."""
-        return best_of(self.of_task(task)).get(task)
+    def best(self, task: str, allows: Callable[[dict], bool] = lambda decisions: True) -> Record | None:
+        """Return the best record of a task; measured ones come before simulated ones, failures never.
+
+        Parameters
+        ----------
+        task : str
+        allows : callable, optional
+            ``f(decisions) -> bool``: whether the kernel's space has that point, which a file cannot be trusted with.
+        """
+        return best_of(record for record in self.of_task(task) if allows(record.decisions)).get(task)
 
     def nearest(self, kernel: dict, instruction_set: str, threads: int, version: int) -> list[Record]:
         """Return the best records of the tasks most like a kernel, the nearest first.

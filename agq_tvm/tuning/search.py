@@ -16,7 +16,7 @@ from agq_tvm.tuning.task import Task
 from agq_tvm.tvm_seam import Target
 
 STRATEGIES = ("evolutionary", "random")
-_WARM_UP = 24
+_WARM_UP = 16
 """Measurements before the cost model is asked."""
 _POPULATION, _GENERATIONS = 48, 2
 _EMPTY = 3

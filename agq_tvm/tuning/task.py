@@ -35,7 +35,9 @@ class Task:
     macs : int
         Multiply-accumulates of one call; 0 where nothing is multiplied.
     bytes : int
-        Bytes that one call must read from memory or write at least: each operand once.
+        Bytes that one call must read or write at least: each operand once.
+    cold_bytes : int
+        Those of them that come from memory in every call: weights and caches.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Task:
     count: float = 1
     macs: int = 0
     bytes: int = 0
+    cold_bytes: int = 0
 
     @property
     def instruction_set(self) -> InstructionSet:
@@ -76,9 +79,11 @@ def make_task(kernel, isa: str, device: Device, threads: int, count: float = 1) 
     if space is None:
         raise AgqError(f"nothing is to be decided about {kernel.name}: it cannot be tuned")
     func = tunable.build(kernel, task.instruction_set)
-    size = sum(operand.nbytes for operand in operands_of(kernel, func))
+    operands = operands_of(kernel, func)
+    size = sum(operand.nbytes for operand in operands)
+    cold = sum(operand.nbytes for operand in operands if operand.role == "cold")
     name = tunable.task_name(kernel, task.instruction_set, threads)
-    return Task(name, kernel, isa, device, threads, count, macs_of(kernel), size)
+    return Task(name, kernel, isa, device, threads, count, macs_of(kernel), size, cold)
 
 
 def macs_of(kernel) -> int:

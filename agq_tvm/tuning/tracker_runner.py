@@ -3,6 +3,7 @@
 The tracker is the queue: each worker process asks it for a board, measures one candidate, and gives the board back.
 """
 
+import contextlib
 import threading
 import time
 from dataclasses import asdict
@@ -10,7 +11,10 @@ from dataclasses import asdict
 from tvm.ir.utils import derived_object
 
 from agq_tvm.boards.fleet import check_fleet
+from agq_tvm.boards.tracker import parse_tracker, tracker_summary
+from agq_tvm.errors import AgqError
 from agq_tvm.progress import say
+from agq_tvm.targets import Device
 from agq_tvm.tuning.measure import CRASHED, LOST, NO_VERDICT, Effort
 from agq_tvm.tuning.measurer import TIMEOUT, Measurer
 from agq_tvm.tuning.runner import MeasuringRunner
@@ -45,7 +49,8 @@ class TrackerMeasurer(Measurer):
     Raises
     ------
     AgqError
-        If there is no tracker, nobody has the key, or a board under it cannot run what is compiled for the device.
+        If there is no tracker, nobody has the key, or a board under it cannot run what is compiled for the device; only
+        for the first task in this process, since boards may come and go later.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class TrackerMeasurer(Measurer):
         timeout: float = TIMEOUT,
         patience: float = PATIENCE,
     ) -> None:
-        boards = check_fleet(tracker, key, task.device)
+        boards = _boards(tracker, key, task.device)
         super().__init__(task, effort, timeout, boards, "board")
         self._tracker, self._key, self._patience = tracker, key, patience
         self._lock, self._said = threading.Lock(), ""
@@ -102,6 +107,25 @@ class TrackerMeasurer(Measurer):
                 return
             self._said = text
         say(f"{text}: what it measured is measured again, on the next board")
+
+
+_checked: dict[tuple, int] = {}
+"""Boards of the keys that this process has used already."""
+
+
+def _boards(tracker: str, key: str, device: Device) -> int:
+    """Return how many boards a key has.
+
+    They are checked the first time. A task that begins when they have gone waits for them as one that is being measured
+    does, and each board is looked at again before a candidate.
+    """
+    name = tracker, key, device.name
+    if name not in _checked:
+        _checked[name] = check_fleet(tracker, key, device)
+    with contextlib.suppress(AgqError):
+        registered = tracker_summary(*parse_tracker(tracker)).get(key, {"boards": []})["boards"]
+        _checked[name] = max(1, len(registered))
+    return _checked[name]
 
 
 @derived_object

@@ -25,7 +25,7 @@ from agq_tvm.tuning.task import Task
 
 _POLL = 0.02
 _HINTS = 2
-_MOST_LOST = 5
+_MOST_LOST = 3
 """Candidates in a row without a verdict after which the boards are given up."""
 
 
@@ -62,7 +62,7 @@ class Settings:
     how: str = MEASURED
     emulated: bool = False
     overlap: bool = False
-    batch: int = 16
+    batch: int = 8
     default: bool = True
     builders: int | None = None
     seed: int = 0

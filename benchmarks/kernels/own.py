@@ -22,7 +22,8 @@ from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.runtime.threads import Threads
 from agq_tvm.targets import load_device
-from benchmarks import limits, seconds, tables
+from agq_tvm.tuning import limits
+from benchmarks import seconds, tables
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 """N x K of a LLaMA-7B: attention, gate or up, down."""

@@ -8,7 +8,8 @@ import pytest
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.targets import load_device
 from agq_tvm.targets.detect import cpu_features, machine, missing_features
-from benchmarks import limits, seconds
+from agq_tvm.tuning import limits
+from benchmarks import seconds
 
 DEVICES = ("x86-64-avx512vnni", "x86-64-avx2")
 

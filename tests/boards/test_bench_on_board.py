@@ -18,6 +18,7 @@ from agq_tvm.boards import emulate, processes
 from agq_tvm.boards.tracker import connect, tracker_summary
 from agq_tvm.cli.main import main
 from agq_tvm.errors import AgqError
+from agq_tvm.flow.bench_report import as_text
 from agq_tvm.flow.compile import compile_checkpoint
 from agq_tvm.flow.evaluate_bundle import evaluate
 from agq_tvm.runtime import board_session
@@ -278,6 +279,22 @@ def test_cache_is_bounded(boards, own_state, tmp_path, monkeypatch):
     assert files.send(first) == 0 and files.send(second)
     assert files.send(large) and files.send(large)
     assert sum(map(len, kept(board).values())) <= 1_000_000
+
+
+def test_figures_of_a_board(boards, own_state, pi4_bundle, monkeypatch):
+    """As of a real one: this emulated board does not say what it is."""
+    launch = processes.launch
+    monkeypatch.setattr(
+        processes, "launch", lambda command, log: launch([word for word in command if word != "--emulated"], log)
+    )
+    emulate.start_board(load_device(KEY), boards.tracker, MINE)
+    result = bench(pi4_bundle, 1, 20, 2, 2, tracker=boards.tracker, key=MINE)
+    assert (result["board"], result["threads"], result["emulated"]) == (MINE, 1, False)
+    assert set(result["status"]) == {"before", "after"} and result["memory"]["peak"] > result["memory"]["weights"]
+    for test in result["tests"].values():
+        whole = test["tokens"] / test["mean"]
+        assert len(test["samples"]) == 2 and 0 < sum(each["seconds"] for each in test["operations"]) < 3 * whole
+    assert f"board {MINE}" in as_text(result) and f"{result['tests']['tg2']['mean']:.1f}"[:2] in as_text(result)
 
 
 @pytest.fixture

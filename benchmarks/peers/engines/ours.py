@@ -41,7 +41,7 @@ class Product(Product):
         from agq_tvm.kernels.instruction_sets import instruction_set
         from agq_tvm.runtime.threads import Threads
         from agq_tvm.targets import load_device
-        from benchmarks import limits
+        from agq_tvm.tuning import limits
 
         Threads(self.threads).configure()
         device = load_device("host")
@@ -84,7 +84,7 @@ class Product(Product):
 
 def limits_here(threads: int) -> dict[str, float]:
     """Measure the machine's limits once: GB/s read from memory, and GOP/s multiplied in registers."""
-    from benchmarks import limits
+    from agq_tvm.tuning import limits
 
     if threads not in _LIMITS:
         from agq_tvm.runtime.threads import Threads

@@ -14,8 +14,8 @@ from agq_tvm.kernels.emit import task_loop
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.targets import Device, load_device
+from agq_tvm.tuning.clock import seconds
 from agq_tvm.tvm_seam import IRBuilder, T, Target, tirx, tvm
-from benchmarks import seconds
 
 READ_BYTES = 256 << 20
 """Eight times a large last-level cache."""
@@ -181,3 +181,32 @@ def measure(limit: Limit, rounds: int = 25) -> tuple[float, float]:
     """Return the median and the best rate of many rounds, after one that is not counted."""
     rates = [limit.rate() for _ in range(rounds + 1)][1:]
     return statistics.median(rates), max(rates)
+
+
+class Limits:
+    """The least that calls of kernels can take on this machine: what it reads and multiplies at best.
+
+    Parameters
+    ----------
+    device : Device
+    """
+
+    def __init__(self, device: Device):
+        self._device = device
+        self._rates: dict[int, tuple[float, float | None]] = {}
+
+    def __call__(self, task) -> float | None:
+        """Return seconds of a `Task`; None where neither memory nor integer products bound it."""
+        memory, multiply = self._measured(task.threads)
+        bounds = [task.cold_bytes / memory / 1e9] if task.cold_bytes else []
+        if hasattr(task.kernel, "activation_bits") and multiply:
+            bounds.append(2 * task.macs / multiply / 1e9)
+        return max(bounds, default=None)
+
+    def _measured(self, threads: int) -> tuple[float, float | None]:
+        """Return GB/s and GOP/s of so many threads."""
+        if threads not in self._rates:
+            multiply = multiply_limit(device=self._device, threads=threads)
+            best = measure(multiply, 5)[1] if multiply else None
+            self._rates[threads] = measure(memory_limit(threads, device=self._device), 5)[1], best
+        return self._rates[threads]

@@ -1,0 +1,107 @@
+"""The tasks of a checkpoint, and the schedules that its kernels get from a library."""
+
+import io
+from dataclasses import replace
+
+import pytest
+
+from agq_tvm.errors import AgqError
+from agq_tvm.flow.schedules import Chooser, summary
+from agq_tvm.flow.tasks import extract_tasks
+from agq_tvm.flow.tune import chosen
+from agq_tvm.kernels.attrs import describe
+from agq_tvm.kernels.instruction_sets import instruction_set
+from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.records import Library, Record
+from agq_tvm.targets import load_device
+from agq_tvm.tuning.display import Lines
+from agq_tvm.tuning.task import make_task
+from agq_tvm.tuning.tuner import Progress
+
+DEVICE = load_device("x86-64-avx512vnni")
+ISA = instruction_set("avx512vnni")
+KERNEL = LinearKernel(16, 64, 256, 4, 32, True, None, False)
+
+
+@pytest.fixture(scope="module")
+def tasks(tiny_checkpoint):
+    return extract_tasks(tiny_checkpoint, DEVICE, 256, "float16")
+
+
+def test_each_shape_is_a_task_once_and_counts_how_often_it_runs(tasks):
+    names = [task.name for task in tasks]
+    assert len(names) == len(set(names))
+    products = [task for task in tasks if isinstance(task.kernel, LinearKernel)]
+    counts = {(each.kernel.rows, each.kernel.columns, each.kernel.channels): each.count for each in products}
+    # Two layers, in a decode step and in four chunks of 128 rows; buckets that 512 tokens do not take count nothing.
+    assert counts[1, 160, 96] == 2 and counts[128, 160, 96] == 8
+    assert counts[16, 160, 96] == 0
+    # The head: a decode step, and the last row of each chunk.
+    assert counts[1, 260, 96] == 5
+    assert {task.kernel.context for task in tasks if hasattr(task.kernel, "kv_heads")} == {256}
+    assert all(task.bytes >= task.cold_bytes for task in tasks)
+
+
+def test_only_chooses_by_name(tasks):
+    assert all("m128_" in task.name for task in chosen(tasks, "m128_"))
+    with pytest.raises(AgqError, match="in the name of no task"):
+        chosen(tasks, "nonsense")
+
+
+def record(kernel, seconds: float, decisions=None, version: int = 1, **changes) -> Record:
+    task = make_task(kernel, "avx512vnni", DEVICE, 2)
+    point = decisions or next(each for each in task.space.points() if each != task.space.default)
+    origin = {"kernel_version": version, "threads": 2}
+    made = Record(task.name, describe(kernel), "avx512vnni", point, (seconds,), None, "measured", None, origin)
+    return replace(made, **changes)
+
+
+def test_a_kernel_gets_the_best_record_the_nearest_or_the_default(tmp_path):
+    library = Library(tmp_path, device=DEVICE.name)
+    choose = Chooser(library, ISA, 2)
+    assert choose(KERNEL) is None and choose.report()["default"] == 1
+    near = record(replace(KERNEL, rows=32), 1e-3)
+    library.append(near)
+    library.append(record(replace(KERNEL, rows=64), 1e-9))
+    assert choose(KERNEL) == near.decisions and choose.kernels[KERNEL.name]["schedule"] == "nearest"
+    own = record(KERNEL, 1e-2)
+    library.append(own)
+    assert choose(KERNEL) == own.decisions and choose.kernels[KERNEL.name]["schedule"] == "tuned"
+    assert choose(replace(KERNEL, rows=1)) is None
+
+
+def test_decisions_that_the_space_does_not_allow_are_not_used(tmp_path):
+    library = Library(tmp_path, device=DEVICE.name)
+    library.append(record(KERNEL, 1e-9, {"rows": 3}))
+    choose = Chooser(library, ISA, 2)
+    assert choose(KERNEL) is None and choose.kernels[KERNEL.name]["schedule"] == "default"
+    library.append(record(KERNEL, 1e-3))
+    assert choose(KERNEL) == record(KERNEL, 1e-3).decisions
+
+
+def test_other_versions_are_ignored_with_a_word(tmp_path):
+    library = Library(tmp_path, device=DEVICE.name)
+    old = record(KERNEL, 1e-9, version=0)
+    library.append(replace(old, task=old.task.replace(".v1", ".v0")))
+    choose = Chooser(library, ISA, 2)
+    assert choose(KERNEL) is None
+    assert "1 records are for other versions" in summary(choose.report())
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_line_of_a_task_says_where_it_is():
+    task = make_task(KERNEL, "avx512vnni", DEVICE, 2)
+    progress = Progress(task, 20, known=7, failures=2, best=2e-6, default=3e-6, time_left=3725)
+    stream = Terminal()
+    lines = Lines(lambda _: 1e-6, stream=stream)
+    lines.update(progress)
+    lines.finish(progress)
+    shown = stream.getvalue()
+    words = ("7/20", "best 2 µs", "262.1 GOP/s", "50 % of the limit", "default 3 µs", "2 failed", "1:02:05 left")
+    assert all(word in shown for word in words)
+    assert shown.count("\n") == 1 and shown.startswith("\r\x1b[2K")
+    assert "µs" not in Lines(meaningful=False).line(progress)
