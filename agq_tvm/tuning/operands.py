@@ -11,6 +11,7 @@ import numpy as np
 from tvm import te
 
 from agq_tvm.errors import AgqError
+from agq_tvm.kernels.layout import K_BLOCK
 from agq_tvm.tvm_seam import Schedule, T, tirx
 
 _GOLDEN = 0x9E3779B1
@@ -25,7 +26,8 @@ class Fill:
     ----------
     kind : str
         ``"integers"``: a hash between `low` and `high`, times 2^`exponent`; ``"powers"``: 2 to the power of such a
-        hash; ``"affine"``: `low` at place 0, then `high` more at each place; ``"zeros"``.
+        hash; ``"affine"``: `low` at place 0, then `high` more at each place; ``"zeros"``; ``"sums"`` of the codes of a
+        row and group, which must be right: kernels that center codes in different ways agree only then.
     low, high : float
     exponent : int
     """
@@ -52,6 +54,8 @@ class Operand:
         What it holds before a call.
     seed : int
         Its place among the arguments.
+    summed : Operand, optional
+        For `fill` ``"sums"``: the codes whose sums it holds.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Operand:
     role: str
     fill: Fill
     seed: int
+    summed: "Operand | None" = None
 
     @property
     def size(self) -> int:
@@ -73,6 +78,10 @@ class Operand:
 
     def array(self) -> np.ndarray:
         """Make the values on the host: bit for bit those of `fill_function`."""
+        if self.summed:
+            rows, groups = self.shape
+            codes = self.summed.array().astype(self.dtype)  # by block, row, and place in a block
+            return np.ascontiguousarray(codes.reshape(groups, -1, rows, K_BLOCK).sum((1, 3), dtype=self.dtype).T)
         places = np.arange(self.size, dtype="uint32")
         fill = self.fill
         if fill.kind == "zeros":
@@ -86,6 +95,8 @@ class Operand:
 
     def fill_function(self):
         """Return a PrimFunc of one argument, this operand, that stores its values."""
+        if self.summed:
+            return te.create_prim_func([self._sums()])
         out = te.compute(self.shape, lambda *at: self._value(self._flat(at)), name="filled")
         sch = Schedule(te.create_prim_func([out]))
         place = sch.fuse(*sch.get_loops(sch.get_sblock("filled")))
@@ -105,6 +116,18 @@ class Operand:
             return te.sum(T.Cast("int64", mixed), axis=[place])
 
         return te.create_prim_func([values, te.compute((1,), term, name="digest")])
+
+    def _sums(self):
+        """Compute sums of codes that are made once more, as functions see their own operand only."""
+        codes, groups = self.summed, self.shape[1]
+        blocks, _, *inner = codes.shape
+        axes = [te.reduce_axis((0, extent), f"r{i}") for i, extent in enumerate((blocks // groups, *inner))]
+
+        def sums(m, g):
+            at = (g * (blocks // groups) + axes[0], m, *axes[1:])
+            return te.sum(T.Cast(self.dtype, codes._value(codes._flat(at))), axis=axes)
+
+        return te.compute(self.shape, sums, name="filled")
 
     @property
     def _start(self) -> int:
@@ -169,7 +192,8 @@ def operands_of(kernel, func) -> list[Operand]:
         role, fill = rules[name]
         if name == "w" and str(buffer.dtype) == "int8":  # codes that are stored as they are, without 128
             fill = Fill("integers", -127, 127)
-        operands.append(Operand(name, shape, str(buffer.dtype), role, fill, place))
+        summed = next(each for each in operands if each.name == "x") if fill.kind == "sums" else None
+        operands.append(Operand(name, shape, str(buffer.dtype), role, fill, place, summed))
     return operands
 
 
@@ -195,7 +219,7 @@ def _product_rules(kernel) -> dict[str, tuple[str, Fill]]:
     return {
         "x": ("input", Fill("integers", -limit, limit) if integers else Fill("integers", -8, 8)),
         "sx": ("input", power),
-        "xsum": ("input", Fill("integers", -1000, 1000) if bits == 4 else Fill("integers", -100, 100)),
+        "xsum": ("input", Fill("sums")),
         "w": ("cold", Fill("integers", *codes)),
         "shift": ("cold", Fill("zeros")),
         "ws": ("cold", power),

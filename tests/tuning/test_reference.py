@@ -42,3 +42,20 @@ def test_expected_digest(device, form):
     arguments = arguments_of(task)
     assert arguments[-1].digest == digest(result)
     assert [argument.written for argument in arguments] == [False] * (len(arguments) - 1) + [True]
+
+
+@pytest.mark.parametrize("form", [{}, {"terms": 2, "group_size": 64, "channels": 160}, {"per_group": False}], ids=str)
+def test_sums_of_codes_are_right_wherever_they_are_made(form):
+    device = load_device("host")
+    task = Task("", replace(KERNEL, **form), device.instruction_set, device, 1)
+    operands = {each.name: each for each in operands_of(task.kernel, define(task.kernel, task.instruction_set))}
+    codes, sums = operands["x"].array().astype("int32"), operands["xsum"]
+    blocks = task.kernel.group_size // 32
+    expected = np.zeros(sums.shape, "int32")
+    for block, rows in enumerate(codes):
+        expected[:, block // blocks] += rows.reshape(len(rows), -1).sum(1)
+    np.testing.assert_array_equal(sums.array(), expected)
+    made = tvm.runtime.tensor(np.zeros(sums.shape, "int32"))
+    fill = sums.fill_function().with_attr("global_symbol", "main")
+    tvm.compile(tvm.IRModule({"main": fill}), Target(device.tvm_target()))["main"](made)
+    np.testing.assert_array_equal(made.numpy(), expected)
