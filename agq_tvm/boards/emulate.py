@@ -26,6 +26,8 @@ _SYSROOT = Path("/usr/aarch64-linux-gnu")
 _SYSROOT_FILES = ("ld-linux-aarch64.so.1", "libc.so.6", "libstdc++.so.6", "libgcc_s.so.1")
 _PACKAGES = "qemu-user libc6-arm64-cross libstdc++6-arm64-cross libgcc-s1-arm64-cross"
 _START_LIMIT = 90.0
+_PORT_LIMIT = 5.0
+"""Seconds that a tracker which has just been stopped may still hold its port."""
 _LOOPBACK = "127.0.0.1"
 _EVERYWHERE = ("0.0.0.0", "::")
 
@@ -69,7 +71,10 @@ def start_tracker(host: str = _LOOPBACK, port: int = 0) -> Process:
 
 
 def _start_tracker_at(port: int, host: str = _LOOPBACK) -> Process:
-    if not _is_free(host, port):
+    deadline = time.monotonic() + _PORT_LIMIT
+    while not (free := _is_free(host, port)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if not free:
         raise AgqError(f"cannot listen on {host}:{port}: another program does, or it is no address of this machine")
     log = processes.state_directory() / f"tracker-{time.time_ns()}.log"
     command = [sys.executable, "-m", "tvm.exec.rpc_tracker", "--host", host]

@@ -3,7 +3,6 @@
 import itertools
 import os
 import signal
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,9 +45,6 @@ class Fleet:
         port = int(self.address.rpartition(":")[2])
         self.kill(self.tracker)
         processes.stop(self.tracker)
-        deadline = time.monotonic() + 30
-        while not emulate._is_free("127.0.0.1", port) and time.monotonic() < deadline:
-            time.sleep(0.05)
         self.tracker = emulate._start_tracker_at(port)
 
     @staticmethod
