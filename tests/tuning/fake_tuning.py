@@ -1,6 +1,6 @@
 """A tuner whose candidates are neither built nor run: their times are a function of their decisions.
 
-As a program: ``python -m tests.tuning.fake_tuning LIBRARY LOG TRIALS DELAY``. Every measurement is a line of LOG.
+`main` is a program for LIBRARY LOG TRIALS DELAY. Every measurement is a line of LOG.
 """
 
 import json
@@ -110,7 +110,3 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -31,14 +32,15 @@ def tried(folder) -> list:
 def test_the_search_finds_the_best_of_a_landscape(tmp_path):
     pytest.importorskip("xgboost")
     (task,) = tasks(16)
-    found = {}
+    late = {}
     for strategy in ("evolutionary", "random"):
         folder = tmp_path / strategy
         tuner(folder, [task], Settings(72, strategy, default=False, seed=1)).run()
-        found[strategy] = min(each.time for each in records(folder)) / lowest(task)
         assert len(tried(folder)) == len(set(tried(folder))) == 72
+        late[strategy] = statistics.mean(each.time for each in records(folder)[36:])
     assert task.space.size > 20 * 72
-    assert found["evolutionary"] < 1.1 and found["evolutionary"] < found["random"], found
+    assert min(each.time for each in records(tmp_path / "evolutionary")) <= 1.05 * lowest(task)
+    assert late["evolutionary"] < 0.9 * late["random"], late
 
 
 def test_a_space_smaller_than_the_trials_ends_when_it_is_exhausted(tmp_path):
@@ -101,7 +103,9 @@ def test_trials_go_where_time_goes():
 
 
 def start(folder, log, delay: float, trials: int = TRIALS, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.tuning.fake_tuning", str(folder), str(log), str(trials), str(delay)]
+    # TVM would import torch, which takes seconds.
+    program = "import sys; sys.modules['torch'] = None; from tests.tuning.fake_tuning import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, str(folder), str(log), str(trials), str(delay)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
 
 
