@@ -7,7 +7,7 @@ from agq_tvm.boards.tracker import connect, parse_tracker, tracker_summary
 from agq_tvm.errors import AgqError
 from agq_tvm.targets import Device
 
-_WAIT = 10.0
+_WAIT, _MOMENT = 10.0, 2.0
 _TIME_LIMIT = 60.0
 
 
@@ -27,11 +27,12 @@ def check_fleet(tracker: str, key: str, device: Device) -> int:
     AgqError
         If there is no tracker, nobody has the key, or a board cannot run code for the device.
     """
-    entry = tracker_summary(*parse_tracker(tracker)).get(key, {"boards": [], "free": 0})
+    entry = tracker_summary(*parse_tracker(tracker)).get(key, {"boards": [], "free": 0, "busy": []})
     sessions: list = []  # held together, so that the tracker gives each board once
     try:
-        for _ in range(max(1, min(entry["free"], len(entry["boards"])))):
-            session = _connect(tracker, key, needed=not entry["boards"])
+        for number in range(max(1, len(entry["boards"]) - len(entry["busy"]))):
+            # One that has just registered is offered in a moment; one that serves somebody may not say so.
+            session = _connect(tracker, key, _WAIT if number < entry["free"] else _MOMENT, not entry["boards"])
             if session is None:
                 break
             sessions.append(session)
@@ -46,10 +47,10 @@ def check_fleet(tracker: str, key: str, device: Device) -> int:
     return max(1, len(entry["boards"]))
 
 
-def _connect(tracker: str, key: str, needed: bool):
+def _connect(tracker: str, key: str, wait: float, needed: bool):
     """Open a session; None if all boards serve somebody else."""
     try:
-        return connect(tracker, key, timeout=_TIME_LIMIT, wait=_WAIT)
+        return connect(tracker, key, timeout=_TIME_LIMIT, wait=wait)
     except AgqError:
         if needed:
             raise
