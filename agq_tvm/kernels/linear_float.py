@@ -14,6 +14,8 @@ from agq_tvm.kernels.intrin.base import InstructionSet, nibble, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.kernels.linear import ZERO
 from agq_tvm.kernels.linear_schedule import row_tile
+from agq_tvm.kernels.linear_space import most_sums
+from agq_tvm.kernels.space import Space, divisors
 from agq_tvm.tvm_seam import IRBuilder, T
 
 
@@ -60,7 +62,25 @@ class FloatLinearKernel:
         return f"linear_w{self.bits}a16g{self.group_size}_{kind}{'_bias' if self.bias else ''}_{shape}"
 
 
-def build(kernel: FloatLinearKernel, isa: InstructionSet):
+def default(kernel: FloatLinearKernel, isa: InstructionSet) -> dict[str, int]:
+    """Return the decisions made by hand."""
+    return {"rows": row_tile(kernel.rows, isa.rows), "parallel": 1}
+
+
+def space(kernel: FloatLinearKernel, isa: InstructionSet, threads: int = 1) -> Space:
+    """Return the decisions of a product with float activations.
+
+    rows
+        Of the register tile.
+    parallel
+        Whether threads share the tiles of columns.
+    """
+    made, most = default(kernel, isa), most_sums(isa) // isa.layout(kernel.bits).vectors
+    rows = tuple(sorted({made["rows"], *divisors(kernel.rows, most)}))
+    return Space({"rows": rows, "parallel": (0, 1) if threads > 1 else (1,)}, made)
+
+
+def build(kernel: FloatLinearKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
     """Return the PrimFunc; `isa` comes from `float_form`.
 
     Buffers, in order (tiles NT, groups G; V, L from the layout):
@@ -70,7 +90,7 @@ def build(kernel: FloatLinearKernel, isa: InstructionSet):
     - ws float16 [NT, G, V, L]; wo the same shape, if any; bias float32 [NT, V, L], if any
     - out float32 [M, NT * V * L]
     """
-    layout = isa.layout(kernel.bits)
+    decisions, layout = decisions or default(kernel, isa), isa.layout(kernel.bits)
     tiles, groups = layout.tiles(kernel.columns), kernel.padded // kernel.group_size
     per_group = (tiles, groups, layout.vectors, layout.lanes)
     codes = "uint8" if kernel.bits == 4 else stored_dtype(layout)
@@ -84,8 +104,9 @@ def build(kernel: FloatLinearKernel, isa: InstructionSet):
             T.func_attr({"global_symbol": kernel.name, "tirx.noalias": True})
             buffers = {name: T.arg(name, T.buffer(shape, dtype)) for name, (shape, dtype) in shapes.items()}
             out = T.arg("out", T.buffer((kernel.rows, tiles * layout.width), "float32"))
-            with task_loop("tile", tiles, list(buffers.values()), [out]) as tile:
-                _Tile(kernel, layout, buffers, out, tile).emit(row_tile(kernel.rows, isa.rows))
+            each = 1 if decisions["parallel"] else tiles
+            with task_loop("tile", tiles, list(buffers.values()), [out], each) as tile:
+                _Tile(kernel, layout, buffers, out, tile).emit(decisions["rows"])
     return builder.get()
 
 

@@ -10,6 +10,7 @@ from agq_tvm.kernels import (
     attention_space,
     linear,
     linear_dense,
+    linear_float,
     linear_panels,
     linear_shifted,
     linear_space,
@@ -21,6 +22,7 @@ from agq_tvm.kernels.attrs import annotate
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_dense import DenseKernel
+from agq_tvm.kernels.linear_float import FloatLinearKernel, float_form
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.kernels.norm import LayerNormKernel
 from agq_tvm.kernels.space import Space
@@ -62,6 +64,12 @@ _ALL = (
     _Kind(ShiftedKernel, linear_shifted.space, linear_shifted.build, 1),
     _Kind(DenseKernel, linear_dense.space, linear_dense.build, 1),
     _Kind(
+        FloatLinearKernel,
+        lambda kernel, isa, threads: linear_float.space(kernel, float_form(isa), threads),
+        lambda kernel, isa, decisions: linear_float.build(kernel, float_form(isa), decisions),
+        1,
+    ),
+    _Kind(
         QuantizeKernel,
         lambda kernel, isa, threads: activation.space(kernel),
         lambda kernel, isa, decisions: activation.build(kernel, isa.layout_4bit, decisions),
@@ -90,11 +98,14 @@ def space_of(kernel, isa: InstructionSet, threads: int = 1) -> Space | None:
 
     Parameters
     ----------
-    kernel : one of `KINDS`
+    kernel : dataclass
+        A description; only those of `KINDS` have spaces.
     isa : InstructionSet
     threads : int
         That it runs on.
     """
+    if type(kernel).__name__ not in KINDS:
+        return None
     space = _kind(kernel).space(kernel, isa, threads)
     return space if any(len(values) > 1 for values in space.choices.values()) else None
 

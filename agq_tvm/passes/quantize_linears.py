@@ -242,7 +242,7 @@ class _Quantizer(relax.PyExprMutator):
             width = vectors * lanes
         else:
             kernel = FloatLinearKernel(rows, columns, channels, format.bits, group_size, format.offsets, bias)
-            product, width = self.functions.add(linear_float.build, kernel, self.isa), layout.width
+            product, width = self.functions.add(_float_product, kernel, self.isa), layout.width
         x = self._call(self.functions.add(_quantization, fill, layout), [x], filled)
         outputs = [((rows, -(-columns // width) * width), "float32")]
         return _first_columns(self._call(product, [x, *self._packed(weight)], outputs), columns)
@@ -270,6 +270,10 @@ def _quantization(kernel: QuantizeKernel, layout: Layout):
 def _definition(kernel, isa: InstructionSet):
     module = linear_shifted if isinstance(kernel, ShiftedKernel) else linear
     return annotate(module.define(kernel, isa), kernel)
+
+
+def _float_product(kernel: FloatLinearKernel, isa: InstructionSet):
+    return annotate(linear_float.build(kernel, isa), kernel)
 
 
 def _dense(kernel: DenseKernel, isa: InstructionSet):

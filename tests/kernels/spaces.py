@@ -11,6 +11,7 @@ from agq_tvm.kernels.attention_form import AttentionKernel, attention_form
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_dense import DenseKernel
+from agq_tvm.kernels.linear_float import FloatLinearKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.kernels.norm import LayerNormKernel
 from agq_tvm.kernels.space import Space
@@ -27,6 +28,7 @@ _OUTPUTS = ("out", "codes", "scales", "sums")
 OTHERS = [
     ShiftedKernel(4, 70, 128, None),
     DenseKernel(4, 70, 64, "float16", True),
+    FloatLinearKernel(4, 70, 100, 4, 32, "float16", True),
     QuantizeKernel("rms_norm", 4, 128, 32, "per-token-group", 1e-5),
     QuantizeKernel("silu_mul", 1, 128, 32, "per-token"),
     LayerNormKernel(4, 96, 1e-5),

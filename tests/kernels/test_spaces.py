@@ -14,6 +14,8 @@ from agq_tvm.kernels.attrs import describe
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS, instruction_set
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.names import parse_name
+from agq_tvm.kernels.norm import LayerNormKernel
+from agq_tvm.kernels.prune import SelectKernel
 from agq_tvm.kernels.space import Space
 from agq_tvm.passes.schedule_kernels import ScheduleKernels
 from tests.kernels.operands import device_here, random_operands, runs_here
@@ -23,6 +25,7 @@ HERE = [name for name in ("avx512vnni", "avx2", "generic") if runs_here(name)]
 CHECKSUMS = {
     "LinearKernel": {1: "512fc1556826786a"},
     "ShiftedKernel": {1: "88b200c9cb08bc99"},
+    "FloatLinearKernel": {1: "c40af1bc6f04536b"},
     "DenseKernel": {1: "ad9210409ab75aff"},
     "QuantizeKernel": {1: "29ca96dab7898711"},
     "LayerNormKernel": {1: "5640ab85c1713516"},
@@ -98,6 +101,15 @@ def test_attention_has_the_same_decisions_for_every_context():
         func = tunable.build(replace(kernel, fixed=False, context=48), isa, decisions)
         assert "lengths[0]" in func.script()
         assert "lengths[0]" not in tunable.build(kernel, isa, decisions).script()
+
+
+def test_what_has_no_decisions():
+    isa = instruction_set("generic")
+    assert tunable.space_of(SelectKernel(8, 4, 2, 0, 2), isa, 2) is None
+    kernel = LayerNormKernel(1, 64, 1e-5)
+    assert tunable.space_of(kernel, isa, 2) is None
+    with pytest.raises(AgqError, match="nothing to decide"):
+        tunable.build(kernel, isa, {"rows": 1})
 
 
 def test_wrong_decisions_are_refused():

@@ -84,6 +84,17 @@ def test_the_intrinsic_is_in_the_final_tir(dumped):
     assert all("llvm.x86.avx512.vpdpbusd.512" in func.script() for func in linears)
 
 
+@pytest.mark.parametrize("name", ["neon", "dotprod"])
+def test_prefill_on_arm_has_the_inner_loops_in_assembly(name):
+    isa, format = INSTRUCTION_SETS[name], LinearFormat(4, 32, "per-token-group", "float16")
+    module = build_decoder(describe(tiny_config(num_hidden_layers=1)), 64, AttentionForm())
+    lowered, _ = pipeline.run(module, target_of(name), format, isa)
+    kernels = [func for gvar, func in lowered.functions_items() if re.match(r"linear_w4a8.*_m128_", gvar.name_hint)]
+    assert len(kernels) == 4
+    for func in kernels:
+        assert f'"agq_{isa.layout_4bit.name}_unpack_group"' in func.script()
+
+
 def test_all_functions_take_the_same_parameters(dumped):
     _, lowered, tensors = dumped
     assert [name for name, _, _ in tensors[: 2 * LAYERS]] == [

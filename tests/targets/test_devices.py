@@ -96,6 +96,8 @@ def test_own_device_file(tmp_path):
         ("count = 4", "count = 0", "clusters.count must be a number of cores"),
         ("count = 4", "count = true", "clusters.count must be a number of cores"),
         ("count = 4", "", "clusters lacks the key 'count'"),
+        ("ghz = 1.5", "ghz = 1500", "clusters.ghz must be a clock from 0.1 to 10 GHz"),
+        ("ghz = 1.5", "ghz = true", "clusters.ghz must be a clock"),
         ("[[clusters]]", "[clusters]", r"\[\[clusters\]\]"),
         ('name = "raspberry-pi-4"', 'name = "../x"', "name must be lower-case letters"),
         ("[[clusters]]", "[[clusters", "not valid TOML"),
