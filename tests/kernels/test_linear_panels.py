@@ -5,10 +5,13 @@ import re
 import numpy as np
 import pytest
 
+from agq_tvm.kernels import linear_panels
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.kernels.intrin.assembly import MAGIC, OPERANDS, UNPACK_OPERANDS, Form, unroll_of
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_panels import loop_for
+from agq_tvm.tvm_seam import tvm
+from tests.kernels.operands import target_of
 from tests.kernels.test_linear import assembly_of
 
 LOOPS = {
@@ -83,3 +86,16 @@ def test_a_round_has_the_multiplies_of_four_groups(isa, count, per_group):
     for block in loops:
         assert len(re.findall(r"^\t(?:sdot|smull2?|smlal2?)\t", block, re.MULTILINE)) == 4 * count
     assert loops
+
+
+@pytest.mark.parametrize("isa", ["neon", "dotprod"])
+def test_panels_of_every_size_compile(isa):
+    """Small ones have codes that fit where floats were before."""
+    isa = INSTRUCTION_SETS[isa]
+    kernel = LinearKernel(16, 96, 576, 4, 32, True, "float16", False)
+    space = linear_panels.space(kernel, isa)
+    functions = {}
+    for panel in space.choices["panel"]:
+        functions[f"panel{panel}"] = linear_panels.build(kernel, isa, space.default | {"panel": panel})
+    module = tvm.IRModule({name: func.with_attr("global_symbol", name) for name, func in functions.items()})
+    assert len(functions) > 3 and tvm.compile(module, target=target_of(isa.name)).mod.inspect_source("asm")
