@@ -118,7 +118,7 @@ def _kernel_here(device: Device) -> str:
         outcome = measurer.submit(str(path)).result()
     if outcome.message:
         raise AgqError(f"a {device.instruction_set} kernel {outcome.message}")
-    return f"a {device.instruction_set} kernel was compiled and computes the right thing"
+    return f"a kernel for {device.instruction_set} was compiled and computes the right thing"
 
 
 def _link(device: Device) -> str:

@@ -225,9 +225,7 @@ class _Product:
                 "scales": self.sx.access_ptr(
                     "r", offset=m * (loop.rows * kernel.groups) + first if kernel.per_group else 0
                 ),
-                "sums": tirx.address_of(
-                    self.sums[m * (loop.rows * self.layout.width) + call * loop.rows * loop.columns]
-                ),
+                "sums": tirx.address_of(self.sums[sums]),
                 "count": T.Cast("int64", groups // self.form.unroll),
                 "stride": T.int64(kernel.code_rows * K_BLOCK - tile + 64),
                 "magic": tirx.address_of(self.magic[0]),
