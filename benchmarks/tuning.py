@@ -142,10 +142,8 @@ def _gains(arguments) -> tuple[dict, bool]:
 
 def _search(arguments) -> tuple[dict, bool]:
     device = load_device("host")
-    tasks = [
-        make_task(LinearKernel(rows, *_SHAPE, 4, _GROUP, True, "float16", False), device.instruction_set, device)
-        for rows in (1, 128)
-    ]
+    kernels = [LinearKernel(rows, *_SHAPE, 4, _GROUP, True, "float16", False) for rows in (1, 128)]
+    tasks = [make_task(kernel, device.instruction_set, device, device.threads) for kernel in kernels]
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         library = open_library(device.name, folder)

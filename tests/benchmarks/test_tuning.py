@@ -35,7 +35,7 @@ class Fake:
 @pytest.fixture(scope="module")
 def task():
     device = load_device("x86-64-avx2")
-    return make_task(LinearKernel(1, 32, 64, 4, 32, True, None, False), "avx2", device)
+    return make_task(LinearKernel(1, 32, 64, 4, 32, True, None, False), "avx2", device, 1)
 
 
 @pytest.fixture(scope="module")
