@@ -29,7 +29,7 @@ def compiled(source, device):
 def test_host_library_runs(tmp_path, source, monkeypatch, system_compiler):
     device = load_device("host")
     if not system_compiler:
-        monkeypatch.setattr(link, "_system_compiler", lambda: None)
+        monkeypatch.setattr(link, "system_compiler", lambda: None)
     link.link_shared(tmp_path / "host.so", [compiled(source, device)], device)
     assert ctypes.CDLL(str(tmp_path / "host.so")).answer(2) == 42
 
@@ -64,7 +64,7 @@ def test_compiler_that_never_ends_is_stopped(tmp_path, source, monkeypatch):
     compiler = tmp_path / "cc"
     compiler.write_text("#!/bin/sh\nexec sleep 60\n")
     compiler.chmod(0o755)
-    monkeypatch.setattr(link, "_system_compiler", lambda: str(compiler))
+    monkeypatch.setattr(link, "system_compiler", lambda: str(compiler))
     monkeypatch.setattr(link, "_TIME_LIMIT", 0.2)
     with pytest.raises(AgqError, match="did not end within"):
         link.link_shared(tmp_path / "model.so", [source], load_device("host"))
