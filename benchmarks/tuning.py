@@ -28,8 +28,7 @@ from agq_tvm.progress import progress
 from agq_tvm.targets import Device, load_device
 from agq_tvm.tuning.candidate import export_candidate, make_candidate
 from agq_tvm.tuning.display import Lines
-from agq_tvm.tuning.local_runner import LocalMeasurer
-from agq_tvm.tuning.measure import Effort
+from agq_tvm.tuning.local_runner import LocalMeasurer, LocalRunner, effort_here
 from agq_tvm.tuning.task import Task, make_task
 from agq_tvm.tuning.tuner import Settings, Tuner
 from benchmarks.tables import RESULTS, aligned, report, write_report
@@ -109,7 +108,7 @@ def gains(tasks: Sequence[Task], library: Library, rounds: int) -> list[Comparis
         best = library.best(task.name)
         if best is None:
             raise AgqError(f"the library has no record of {task.name}: run agq tune first")
-        measurer = LocalMeasurer(task, Effort(repeats=5, milliseconds=10))
+        measurer = LocalMeasurer(task, effort_here(repeats=5, milliseconds=10))
         try:
             found.append(compare(task, best.decisions, measurer, rounds))
         finally:
@@ -158,10 +157,8 @@ def _search(arguments) -> tuple[dict, bool]:
     return {"search": contents}, all(each.ratio >= LEAST_SHARE for each in found)
 
 
-def _runner(task: Task):
-    from agq_tvm.tuning.local_runner import LocalRunner
-
-    return LocalRunner(task)
+def _runner(task: Task) -> LocalRunner:
+    return LocalRunner(task, effort_here())
 
 
 def main() -> int:

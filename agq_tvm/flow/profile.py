@@ -16,6 +16,7 @@ from agq_tvm.progress import say
 from agq_tvm.quantize.checkpoint import Checkpoint, read_checkpoint
 from agq_tvm.runtime.threads import Threads, configure_board
 from agq_tvm.targets import Device, detect, load_device
+from agq_tvm.targets.processors import cache_bytes
 
 if TYPE_CHECKING:
     from agq_tvm.flow.profile_kernels import Effort, Place, Timing
@@ -169,7 +170,7 @@ def _timings(
 
 
 def _cold_bytes(here: bool) -> int:
-    from agq_tvm.flow.profile_kernels import Effort, cache_bytes
+    from agq_tvm.flow.profile_kernels import Effort
 
     return max(Effort.cold_bytes, 2 * cache_bytes() if here else 0)
 

@@ -1,7 +1,6 @@
 """Timing kernels on this machine or on a board, as a model calls them: by TVM's virtual machine, weights cold."""
 
 import math
-import re
 import statistics
 import tempfile
 from collections.abc import Iterable
@@ -20,7 +19,6 @@ from agq_tvm.tvm_seam import Target, relax, tvm
 _LIBRARY = "profile.so"
 _CALLS = 8
 _GROUP = 32
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _MOST_COPIES = 512
 
 
@@ -113,12 +111,6 @@ def time_kernels(kernels: Iterable[Kernel], place: Place, effort: Effort) -> dic
     return {
         kernel.name: _time(kernel, machine, place, effort, rng) for kernel in progress(kernels, "timing", unit="kernel")
     }
-
-
-def cache_bytes() -> int:
-    """Return the size of this machine's largest cache, 0 if Linux does not tell."""
-    sizes = [path.read_text().strip() for path in _CACHES.glob("index*/size")]
-    return max((int(size[:-1]) << 10 for size in sizes if re.fullmatch(r"[0-9]+K", size)), default=0)
 
 
 def _copies(kernel: Kernel, effort: Effort) -> int:

@@ -177,16 +177,15 @@ class _Boards:
             from agq_tvm.tuning.simulate import SimulatedRunner
 
             return SimulatedRunner(task, max(request.timeout, 300.0))
-        from agq_tvm.tuning.measure import Effort
-
-        effort = Effort(cooldown=request.cooldown)
         if request.tracker:
+            from agq_tvm.tuning.measure import Effort
             from agq_tvm.tuning.tracker_runner import TrackerRunner
 
+            effort = Effort(cooldown=request.cooldown)
             return TrackerRunner(task, request.tracker, request.key, effort, request.timeout)
-        from agq_tvm.tuning.local_runner import LocalRunner
+        from agq_tvm.tuning.local_runner import LocalRunner, effort_here
 
-        return LocalRunner(task, effort, request.timeout)
+        return LocalRunner(task, effort_here(cooldown=request.cooldown), request.timeout)
 
 
 def _boards(request: TuneRequest, device: Device) -> _Boards:

@@ -4,6 +4,7 @@ Cores count, not hyperthreads: two on one core share its multipliers. Where core
 """
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,12 @@ def parse_list(text: str) -> list[int]:
 def _number(path: Path) -> int:
     text = _text(path)
     return int(text) if text.isdigit() else 0
+
+
+def cache_bytes() -> int:
+    """Return the size of this machine's largest cache, 0 if Linux does not tell."""
+    sizes = [_text(path) for path in SYSTEM.glob("cpu0/cache/index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if re.fullmatch(r"[0-9]+K", size)), default=0)
 
 
 def _text(path: Path) -> str:

@@ -2,11 +2,17 @@
 
 from tvm.ir.utils import derived_object
 
+from agq_tvm.targets.processors import cache_bytes
 from agq_tvm.tuning.measure import CRASHED, HUNG, Effort
 from agq_tvm.tuning.measurer import TIMEOUT, Measurer
 from agq_tvm.tuning.runner import MeasuringRunner
 from agq_tvm.tuning.task import Task
 from agq_tvm.tuning.workers import Worker, WorkerEnded, WorkerLate
+
+
+def effort_here(**settings) -> Effort:
+    """Return an `Effort` whose cold operands fill this machine's largest cache twice: its caches may be large."""
+    return Effort(cold_bytes=max(Effort.cold_bytes, 2 * cache_bytes()), **settings)
 
 
 class LocalMeasurer(Measurer):

@@ -17,7 +17,7 @@ import numpy as np
 from agq_tvm.tuning.helpers import FIXED, SWEEP
 
 MAIN = "main"
-_COPIES = 64
+_COPIES = 512
 """Of cold operands at most: each is named in a call."""
 _OUTLIER = 1.25
 _FIXED_ROUNDS = 400_000

@@ -14,7 +14,7 @@ from agq_tvm.cli.main import main
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.profile import PICTURE, bits_from, profile
 from agq_tvm.flow.profile_file import PROFILE, OperationTimes, Profile, Proposal, RoleProposal, read_profile, total
-from agq_tvm.flow.profile_kernels import ONCE, Effort, Place, cache_bytes, time_kernels
+from agq_tvm.flow.profile_kernels import ONCE, Effort, Place, time_kernels
 from agq_tvm.flow.profile_operations import FORMS, BlockOperations, Kernel, Operand
 from agq_tvm.flow.profile_report import as_text
 from agq_tvm.flow.propose_bits import PerplexityCost, choose, propose, savings, upper_percent
@@ -27,6 +27,7 @@ from agq_tvm.quantize.reference import ReferenceModel
 from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.runtime.perplexity import Difference, compare
 from agq_tvm.targets import load_device
+from agq_tvm.targets.processors import cache_bytes
 from agq_tvm.tvm_seam import IRBuilder, T
 from tests.tiny import tiny_config, write_tiny_llama
 
