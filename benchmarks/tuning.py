@@ -22,6 +22,7 @@ from pathlib import Path
 from agq_tvm.cli.options import names, numbers
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.tasks import extract_tasks
+from agq_tvm.kernels import tunable
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.records import Library, open_library
 from agq_tvm.progress import progress
@@ -102,12 +103,15 @@ def compare(task: Task, decisions: dict[str, int], measurer: LocalMeasurer, roun
 
 
 def gains(tasks: Sequence[Task], library: Library, rounds: int) -> list[Comparison]:
-    """Compare the best records of tasks with the hand-made decisions; those without a record stand for themselves."""
+    """Compare the best records of tasks with the hand-made decisions, which win some: these are not measured again."""
     found = []
     for task in progress(tasks, "measuring", unit="task"):
         best = library.best(task.name)
         if best is None:
             raise AgqError(f"the library has no record of {task.name}: run agq tune first")
+        if best.decisions == tunable.space_of(task.kernel, task.instruction_set, task.threads).default:
+            found.append(Comparison(task.name, best.time, best.time))
+            continue
         measurer = LocalMeasurer(task, effort_here(repeats=5, milliseconds=10))
         try:
             found.append(compare(task, best.decisions, measurer, rounds))
