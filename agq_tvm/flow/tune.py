@@ -143,13 +143,13 @@ def _result(request: TuneRequest, device: Device, library: Library, progress, se
 
 def _seconds_of_default(library: Library, task: Task, best: Record) -> float | None:
     """Return the time of the hand-made schedule, measured beside the best where that was confirmed."""
+    if best.gain:
+        return best.gain * best.time
     default = task.space.default
     alike = [
         record.time
         for record in library.of_task(task.name)
-        if record.usable
-        and record.decisions == default
-        and (record.how, record.confirmed) == (best.how, best.confirmed)
+        if record.usable and record.decisions == default and (record.how, record.confirmed) == (best.how, False)
     ]
     return min(alike, default=None)
 

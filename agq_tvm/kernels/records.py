@@ -49,7 +49,8 @@ class Record:
     record : list or None
         MetaSchedule's own tuning record.
     provenance : dict
-        When, on what, and with which versions. ``"confirmed"`` if it was measured again, in turns with the default.
+        When, on what, and with which versions. ``"default_seconds"``, what the default took meanwhile, if it was
+        measured again, in turns with that.
     """
 
     task: str
@@ -70,7 +71,17 @@ class Record:
     @property
     def confirmed(self) -> bool:
         """Whether it was measured again, in turns with the default."""
-        return bool(self.provenance.get("confirmed"))
+        return self.gain is not None
+
+    @property
+    def gain(self) -> float | None:
+        """How many times as fast as the default it was, measured in turns; None if it was not.
+
+        Times of two runs do not compare: a machine is slower in one hour than in another.
+        """
+        default = self.provenance.get("default_seconds")
+        sound = type(default) in (int, float) and math.isfinite(default) and default > 0 and self.seconds
+        return default / self.time if sound else None
 
     @property
     def key(self) -> tuple:
@@ -89,8 +100,8 @@ class Record:
 
     @property
     def rank(self) -> tuple:
-        """Smaller is better: confirmed before measured before simulated, then the time."""
-        return not self.usable, self.how != MEASURED, not self.confirmed, self.time
+        """Smaller is better: confirmed before measured before simulated, then the gain, or without one the time."""
+        return not self.usable, self.how != MEASURED, not self.confirmed, 1 / self.gain if self.gain else self.time
 
     @property
     def kernel_version(self) -> int:

@@ -64,7 +64,7 @@ def test_interrupted_and_killed_it_loses_and_repeats_nothing(tuned):
     assert len(tried) == len(set(tried)) == 8
     (task,) = result["tasks"]
     assert (task["trials"], task["wanted"], task["failures"]) == (8, 8, 0)
-    assert result["measured"] == 8 - len([line for line in before if b'"confirmed":true' not in line])
+    assert result["measured"] == 8 - len([line for line in before if b'"default_seconds"' not in line])
 
 
 def test_records_say_where_they_come_from(tuned):
@@ -83,7 +83,7 @@ def test_a_tuned_bundle_computes_what_the_default_does(agq, tuned, tiny_checkpoi
     other = next(record for record in records(folder) if record.decisions != records(folder)[0].decisions)
     path = Library(folder, device=load_device("host").name).files[0].path
     line = json.loads(other.line())
-    line["seconds"], line["provenance"] = [1e-9], line["provenance"] | {"confirmed": True}
+    line["seconds"], line["provenance"] = [1e-9], line["provenance"] | {"default_seconds": 1.0}
     path.write_text("".join(record.line().decode() for record in records(folder) if record.key != _key(line)))
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n" + json.dumps(line | {"decisions": {"rows": 3}, "seconds": [1e-10]}) + "\n")

@@ -118,8 +118,23 @@ def test_measured_comes_before_simulated_and_confirmed_before_both(tmp_path):
         assert mine.best("task").decisions["rows"] == number + 1
     mine.append(record(4, (1e-6,), emulated=True))
     assert mine.best("task").decisions["rows"] == 3
-    mine.append(record(5, (4e-3,), confirmed=True))
+    mine.append(record(5, (4e-3,), default_seconds=4.4e-3))
     assert mine.best("task").decisions["rows"] == 5
+
+
+def test_the_best_of_confirmed_ones_gained_most_over_the_default_of_its_own_turns(tmp_path):
+    """Times of different runs do not compare."""
+    mine = library(tmp_path)
+    mine.append(record(1, (2e-3,), default_seconds=2e-3))
+    mine.append(record(2, (4e-3,), default_seconds=5e-3))
+    assert mine.best("task").decisions["rows"] == 2 and mine.best("task").gain == pytest.approx(1.25)
+    mine.append(record(3, (1e-3,), default_seconds=0.9e-3))
+    assert mine.best("task").decisions["rows"] == 2
+
+
+@pytest.mark.parametrize("seconds", [True, "1", 0, -1.0, float("nan"), None])
+def test_what_is_no_time_of_the_default_confirms_nothing(seconds):
+    assert not record(1, (1e-3,), default_seconds=seconds).confirmed
 
 
 def test_the_best_of_several_libraries_counts_and_only_the_first_is_written(tmp_path):
