@@ -118,7 +118,9 @@ class _Product:
     def allocate(self) -> None:
         """Allocate what a tile needs."""
         width, groups = self.layout.width, self.panel
-        self.codes = T.sblock_alloc_buffer((groups * self.kernel.group_size * width,), "int8")
+        # Bytes, held as floats: TVM lets allocations share memory if one is not needed while the other is, and then
+        # `access_ptr` must name the same type for both.
+        self.codes = T.sblock_alloc_buffer((groups * self.kernel.group_size * width // _FLOATS,), "float32")
         self.scaled = T.sblock_alloc_buffer((self.calls * groups * len(self.factors) * _FLOATS,), "float32")
         self.sums = T.sblock_alloc_buffer((self.kernel.code_rows * width,), "float32")
         self.magic = T.sblock_alloc_buffer((16,), "float32")
@@ -133,16 +135,12 @@ class _Product:
         return T.Cast(f"float32x{_FLOATS}", buffer.vload([t, g, v, j], f"{buffer.dtype}x{_FLOATS}"))
 
     def unpack(self, t, panel, groups) -> None:
-        """Unpack the codes of a panel, those of each call by themselves.
-
-        Addresses of what is allocated are not asked for with `access_ptr`, which names a type: TVM lets allocations of
-        different types share memory if neither is needed while the other is.
-        """
+        """Unpack the codes of a panel, those of each call by themselves."""
         size, first = self.panel * self.kernel.group_size * self.loop.columns, panel * (self.panel * self.blocks)
         operands = {
             "packed": tirx.address_of(self.w[t, first, 0, 0, 0, 0]),
-            "codes": tirx.address_of(self.codes[0]),
-            "next_codes": tirx.address_of(self.codes[size * (self.calls - 1)]),
+            "codes": self.codes.access_ptr("w"),
+            "next_codes": self.codes.access_ptr("w", offset=size * (self.calls - 1) // _FLOATS),
             "count": T.Cast("int64", groups * self.blocks),
         }
         assert tuple(operands) == assembly.UNPACK_OPERANDS
@@ -217,18 +215,20 @@ class _Product:
         kernel, loop = self.kernel, self.loop
         tile, size = loop.rows * K_BLOCK, self.panel * kernel.group_size * loop.columns
         for call in calls:
-            first, sums = panel * self.panel, m * (loop.rows * self.layout.width) + call * loop.rows * loop.columns
+            first = panel * self.panel
             operands = {
                 "x": self.x.access_ptr("r", offset=first * self.blocks * kernel.code_rows * K_BLOCK + m * tile),
-                "codes": tirx.address_of(self.codes[call * size]),
-                "factors": tirx.address_of(self.scaled[call * self.panel * len(self.factors) * _FLOATS]),
+                "codes": self.codes.access_ptr("r", offset=call * size // _FLOATS),
+                "factors": self.scaled.access_ptr("r", offset=call * self.panel * len(self.factors) * _FLOATS),
                 "scales": self.sx.access_ptr(
                     "r", offset=m * (loop.rows * kernel.groups) + first if kernel.per_group else 0
                 ),
-                "sums": tirx.address_of(self.sums[sums]),
+                "sums": self.sums.access_ptr(
+                    "rw", offset=m * (loop.rows * self.layout.width) + call * loop.rows * loop.columns
+                ),
                 "count": T.Cast("int64", groups // self.form.unroll),
                 "stride": T.int64(kernel.code_rows * K_BLOCK - tile + 64),
-                "magic": tirx.address_of(self.magic[0]),
+                "magic": self.magic.access_ptr("r"),
             }
             assert tuple(operands) == assembly.OPERANDS
             T.evaluate(tirx.call_extern("void", self.symbol, *operands.values()))
