@@ -35,10 +35,6 @@ def landscape(task: Task, decisions: dict[str, int]) -> float:
     return 1e-3 * (1 + far)
 
 
-def lowest(task: Task) -> float:
-    return min(landscape(task, point) for point in task.space.points())
-
-
 class FakeBuilder:
     """Writes the decisions in place of a library."""
 

