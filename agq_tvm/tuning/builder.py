@@ -1,12 +1,16 @@
 """Building candidates in processes of their own, apart from measuring: LLVM may end the process that it runs in."""
 
-import base64
 import os
-import pickle
 import queue
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
+from agq_tvm.kernels import tunable
+from agq_tvm.kernels.attrs import describe
+from agq_tvm.kernels.instruction_sets import instruction_set
+from agq_tvm.targets import Device
+from agq_tvm.targets.device import Cluster
 from agq_tvm.tuning.task import Task
 from agq_tvm.tuning.workers import Worker, WorkerEnded, WorkerLate
 
@@ -54,8 +58,7 @@ class Builder:
         self.close()
 
     def _build(self, task: Task, decisions: dict[str, int], path: Path) -> str | None:
-        pickled = base64.b64encode(pickle.dumps(task)).decode()
-        job = {"task": pickled, "decisions": decisions, "path": str(path), "limit": self._timeout}
+        job = plain(task) | {"decisions": decisions, "path": str(path), "limit": self._timeout}
         worker = self._free.get()
         try:
             answer = worker.ask(job, self._timeout)
@@ -68,10 +71,23 @@ class Builder:
         return None if "built" in answer else f"not built: {answer['text']}"
 
 
+def plain(task: Task) -> dict:
+    """Return what building needs to know of a task, as JSON can hold it."""
+    return {"kernel": describe(task.kernel), "isa": task.isa, "device": asdict(task.device), "threads": task.threads}
+
+
+def task_of(job: dict) -> Task:
+    """Return the task that `plain` wrote down, without its name and counts."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in job["device"].items()}
+    device = Device(**fields | {"clusters": tuple(Cluster(**cluster) for cluster in fields["clusters"])})
+    kernel = tunable.described(job["kernel"], instruction_set(job["isa"]))
+    return Task("", kernel, job["isa"], device, job["threads"])
+
+
 def build_job(job: dict) -> dict:
-    """Build a candidate, in a worker: ``task`` is pickled, ``decisions``, and ``path`` for the library."""
+    """Build a candidate, in a worker: a task by `plain`, ``decisions``, and ``path`` for the library."""
     from agq_tvm.tuning.candidate import export_candidate, make_candidate
 
-    task = pickle.loads(base64.b64decode(job["task"]))
+    task = task_of(job)
     export_candidate(make_candidate(task, job["decisions"]), task.device, job["path"])
     return {"built": job["path"]}
