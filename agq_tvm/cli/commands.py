@@ -113,10 +113,12 @@ def _eval(subparsers) -> None:
 
         settings = (args.window, args.max_tokens, args.protocol, args.prune_selection, args.threads)
         result = evaluate(args.model, args.data, *settings, args.tracker, args.key)
+        chosen = f", tokens chosen by {result['selection']}" if result["selection"] else ""
+        scored = f"{result['tokens']} scored, windows of {result['window']}, protocol {result['protocol']}{chosen}"
         rows = [
             ("perplexity", with_error(result["perplexity"], result["perplexity_stderr"], 4)),
             ("nll", with_error(result["nll"], result["nll_stderr"], 5) + " per token"),
-            ("tokens", f"{result['tokens']} scored, windows of {result['window']}, protocol {result['protocol']}"),
+            ("tokens", scored),
             ("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"),
         ]
         print_result(args, result, rows)

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,9 +87,10 @@ def score_reference(
     if protocol == "all":
         return score(reference.logits, tokens, window)
     if protocol == "suffix":
-        return score_suffix(partial(suffix_logits, reference, cut), tokens, window)
+        selection = (selection or "chunk") if reference.pruning else None
+        return replace(score_suffix(partial(suffix_logits, reference, cut), tokens, window), selection=selection)
     say("paper-protocol scores only what follows tokens that were not pruned: it does not compare with other scores")
-    return score_survivors(partial(_survivors, reference), tokens, window)
+    return replace(score_survivors(partial(_survivors, reference), tokens, window), selection="prompt")
 
 
 def evaluate_release(

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def evaluate_bundle(
     context = loaded.manifest["context"]
     if window > context:
         raise AgqError(f"a window of {window} does not fit the bundle's context of {context}")
-    protocol = choose_protocol(protocol, loaded.manifest.get("pruning") is not None)
+    prunes = loaded.manifest.get("pruning") is not None
+    protocol = choose_protocol(protocol, prunes)
     if protocol == "paper-protocol":
         raise AgqError(f"{bundle} is a bundle, paper-protocol is for checkpoints: choose the protocol suffix")
     tokens = load_tokenizer(loaded.path).encode(text, add_special_tokens=False).ids[:max_tokens]
@@ -68,7 +70,8 @@ def evaluate_bundle(
         engine = Engine(loaded, session)
         if protocol == "all":
             return score(partial(_logits, engine), tokens, window)
-        return score_suffix(partial(suffix_logits, engine), tokens, window)
+        scored = score_suffix(partial(suffix_logits, engine), tokens, window)
+        return replace(scored, selection="chunk" if prunes else None)
 
 
 def _logits(engine: Engine, tokens: list[int]) -> np.ndarray:
@@ -104,8 +107,8 @@ def evaluate(
     -------
     dict
         ``perplexity`` and its standard error ``perplexity_stderr``, ``nll`` and ``nll_stderr`` in nats per token
-        (errors are None for a single window), ``tokens`` scored, ``window``, ``protocol``, ``text`` and
-        ``text_sha256``.
+        (errors are None for a single window), ``tokens`` scored, ``window``, ``protocol``, ``selection`` (None if
+        no tokens are dropped), ``text`` and ``text_sha256``.
 
     Raises
     ------
@@ -129,6 +132,7 @@ def evaluate(
         "tokens": result.tokens,
         "window": result.window,
         "protocol": result.protocol,
+        "selection": result.selection,
         "text": title(data),
         "text_sha256": load_text(data)[1],
     }

@@ -32,11 +32,14 @@ class Score:
         Negative log-likelihood of the tokens of each window that are scored, in nats.
     protocol : str
         One of `PROTOCOLS`.
+    selection : {"chunk", "prompt"} or None
+        Where tokens that stay were chosen; None if all did.
     """
 
     window: int
     losses: np.ndarray
     protocol: str = "all"
+    selection: str | None = None
 
     @property
     def tokens(self) -> int:

@@ -48,7 +48,7 @@ def test_whole_way(agq, tmp_path, text):
         result_of(agq("eval", what, "--data", text, "--window", "64", "--json")) for what in (bundle, checkpoint, model)
     ]
     names = {"perplexity", "perplexity_stderr", "nll", "nll_stderr", "tokens", "window", "protocol", "text"}
-    assert all(set(score) == names | {"text_sha256"} for score in scores)
+    assert all(set(score) == names | {"selection", "text_sha256"} for score in scores)
     assert all(0 < score["perplexity_stderr"] < score["perplexity"] for score in scores)
     assert scores[0]["tokens"] == scores[1]["tokens"] == scores[2]["tokens"] > 500
     assert scores[0]["nll"] == pytest.approx(scores[1]["nll"], rel=1e-3)

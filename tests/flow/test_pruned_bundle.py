@@ -57,6 +57,7 @@ def test_a_bundle_scores_what_the_reference_scores(pruned, window):
 def test_a_bundle_is_told_from_a_checkpoint(pruned):
     said, found = evaluate(pruned / "bundle", **TEXT), evaluate_bundle(pruned / "bundle", **TEXT)
     assert (said["protocol"], said["tokens"], said["nll"]) == ("suffix", 40, found.nll)
+    assert said["selection"] == "chunk"
 
 
 def test_a_bundle_says_how_it_prunes(pruned):
@@ -75,7 +76,8 @@ def test_two_bundles_are_timed_in_turns(pruned):
 def test_a_bundle_selects_by_chunk(pruned):
     with pytest.raises(AgqError, match="selects tokens by chunk: give a checkpoint"):
         evaluate(pruned / "bundle", **TEXT, selection="prompt")
-    assert evaluate(pruned / "checkpoint", **TEXT, selection="prompt")["tokens"] == 40
+    said = evaluate(pruned / "checkpoint", **TEXT, selection="prompt")
+    assert (said["tokens"], said["selection"]) == (40, "prompt")
 
 
 @pytest.mark.parametrize(("protocol", "words"), [("paper-protocol", "is for checkpoints"), ("all", "choose the pro")])
