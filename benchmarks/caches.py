@@ -128,7 +128,7 @@ def _tokens(tokenizer: Path, text: str, count: int) -> list[int]:
 
 def _cells(row: dict) -> tuple[str, ...]:
     change = (f"{100 * row['change']:+.2f}", f"{100 * row['change_stderr']:.2f}") if "change" in row else ("", "")
-    return (row["text"], row["what"], row["form"], f"{row['perplexity']:.3f}", *change)
+    return (row["text"], f"{row['what']}: {row['form']}", f"{row['perplexity']:.3f}", *change)
 
 
 def _measure(arguments: argparse.Namespace, work: Path) -> list[dict]:
@@ -151,7 +151,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         rows = _measure(arguments, arguments.work or Path(scratch))
-    print(aligned([("text", "what", "form", "perplexity", "change %", "± SE"), *map(_cells, rows)]))
+    print(aligned([("text", "form", "perplexity", "change %", "± SE"), *map(_cells, rows)]))
     setting = {"windows": WINDOWS, "window": WINDOW}
     write_report(arguments.output, report("benchmarks.caches", ("torch", "numpy"), rows=rows, **setting))
     return 0
