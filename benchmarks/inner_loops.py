@@ -2,11 +2,13 @@
 
     python -m benchmarks.inner_loops
 
-Every loop is the work for some multiply-accumulates, everything in registers or the first cache, without scales: what
-decides whether a multiply is worth writing, before it is written.
+Every loop is the work for some multiply-accumulates, everything in registers or the first cache: what decides whether
+a multiply is worth writing, before it is written. Those of "prefill" are whole, with scales: the loops that kernels
+have in assembly, for groups of 32 with an activation scale for each, and the one that 8-bit weights could have.
 """
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -14,11 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agq_tvm.errors import AgqError
+from agq_tvm.kernels.intrin.assembly import OPERANDS, Assembly, Form, looped, registers, scale_loads
+from agq_tvm.kernels.intrin.dotprod import DOTPROD
+from agq_tvm.kernels.intrin.i8mm import I8MM
+from agq_tvm.kernels.intrin.neon import NEON
+from agq_tvm.kernels.layout import K_BLOCK
 from agq_tvm.tuning.core_model import find_simulator
 from benchmarks.tables import RESULTS, aligned, report, write_report
 
 _ROUNDS = 1000
-_ARM = {"cortex-a72": "aarch64", "neoverse-n1": "aarch64", "neoverse-n2": "aarch64"}
+_ARM = {core: "aarch64" for core in ("cortex-a72", "neoverse-n1", "neoverse-n2", "cortex-x2")}
+_PREFILL = Form(per_group=True, blocks=1, groups=64, unroll=4)
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,64 @@ _NIBBLES = [
     *(f"and v{18 + 2 * i}.16b, v{16 + i}.16b, v31.16b" for i in range(2)),
     *(f"ushr v{19 + 2 * i}.16b, v{16 + i}.16b, #4" for i in range(2)),
 ]
+
+
+def prefill_loops() -> list[Loop]:
+    """List what one round of a kernel's loop in assembly takes; where it takes bytes, 8-bit weights have the same."""
+    name, bytewise = "prefill, groups of 32:", "W4A8, W4A4, W8A8"
+    neon = NEON.assembly
+    return [
+        _prefill(f"{name} W4A8", ("cortex-a72",), neon, neon.lines(_PREFILL)),
+        _prefill(f"{name} W4A4", ("cortex-a72",), neon, NEON.assembly_4x4.lines(_PREFILL)),
+        _prefill(f"{name} W8A8", ("cortex-a72",), neon, _neon_8bit(_PREFILL)),
+        _prefill(f"{name} {bytewise}", ("neoverse-n1",), DOTPROD.assembly, DOTPROD.assembly.lines(_PREFILL)),
+        _prefill(f"{name} {bytewise}", ("cortex-x2",), I8MM.assembly, I8MM.assembly.lines(_PREFILL)),
+    ]
+
+
+def _prefill(name: str, cores: tuple[str, ...], loop: Assembly, lines: list[str]) -> Loop:
+    """Take the body of a loop, with registers for its operands."""
+    body = lines[lines.index("1:") + 1 : lines.index("b.ne 1b")]
+    text = "\n".join(body)
+    for place, operand in enumerate(OPERANDS):
+        text = text.replace("{" + operand + "}", f"x{place}")
+    products = loop.rows * loop.columns * _PREFILL.unroll * _PREFILL.blocks * K_BLOCK
+    return Loop(name, cores, products, text.split("\n"))
+
+
+def _neon_8bit(form: Form) -> list[str]:
+    """Sum groups of 32 channels of 8-bit weights, 2 rows by 4 vectors of 8 columns: no kernel of ours.
+
+    16 bits take two products, 2 * 127 * 127 = 32258. v0-v15 dot products in 32 bits, v16-v19 weights, v20-v23 repeated
+    activations, v24-v27 activations, v28 and v29 their scales, v30 and v31 products.
+    """
+    lines = scale_loads(form, 2, 28)
+    for group in range(form.unroll):
+        lines.append(f"ld1 {registers('16b', 24)}, [{{x}}], {{stride}}")
+        for step, v in itertools.product(range(8), range(4)):
+            if v == 0:
+                words = [(i, 24 + i // 2 * 2 + step // 4, (2 * step + i % 2) % 8) for i in range(4)]
+                lines += [f"dup v{20 + i}.8h, v{x}.h[{word}]" for i, x, word in words]
+            if v % 2 == 0:
+                lines.append(f"ld1 {registers('16b', 16)}, [{{codes}}], #64")
+            for r, (half, s, kind) in itertools.product(range(2), _HALVES):
+                for i, multiply in enumerate(("smull", "smlal")):
+                    lines.append(
+                        f"{multiply}{s} v{30 + half}.8h, v{16 + v % 2 * 2 + i}.{kind}, v{20 + 2 * r + i}.{kind}"
+                    )
+                lines.append(f"sadalp v{8 * r + 2 * v + half}.4s, v{30 + half}.8h")
+        for half, r in itertools.product(range(2), range(2)):
+            first = 8 * r + 4 * half
+            lines += [f"ld1 {registers('4s', 20)}, [{{factors}}], #64"] * (r == 0)
+            lines += [
+                f"ld1 {registers('4s', 16)}, [{{factors}}]{', #64' * r}",
+                f"ld1 {registers('4s', 24)}, [{{sums}}]",
+            ]
+            lines += [f"fmla v{16 + i}.4s, v{first + i}.4s, v{20 + i}.4s" for i in range(4)]
+            lines += [f"fmla v{24 + i}.4s, v{16 + i}.4s, v{28 + r}.s[{group}]" for i in range(4)]
+            lines += [f"st1 {registers('4s', 24)}, [{{sums}}], #64", f"ld1 {registers('4s', first)}, [{{magic}}]"]
+        lines.append("sub {sums}, {sums}, #256")
+    return looped(lines)
 
 
 def _mla(total: int, first: int, second: int) -> list[str]:
@@ -178,7 +244,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "inner_loops.json", metavar="FILE")
     arguments = parser.parse_args()
     (tool, _), rows = find_simulator(), []
-    for loop in (*arm_loops(), *x86_loops()):
+    for loop in (*arm_loops(), *prefill_loops(), *x86_loops()):
         for core in loop.cores:
             taken, count = cycles(loop, core, tool), len(loop.lines)
             ratios = (f"{loop.products / count:.2f}", f"{loop.products / taken:.2f}")

@@ -75,7 +75,8 @@ def _row(counted: Counted, modelled: bool) -> Row:
     device = load_device(counted.product.device)
     listing = disassemble(counted.library, device)
     unpacking = core_model.unpacking(listing, counted.multiply)
-    return Row(counted, unpacking, core_model.simulate(listing, counted.multiply, device))
+    core = core_model.CORES.get(device.cpu, device.cpu)
+    return Row(counted, unpacking, core_model.simulate(listing, counted.multiply, device, core))
 
 
 def _can_model() -> bool:

@@ -35,6 +35,8 @@ _FILES = """
     ggml-cpu/arch/arm/quants.c ggml-cpu/arch/arm/repack.cpp ggml-cpu/llamafile/sgemm.cpp
 """.split()
 _DEFINES = ("GGML_USE_CPU_REPACK", "GGML_USE_LLAMAFILE", "GGML_SCHED_MAX_COPIES=4", "_GNU_SOURCE", "NDEBUG")
+_LEFT_OUT = {"cortex-x2": "-v9a-sve-sve2"}
+"""By the device's core: what our kernels for it do without as well, see the device's file."""
 _DOWNLOAD_LIMIT = 900.0
 
 
@@ -124,7 +126,8 @@ def _program(device: Device) -> Path:
 
 
 def _build(ggml: Path, folder: Path, device: Device) -> None:
-    arguments = [f"-mcpu={device.cpu.replace('-', '_')}", "-O3", "-g0", "-lc++"]
+    processor = device.cpu.replace("-", "_") + _LEFT_OUT.get(device.cpu, "")
+    arguments = [f"-mcpu={processor}", "-O3", "-g0", "-lc++"]
     arguments += [f"-D{define}" for define in _DEFINES]
     for include in ("include", "src", "src/ggml-cpu"):
         arguments += ["-I", str(ggml / include)]

@@ -16,7 +16,7 @@ from agq_tvm.targets.link import exporter
 from agq_tvm.tuning.block_counts import Count, count_instructions
 
 COLUMNS, CHANNELS = 256, 2048
-DEVICES = ("raspberry-pi-4", "snapdragon-870")
+DEVICES = ("raspberry-pi-4", "snapdragon-870", "snapdragon-8-gen-1")
 ROWS = (1, 128)
 FORMS = ((4, 8), (4, 4), (8, 8))
 """Bits of weights and activations."""

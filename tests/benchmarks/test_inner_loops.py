@@ -7,12 +7,14 @@ import subprocess
 
 import pytest
 
-from benchmarks.inner_loops import arm_loops, x86_loops
+from benchmarks.inner_loops import arm_loops, prefill_loops, x86_loops
 
+LOOPS = (*arm_loops(), *prefill_loops(), *x86_loops())
 ASSEMBLERS = {
     "cortex-a72": ("aarch64-linux-gnu-as", "-march=armv8-a"),
     "neoverse-n1": ("aarch64-linux-gnu-as", "-march=armv8.2-a+dotprod"),
     "neoverse-n2": ("aarch64-linux-gnu-as", "-march=armv8.2-a+i8mm"),
+    "cortex-x2": ("aarch64-linux-gnu-as", "-march=armv8.2-a+i8mm"),
     "haswell": ("as", "-march=generic64+avx2"),
     "znver4": ("as", "-march=generic64+avx512bw+avx512_vnni"),
 }
@@ -24,7 +26,7 @@ def test_loops_are_code_of_their_cores(core):
     assembler, march = ASSEMBLERS[core]
     if shutil.which(assembler) is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{assembler} is missing: install binutils for it")
-    text = "\n".join(line for loop in (*arm_loops(), *x86_loops()) if core in loop.cores for line in loop.lines)
+    text = "\n".join(line for loop in LOOPS if core in loop.cores for line in loop.lines)
     result = subprocess.run(
         [assembler, march, "-o", os.devnull, "-"], input=text + "\n", capture_output=True, text=True
     )
@@ -33,9 +35,9 @@ def test_loops_are_code_of_their_cores(core):
 
 def test_products_are_those_of_the_multiplies():
     counted = {}
-    for loop in (*arm_loops(), *x86_loops()):
+    for loop in LOOPS:
         names = [re.split(r"\s", line)[0] for line in loop.lines]
         if any(name in PRODUCTS for name in names):
-            counted[loop.name] = sum(PRODUCTS.get(name, 0) for name in names), loop.products
-    assert len(counted) == 8
+            counted[loop.name, loop.cores] = sum(PRODUCTS.get(name, 0) for name in names), loop.products
+    assert len(counted) == 12
     assert all(products == expected for products, expected in counted.values()), counted

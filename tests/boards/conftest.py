@@ -19,7 +19,7 @@ from tests.compiled import FUNCTIONS, ROWS
 
 DEVICES = ("raspberry-pi-4", "snapdragon-870")
 BOARDS = (*DEVICES, "snapdragon-8-gen-1")
-"""What is emulated; whole models are run on `DEVICES`."""
+"""What is emulated; most whole models are run on `DEVICES`."""
 
 
 @dataclass
