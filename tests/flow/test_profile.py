@@ -16,9 +16,10 @@ from agq_tvm.flow.profile import PICTURE, bits_from, profile
 from agq_tvm.flow.profile_file import PROFILE, OperationTimes, Profile, Proposal, RoleProposal, read_profile, total
 from agq_tvm.flow.profile_kernels import Effort, Place, time_kernels
 from agq_tvm.flow.profile_operands import Kernel, Operand
-from agq_tvm.flow.profile_report import as_text
+from agq_tvm.flow.profile_report import as_text, choices
 from agq_tvm.flow.propose_bits import PerplexityCost, choose, propose, savings, upper_percent
 from agq_tvm.flow.quantize import quantize
+from agq_tvm.flow.schedules import Chooser
 from agq_tvm.kernels.emit import task_loop
 from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.reference import ReferenceModel
@@ -66,6 +67,46 @@ def test_profile_of_this_machine(tiny_checkpoint, tmp_path, capsys):
     assert "a bundle runs w4a8: per-token-group activations, int8 caches, 8-bit head" in text
     assert made.proposal.reason in text and text.count("weight stream: ") == 1
     assert cache_bytes() % 1024 == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "own", "words"),
+    [
+        ({"activation": "none", "head_bits": 16}, "own", "runs own: float activations, float16 caches, float16 head"),
+        ({"weight_bits": 8}, "w8a8", "runs w8a8: per-token-group activations, float16 caches, 8-bit head"),
+    ],
+)
+def test_checkpoints_without_room_for_4_bits_are_profiled(settings, own, words, tmp_path, monkeypatch):
+    def timed(*_):
+        return False, {8: times(o=(10, 8))}
+
+    monkeypatch.setattr("agq_tvm.flow.profile._timed", timed)
+    monkeypatch.setattr("agq_tvm.flow.profile_picture.draw", lambda *_: None)
+    quantize(str(write_tiny_llama(tmp_path / "m")), tmp_path / "c", method="rtn", group_size=32, **settings)
+    made = profile(tmp_path / "c", "host", tmp_path / "p", rows=(8,))
+    assert made.own == own and choices(made) == f"a bundle {words}"
+    assert made.proposal.four_bit == () and "4-bit weights and 8-bit activations" in made.proposal.reason
+    assert made.proposal.roles["o"].saved_percent == 20
+
+
+def test_schedules_come_from_the_library_as_for_a_bundle(tiny_checkpoint, tmp_path, monkeypatch):
+    asked = []
+
+    def timed(decoders, device, *_):
+        decoders()
+        assert {name for name, _ in asked} == {device.name} and asked[0][1] == device.threads
+        return False, {8: times(o=(10, 10))}
+
+    class Asked(Chooser):
+        def __init__(self, library, isa, threads):
+            super().__init__(library, isa, threads)
+            asked.append((library.device, threads))
+
+    monkeypatch.setattr("agq_tvm.flow.profile._timed", timed)
+    monkeypatch.setattr("agq_tvm.flow.profile_picture.draw", lambda *_: None)
+    monkeypatch.setattr("agq_tvm.flow.schedules.Chooser", Asked)
+    profile(tiny_checkpoint, "host", tmp_path / "p", rows=(8,))
+    assert len(asked) == len(FORMS)
 
 
 def test_refusals(tiny_checkpoint, tmp_path):
