@@ -111,7 +111,7 @@ def _joined(rows: tuple[int, ...]) -> str:
 
 
 def _positions(checkpoint: Checkpoint) -> int:
-    return min(POSITIONS, checkpoint.config.context_length)
+    return min(POSITIONS, cache_length(checkpoint, None))
 
 
 def _profile(

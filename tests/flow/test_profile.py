@@ -27,7 +27,7 @@ from agq_tvm.runtime.perplexity import Difference, compare
 from agq_tvm.targets import load_device
 from agq_tvm.targets.processors import cache_bytes
 from agq_tvm.tvm_seam import IRBuilder, T
-from tests.tiny import write_tiny_llama
+from tests.tiny import write_tiny_llama, write_tiny_model
 
 SMALL = Effort(repeats=3, milliseconds=0, cold_bytes=1 << 14)
 
@@ -82,8 +82,10 @@ def test_checkpoints_without_room_for_4_bits_are_profiled(settings, own, words, 
 
     monkeypatch.setattr("agq_tvm.flow.profile._timed", timed)
     monkeypatch.setattr("agq_tvm.flow.profile_picture.draw", lambda *_: None)
-    quantize(str(write_tiny_llama(tmp_path / "m")), tmp_path / "c", method="rtn", group_size=32, **settings)
+    write_tiny_model(tmp_path / "m", "llama", max_position_embeddings=300)
+    quantize(tmp_path / "m", tmp_path / "c", method="rtn", group_size=32, **settings)
     made = profile(tmp_path / "c", "host", tmp_path / "p", rows=(8,))
+    assert made.positions == 288  # as many as compiled caches hold, which is whole vectors of them
     assert made.own == own and choices(made) == f"a bundle {words}"
     assert made.proposal.four_bit == () and "4-bit weights and 8-bit activations" in made.proposal.reason
     assert made.proposal.roles["o"].saved_percent == 20
