@@ -98,19 +98,32 @@ def profile(subparsers) -> None:
 
         options = {"rows": args.rows} if args.rows else {}
         result = profile(
-            args.checkpoint, args.target, args.output, args.tracker, args.key, budget=args.budget, **options
+            args.checkpoint,
+            args.target,
+            args.output,
+            args.tracker,
+            args.key,
+            budget=args.budget,
+            cache=args.cache,
+            **options,
         )
         print(json.dumps(result.as_dict()) if args.json else f"{as_text(result)}\n\n{args.output}")
 
     parser = command(
-        subparsers, "profile", "time a block's operations on a device, propose which inputs get 4 bits", run
+        subparsers, "profile", "time a model's operations on a device, propose which inputs get 4 bits", run
     )
     parser.add_argument("checkpoint", metavar="CKPT")
     parser.add_argument("--target", required=True, metavar="NAME", help="see `agq targets`; host is this machine")
     parser.add_argument("-o", "--output", default="agq-profile", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--tracker", metavar="HOST:PORT", help="profile a board that is registered there")
     parser.add_argument("--key", help="what the board is registered as (default: the target's name)")
-    parser.add_argument("--rows", type=numbers, metavar="M,M,…", help="rows of activations (default: 1,128)")
+    parser.add_argument("--cache", choices=("float16", "int8"), default="float16", help="as for `agq compile`")
+    parser.add_argument(
+        "--rows",
+        type=numbers,
+        metavar="M,M,…",
+        help="rows of activations: 1 is decode, 8 to 128 prefill (default: 1,128)",
+    )
     parser.add_argument(
         "--budget",
         type=float,

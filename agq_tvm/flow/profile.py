@@ -1,7 +1,8 @@
-"""Time the operations of a decoder block on a device, and propose which inputs should have 4 bits there."""
+"""Time the operations of a decoder on a device, and propose which inputs should have 4 bits there."""
 
 import gc
 import os
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,11 @@ from agq_tvm.boards.tracker import board_features, board_is_emulated, connect
 from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory
 from agq_tvm.flow.analyze import need_matplotlib
-from agq_tvm.flow.packing import offsets_dtype
+from agq_tvm.flow.compile import cache_length
 from agq_tvm.flow.profile_file import PROFILE, OperationTimes, Profile, Proposal, read_profile, write_profile
 from agq_tvm.flow.propose_bits import PerplexityCost, none, propose, savings
+from agq_tvm.kernels.attention_form import CACHES
+from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.progress import say
 from agq_tvm.quantize.checkpoint import Checkpoint, read_checkpoint
 from agq_tvm.runtime.threads import Threads, configure_board
@@ -19,15 +22,15 @@ from agq_tvm.targets import Device, detect, load_device
 from agq_tvm.targets.processors import cache_bytes
 
 if TYPE_CHECKING:
+    from agq_tvm.flow.profile_forms import Form
     from agq_tvm.flow.profile_kernels import Effort, Place, Timing
-    from agq_tvm.flow.profile_operations import BlockOperations
+    from agq_tvm.flow.profile_operations import DecoderOperations
 
 PICTURE = "profile.png"
 ROWS = (1, 128)
 BUDGET_PERCENT = 1.0
 POSITIONS = 512
 """Keys that the last row attends to."""
-_CONTEXT = 2048
 _SESSION_SECONDS = 3600.0
 
 
@@ -40,13 +43,15 @@ def profile(
     rows: tuple[int, ...] = ROWS,
     budget: float = BUDGET_PERCENT,
     effort: "Effort | None" = None,
+    cache: str = CACHES[0],
 ) -> Profile:
-    """Profile one block of a checkpoint's model; write ``profile.json`` and, but for emulated boards, ``profile.png``.
+    """Profile a checkpoint's decoder; write ``profile.json`` and, but for emulated boards, ``profile.png``.
 
     Parameters
     ----------
     checkpoint : path-like
-        Shapes, groups, activations and attention are as there; weights and inputs are random.
+        Operations are those of its compiled decoder, with the schedules that the user's library and the shipped one
+        have for them; weights and inputs are random.
     target : str
         A device's name, its TOML file, or ``"host"``.
     output : path-like
@@ -55,11 +60,13 @@ def profile(
         A board behind TVM's tracker, ``"HOST:PORT"``, and what it is registered as (by default the device's name).
         Without a tracker this machine is profiled.
     rows : tuple of int
-        Rows of activations: 1 is decoding, more are prefill.
+        Rows of activations: 1 is decoding, those of a bucket are prefill.
     budget : float
         Perplexity in percent that 4-bit inputs may cost.
     effort : Effort, optional
         By default that for figures to go by; emulated boards only run every kernel.
+    cache : str
+        What keys and values are stored as, as for `agq_tvm.flow.compile.compile_checkpoint`.
 
     Returns
     -------
@@ -73,9 +80,9 @@ def profile(
     """
     need_matplotlib()
     device, source = load_device(target), read_checkpoint(checkpoint)
-    _check(source, rows, budget, tracker, key)
+    _check(source, rows, budget, tracker, key, cache)
     with fresh_directory(output, "profile") as directory:
-        result = _profile(source, device, tracker, key, rows, budget, effort)
+        result = _profile(source, device, tracker, key, rows, budget, effort, cache)
         write_profile(directory / PROFILE, result)
         if not result.emulated:
             from agq_tvm.flow.profile_picture import draw
@@ -84,28 +91,27 @@ def profile(
     return result
 
 
-def _check(checkpoint: Checkpoint, rows: tuple[int, ...], budget: float, tracker: str | None, key: str | None) -> None:
-    if checkpoint.scheme.activation == "none":
-        raise AgqError(
-            f"{checkpoint.path} has float activations, which have no kernels: quantize it with "
-            "--activation per-token-group"
-        )
-    scheme = checkpoint.scheme
-    if scheme.group_size == "column" or scheme.weight_bits == 8 or scheme.mixed_bits:
-        raise AgqError(
-            f"{checkpoint.path} cannot be profiled: give one with 4-bit weights in groups and 8-bit activations"
-        )
-    most = _positions(checkpoint)
-    if not rows or len(set(rows)) < len(rows) or not all(1 <= count <= most for count in rows):
-        raise AgqError(f"--rows takes different numbers in 1..{most}, not {','.join(map(str, rows))}")
+def _check(
+    checkpoint: Checkpoint, rows: tuple[int, ...], budget: float, tracker: str | None, key: str | None, cache: str
+) -> None:
+    possible = [count for count in (1, *PREFILL_BUCKETS) if count <= _positions(checkpoint)]
+    if not rows or len(set(rows)) < len(rows) or not set(rows) <= set(possible):
+        choice = ", ".join(map(str, possible))
+        raise AgqError(f"--rows takes different ones of {choice}, which models are compiled for, not {_joined(rows)}")
+    if cache not in CACHES:
+        raise AgqError(f"unknown cache {cache!r}: choose one of {', '.join(CACHES)}")
     if not 0 <= budget <= 100:
         raise AgqError(f"--budget is a part of the perplexity in percent, 0 to 100, not {budget:g}")
     if key is not None and tracker is None:
         raise AgqError("--key names a board of a tracker: give --tracker HOST:PORT, too")
 
 
+def _joined(rows: tuple[int, ...]) -> str:
+    return ",".join(map(str, rows)) or "none"
+
+
 def _positions(checkpoint: Checkpoint) -> int:
-    return min(POSITIONS, checkpoint.config.context_length)
+    return min(POSITIONS, cache_length(checkpoint, None))
 
 
 def _profile(
@@ -116,14 +122,14 @@ def _profile(
     rows: tuple[int, ...],
     budget: float,
     effort: "Effort | None",
+    cache: str,
 ) -> Profile:
-    from agq_tvm.flow.profile_operations import FORMS
+    from agq_tvm.flow.profile_forms import forms_of
 
     load = os.getloadavg()[0] if tracker is None else None
-    blocks = [_block(source, device, count) for count in rows]
-    emulated, timings = _timings(blocks, device, tracker, key, effort)
+    forms, own = forms_of(source, device.instruction_set, cache)
+    emulated, times = _timed(lambda: _decoders(source, device, forms, rows), device, tracker, key, effort)
     gc.collect()  # of a board's session, which ends with the last thing that came from there
-    times = {count: _times(block, emulated, timings) for count, block in zip(rows, blocks, strict=True)}
     return Profile(
         device=device.name,
         instruction_set=device.instruction_set,
@@ -132,41 +138,58 @@ def _profile(
         emulated=emulated,
         load=load,
         family=source.config.family,
+        layers=source.config.num_layers,
         activation=source.scheme.activation,
         group_size=source.scheme.group_size,
+        head_bits=source.scheme.head_bits,
+        cache=cache,
         positions=_positions(source),
-        forms=FORMS,
-        blocks=times,
+        forms=tuple(form.name for form in forms),
+        own=own,
+        operations=times,
         proposal=_proposal(source, times, emulated, budget),
     )
 
 
-def _block(source: Checkpoint, device: Device, rows: int) -> "BlockOperations":
-    from agq_tvm.flow.profile_operations import BlockOperations
-    from agq_tvm.kernels.instruction_sets import instruction_set
+def _decoders(
+    source: Checkpoint, device: Device, forms: tuple["Form", ...], rows: tuple[int, ...]
+) -> list["DecoderOperations"]:
+    """Return the operations for each number of rows, with the schedules that compiling would choose."""
+    from agq_tvm.flow.profile_operations import DecoderOperations
+    from agq_tvm.flow.schedules import Chooser
+    from agq_tvm.kernels.records import open_library
+    from agq_tvm.tvm_seam import Target
 
-    positions = _positions(source)
-    context = -(-min(_CONTEXT, source.config.context_length) // 16) * 16
-    isa = instruction_set(device.instruction_set)
-    return BlockOperations(source.config, source.scheme, offsets_dtype(source), isa, rows, context, positions - rows)
+    library, context = open_library(device.name), cache_length(source, None)
+
+    def choose(form: "Form") -> Chooser:
+        return Chooser(library, form.isa, device.threads)
+
+    with Target(device.tvm_target()):
+        return [DecoderOperations(source, forms, count, context, _positions(source) - count, choose) for count in rows]
 
 
-def _timings(
-    blocks: list["BlockOperations"], device: Device, tracker: str | None, key: str | None, effort: "Effort | None"
-) -> tuple[bool, dict[str, "Timing"]]:
-    """Return whether the board is emulated, and the times of all kernels by name."""
+def _timed(
+    decoders: Callable[[], list["DecoderOperations"]],
+    device: Device,
+    tracker: str | None,
+    key: str | None,
+    effort: "Effort | None",
+) -> tuple[bool, dict[int, tuple[OperationTimes, ...]]]:
+    """Return whether the board is emulated, and by rows the times of all operations."""
     from agq_tvm.flow.profile_kernels import ONCE, Effort, time_kernels
 
     place, emulated = _open(device, tracker, key)
     effort = ONCE if emulated else effort or Effort(cold_bytes=_cold_bytes(tracker is None))
     where = "this machine" if tracker is None else f"{'the emulated ' if emulated else ''}board {key or device.name}"
-    timings: dict[str, Timing] = {}
-    with Threads(device.threads).running() if tracker is None else nullcontext():
-        for block in blocks:
-            say(f"timing {len(block.kernels)} kernels of {block.rows} rows on {where}")
-            timings |= time_kernels(block.kernels.values(), place, effort)
+    times: dict[int, tuple[OperationTimes, ...]] = {}
+    for decoder in decoders():
+        say(f"timing {len(decoder.kernels)} kernels of {decoder.rows} rows on {where}")
+        with Threads(device.threads).running() if tracker is None else nullcontext():
+            timings = time_kernels(decoder.kernels.values(), place, effort)
+        times[decoder.rows] = _times(decoder, emulated, timings)
     place.forget()
-    return emulated, timings
+    return emulated, times
 
 
 def _cold_bytes(here: bool) -> int:
@@ -194,35 +217,32 @@ def _open(device: Device, tracker: str | None, key: str | None) -> tuple["Place"
     return Place(device, session), emulated
 
 
-def _times(block: "BlockOperations", emulated: bool, timings: dict[str, "Timing"]) -> tuple[OperationTimes, ...]:
-    if emulated:
-        return tuple(OperationTimes(operation.name, operation.kind) for operation in block.operations)
-    return tuple(
-        OperationTimes(
-            operation.name,
-            operation.kind,
-            {form: _seconds(parts, timings) for form, parts in operation.kernels.items()},
-            {
-                form: sum(abs(n) * timings[name].spread for name, n in parts)
-                for form, parts in operation.kernels.items()
-            },
-        )
-        for operation in block.operations
-    )
+def _times(decoder: "DecoderOperations", emulated: bool, timings: dict[str, "Timing"]) -> tuple[OperationTimes, ...]:
+    def seconds(kernels: Mapping[str, int]) -> float:
+        return max(0.0, sum(times * timings[name].seconds for name, times in kernels.items()))
 
+    def spread(kernels: Mapping[str, int]) -> float:
+        return sum(abs(times) * timings[name].spread for name, times in kernels.items())
 
-def _seconds(parts: tuple[tuple[str, int], ...], timings: dict[str, "Timing"]) -> float:
-    return max(0.0, sum(n * timings[name].seconds for name, n in parts))
+    times = []
+    for each in decoder.operations:
+        kernels = {} if emulated else each.kernels
+        by_form = ({form: value(runs) for form, runs in kernels.items()} for value in (seconds, spread))
+        times.append(OperationTimes(each.name, each.section, each.kind, *by_form))
+    return tuple(times)
 
 
 def _proposal(
-    source: Checkpoint, blocks: dict[int, tuple[OperationTimes, ...]], emulated: bool, budget: float
+    source: Checkpoint, times: dict[int, tuple[OperationTimes, ...]], emulated: bool, budget: float
 ) -> Proposal:
     if emulated:
         return none(budget, "the board is emulated: its time means nothing", {})
-    saved = savings(blocks)
-    if source.scheme.activation == "static":
+    saved, scheme = savings(times), source.scheme
+    if scheme.activation == "static":
         return none(budget, "static scales were calibrated for 8 bits: 4 bits need a calibration of their own", saved)
+    if scheme.activation == "none" or scheme.mixed_bits or scheme.weight_bits == 8:
+        reason = "they are for 4-bit weights and 8-bit activations, and this checkpoint has others"
+        return none(budget, reason, saved)
     return propose(saved, PerplexityCost(source), budget)
 
 

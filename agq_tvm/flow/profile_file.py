@@ -1,20 +1,22 @@
-"""A profile: what the operations of a decoder block take on a device, and which inputs should have 4 bits there.
+"""A profile: what the operations of a decoder take on a device, and which inputs should have 4 bits there.
 
 It is written as JSON, and nothing in such a file is trusted when it is read.
 """
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PROFILE = "profile.json"
 KINDS = ("linear", "attention", "nonlinear", "quantization")
+SECTIONS = ("embedding", "block", "head")
+"""Parts of a decoder, in order."""
 _MOST_ROWS = 4096
 
 
@@ -26,14 +28,17 @@ class OperationTimes:
     ----------
     name : str
         A linear's is its role.
+    section : str
+        One of `SECTIONS`.
     kind : str
         One of `KINDS`.
     seconds, spread : dict of str to float
-        By form, for one block: the median of some repeats and half the distance between their quartiles. A form lacks
-        what it does not do; an emulated board has no forms at all.
+        By form, for one call of the decoder, all its blocks together: the median of some repeats and half the distance
+        between their quartiles. A form lacks what it does not do; an emulated board has no forms at all.
     """
 
     name: str
+    section: str
     kind: str
     seconds: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
@@ -46,7 +51,7 @@ class RoleProposal:
     Attributes
     ----------
     saved_percent : float
-        Of a block's time in W4A8, mean over the numbers of rows; 0 where it is within the spread.
+        Of the decoder's time in W4A8, mean over the numbers of rows; 0 where it is within the spread.
     cost_percent : float or None
         Perplexity that it costs alone, mean and two standard errors; None where it was not measured.
     chosen : bool
@@ -97,13 +102,22 @@ class Profile:
         Of this machine when timing began: how many programs wanted a processor, mean of the last minute.
     family : str
         Of the model.
+    layers : int
+        Its blocks.
     activation : str
-        How activations are quantized.
-    group_size : int
+        How the checkpoint's activations are quantized; ``"none"`` for floats.
+    group_size : int or str
+        ``"column"`` for one scale of a column.
+    head_bits : int
+        Of the weights outside the blocks, in forms of integers.
+    cache : str
+        What keys and values are stored as in forms of integers.
     positions : int
         Keys that attention sees at the last row.
     forms : tuple of str
-    blocks : dict of int to tuple of OperationTimes
+    own : str
+        Which of them `agq compile` makes of the checkpoint.
+    operations : dict of int to tuple of OperationTimes
         By rows.
     proposal : Proposal
     """
@@ -115,21 +129,50 @@ class Profile:
     emulated: bool
     load: float | None
     family: str
+    layers: int
     activation: str
-    group_size: int
+    group_size: int | str
+    head_bits: int
+    cache: str
     positions: int
     forms: tuple[str, ...]
-    blocks: dict[int, tuple[OperationTimes, ...]]
+    own: str
+    operations: dict[int, tuple[OperationTimes, ...]]
     proposal: Proposal
 
     def as_dict(self) -> dict:
         """Return what is written as JSON."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        return {"format_version": FORMAT_VERSION, **asdict(self), "weight_stream": self.weight_stream()}
+
+    def weight_stream(self) -> dict[str, dict[str, float]]:
+        """Return, by form, which share of a decode step the products with weights take: they do little but read them.
+
+        ``"model"`` is the share of all products, the head's too, in the whole decoder; ``"block"`` that of a block's
+        in the block. Empty without times of one row.
+        """
+        decode = () if self.emulated else self.operations.get(1, ())
+        block = tuple(operation for operation in decode if operation.section == "block")
+        parts = {"model": decode, "block": block} if decode else {}
+        shares = {form: {} for form in self.forms if parts}
+        for form, share in shares.items():
+            share.update({part: total(each, form, "linear") / total(each, form) for part, each in parts.items()})
+        return shares
 
 
-def total(operations: tuple[OperationTimes, ...], form: str, kind: str | None = None) -> float:
-    """Return the seconds of a block in a form, of one kind of operations or of all."""
-    return sum(operation.seconds.get(form, 0.0) for operation in operations if kind in (None, operation.kind))
+def total(
+    operations: Iterable[OperationTimes], form: str, kind: str | None = None, section: str | None = None
+) -> float:
+    """Return the seconds of operations in a form, of one kind or section or of all."""
+    return sum(
+        each.seconds.get(form, 0.0)
+        for each in operations
+        if kind in (None, each.kind) and section in (None, each.section)
+    )
+
+
+def roles_in(operations: Iterable[OperationTimes]) -> list[str]:
+    """Return the roles of a block's linears."""
+    return [each.name for each in operations if each.kind == "linear" and each.section == "block"]
 
 
 def write_profile(path: Path, profile: Profile) -> None:
@@ -170,6 +213,7 @@ class _Reader:
         version = values.pop("format_version", None)
         if type(version) is not int or version != FORMAT_VERSION:
             raise AgqError(f"{self.path} is not a profile of format {FORMAT_VERSION}: make it with `agq profile`")
+        stream = values.pop("weight_stream", None)
         self.keys("the file", values, Profile)
         emulated = self.flag(values, "emulated")
         forms = self.texts(values, "forms")
@@ -181,14 +225,20 @@ class _Reader:
             emulated=emulated,
             load=None if values["load"] is None else self.number("load", values["load"]),
             family=self.text(values, "family"),
+            layers=self.integer(values, "layers", 1, 1 << 16),
             activation=self.text(values, "activation"),
-            group_size=self.integer(values, "group_size", 1, 1 << 20),
+            group_size=self.group_size(values),
+            head_bits=self.integer(values, "head_bits", 1, 32),
+            cache=self.text(values, "cache"),
             positions=self.integer(values, "positions", 1, 1 << 24),
             forms=forms,
-            blocks=self.blocks(values["blocks"], () if emulated else forms),
+            own=self.checked("own", values["own"], lambda v: v in forms, "one of its forms"),
+            operations=self.operations(values["operations"], () if emulated else forms),
             proposal=self.proposal(values["proposal"]),
         )
-        roles = {op.name for operations in profile.blocks.values() for op in operations if op.kind == "linear"}
+        if stream != profile.weight_stream():
+            raise self.error("weight_stream", "is not what its times say")
+        roles = {role for operations in profile.operations.values() for role in roles_in(operations)}
         unknown = sorted({*profile.proposal.four_bit, *profile.proposal.roles} - roles)
         if unknown:
             raise self.error("proposal", f"names {unknown[0]!r}, which is no linear of its blocks")
@@ -196,28 +246,38 @@ class _Reader:
             raise self.error("proposal.four_bit", "is not empty, but the board was emulated")
         return profile
 
-    def blocks(self, values: object, forms: tuple[str, ...]) -> dict[int, tuple[OperationTimes, ...]]:
-        blocks = {}
-        for rows, operations in self.table("blocks", values).items():
+    def group_size(self, values: Mapping) -> int | str:
+        is_column = values["group_size"] == "column"
+        return "column" if is_column else self.integer(values, "group_size", 1, 1 << 20)
+
+    def operations(self, values: object, forms: tuple[str, ...]) -> dict[int, tuple[OperationTimes, ...]]:
+        read = {}
+        for rows, operations in self.table("operations", values).items():
             if not (rows.isascii() and rows.isdigit() and 1 <= int(rows) <= _MOST_ROWS):
-                raise self.error("blocks", f"has {rows!r}, which is no number of rows")
+                raise self.error("operations", f"has {rows!r}, which is no number of rows")
+            where = f"operations.{rows}"
             if not isinstance(operations, list) or not operations:
-                raise self.error(f"blocks.{rows}", "is not a list of operations")
-            blocks[int(rows)] = tuple(self.operation(f"blocks.{rows}", value, forms) for value in operations)
-        if not blocks:
-            raise self.error("blocks", "is empty")
-        return blocks
+                raise self.error(where, "is not a list of operations")
+            read[int(rows)] = tuple(self.operation(where, value, forms) for value in operations)
+            for form in forms:
+                if not total(read[int(rows)], form, "linear", "block"):
+                    raise self.error(where, f"has no time for the linears of a block in {form}")
+        if not read:
+            raise self.error("operations", "is empty")
+        return read
 
     def operation(self, where: str, values: object, forms: tuple[str, ...]) -> OperationTimes:
         self.keys(where, values, OperationTimes)
-        kind = self.text(values, "kind")
+        kind, section = self.text(values, "kind"), self.text(values, "section")
         if kind not in KINDS:
             raise self.error(f"{where}: kind", f"cannot be {kind!r}")
+        if section not in SECTIONS:
+            raise self.error(f"{where}: section", f"cannot be {section!r}")
         seconds, spread = (self.numbers(f"{where}.{name}", values[name]) for name in ("seconds", "spread"))
-        wanted = set(forms) if kind != "quantization" else set(seconds) & set(forms)
+        wanted = set(forms) if kind == "linear" else set(seconds) & set(forms)
         if seconds.keys() != wanted or spread.keys() != wanted:
             raise self.error(where, f"has not a time for each of {', '.join(forms) or 'no forms'}")
-        return OperationTimes(self.text(values, "name"), kind, seconds, spread)
+        return OperationTimes(self.text(values, "name"), section, kind, seconds, spread)
 
     def proposal(self, values: object) -> Proposal:
         self.keys("proposal", values, Proposal)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from agq_tvm.flow.profile_operations import Kernel
+from agq_tvm.flow.profile_operands import Kernel
 from agq_tvm.passes.pipeline import lowering
 from agq_tvm.progress import progress
 from agq_tvm.targets import Device

@@ -1,307 +1,217 @@
-"""The operations of one decoder block, and the kernels that compute them in each form.
+"""The operations of a decoder, from the calls of kernels that its compiled functions make, in each form.
 
-A form is what the linears are stored as and multiplied in. Everything else is float32 in every form, as in compiled
-models; what activations cost to quantize is an operation of its own.
+Quantization is fused with what makes an activation. Here the maker has the time of the same kernel without it, and
+what is left is that of an operation of its own.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from agq_tvm.kernels import activation, attention, attention_append, linear, linear_dense
+from agq_tvm.flow.decoder_calls import calls_of, decoder_until
+from agq_tvm.flow.profile_file import SECTIONS
+from agq_tvm.flow.profile_forms import Form
+from agq_tvm.flow.profile_operands import Kernel, Situation, operands_of, parameters_of, tensors, updated_of
+from agq_tvm.kernels import tunable
 from agq_tvm.kernels.activation import QuantizeKernel
-from agq_tvm.kernels.attention_form import AttentionKernel, attention_form
-from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, stored_dtype
-from agq_tvm.kernels.layout import K_BLOCK
-from agq_tvm.kernels.linear import LinearKernel
-from agq_tvm.kernels.linear_dense import DenseKernel
-from agq_tvm.models.decoder import DecoderConfig, Linear
-from agq_tvm.quantize.codebooks import CODE_BOOKS
-from agq_tvm.quantize.scheme import Scheme
+from agq_tvm.kernels.attention_form import AttentionKernel
+from agq_tvm.kernels.attrs import ATTRIBUTE, description_of
+from agq_tvm.kernels.norm import LayerNormKernel
+from agq_tvm.passes.schedule_kernels import Choose
+from agq_tvm.quantize.checkpoint import Checkpoint
+from agq_tvm.tvm_seam import StructuralKey
 
-FLOAT_FORMS = {"float32": "float32", "float16-weights": "float16"}
-"""Form: type of the stored weights. Arithmetic is float32 in both."""
-INTEGER_FORMS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
-"""Form: bits of weights and of activations."""
-FORMS = (*FLOAT_FORMS, *INTEGER_FORMS)
+EMBEDDING, BLOCK, HEAD = SECTIONS
+_HEAD = ("final_norm", "project_out", "head", "embedding")
+_NORMS = ("rms_norm", "layer_norm")
 
 
-@dataclass(frozen=True)
-class Operand:
-    """What a kernel reads or updates.
-
-    Attributes
-    ----------
-    shape, dtype
-    low, high : float
-        Its values are drawn from there.
-    values : tuple of int or None
-        Instead: exactly these.
-    cold : bool
-        Whether every layer has its own, so that it is in no cache when it is read.
-    updated : bool
-        Whether the kernel writes into it.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-    low: float = -1
-    high: float = 1
-    values: tuple[int, ...] | None = None
-    cold: bool = False
-    updated: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
-
-    def array(self, rng: np.random.Generator) -> np.ndarray:
-        """Make one."""
-        if self.values is not None:
-            return np.array(self.values, self.dtype).reshape(self.shape)
-        if np.dtype(self.dtype).kind == "f":
-            return rng.uniform(self.low, self.high, self.shape).astype(self.dtype)
-        return rng.integers(int(self.low), int(self.high) + 1, self.shape).astype(self.dtype)
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A PrimFunc with its operands; its outputs, shape and type, come after them."""
-
-    func: object
-    operands: tuple[Operand, ...]
-    outputs: tuple[tuple[tuple[int, ...], str], ...]
-
-    @property
-    def name(self) -> str:
-        """The PrimFunc's."""
-        return str(self.func.attrs["global_symbol"])
-
-
-@dataclass(frozen=True)
+@dataclass
 class Operation:
-    """What a block does, once or several times.
+    """What a decoder does, in every block or once.
 
     Attributes
     ----------
     name : str
         A linear's is its role.
+    section : str
+        One of `agq_tvm.flow.profile_file.SECTIONS`.
     kind : str
         ``"linear"``, ``"attention"``, ``"nonlinear"`` or ``"quantization"``.
-    kernels : dict of str to tuple of (str, int)
-        For each form that has it, names of kernels and how often each counts; -1 takes a time off.
+    kernels : dict of str to Counter
+        For each form that has it, how often a call of the decoder runs which kernels; a negative number takes a time
+        off.
     """
 
     name: str
+    section: str
     kind: str
-    kernels: dict[str, tuple[tuple[str, int], ...]]
+    kernels: dict[str, Counter] = field(default_factory=dict)
 
 
-class BlockOperations:
-    """The operations of a block for some rows, with all their kernels.
+class DecoderOperations:
+    """The operations of a decoder for some rows, with all their kernels.
 
     Parameters
     ----------
-    config : DecoderConfig
-    scheme : Scheme
-        Group size, activations and attention are as there.
-    offsets : str or None
-        See `agq_tvm.flow.packing.offsets_dtype`.
-    isa : InstructionSet
+    source : Checkpoint
+    forms : iterable of Form
     rows : int
-        M.
+        1, or those of a bucket of prefill.
     context : int
         Length of the caches, a multiple of 16.
     cached : int
         Positions before these rows.
+    choose : callable
+        From a form to what returns its kernels' decisions, see `agq_tvm.passes.pipeline.run`.
 
     Attributes
     ----------
+    rows : int
     kernels : dict of str to Kernel
-        By name; forms that take the same kernel share it.
+        By name; forms that run the same code share it.
     operations : list of Operation
-        In the order in which a block runs them.
+        In the order in which a decoder runs them, quantization after what it is fused with.
     """
 
     def __init__(
         self,
-        config: DecoderConfig,
-        scheme: Scheme,
-        offsets: str | None,
-        isa: InstructionSet,
+        source: Checkpoint,
+        forms: Iterable[Form],
         rows: int,
         context: int,
         cached: int,
+        choose: Callable[[Form], Choose],
     ):
-        self.config, self.scheme, self.offsets, self.isa = config, scheme, offsets, isa
-        self.rows, self.context, self.cached = rows, context, cached
-        self.kernels: dict[str, Kernel] = {}
-        self.operations = list(self._operations())
-
-    def _operations(self) -> Iterator[Operation]:
-        qkv, o, first, down = self.config.linears
-        norm, norms = self._float(self._norm(qkv)), 2
-        yield self._everywhere("norms", "nonlinear", (norm, norms))
-        yield self._linear(qkv)
-        append, attend = self._attention()
-        name = "rotary, cache" if self.config.positions == "rotary" else "cache"
-        yield Operation(name, "nonlinear", {form: ((append[form], 1),) for form in FORMS})
-        yield Operation("attention", "attention", {form: ((attend[form], 1),) for form in FORMS})
-        yield self._linear(o)
-        yield self._everywhere("residuals", "nonlinear", (self._residual(), 2))
-        yield self._linear(first)
-        yield self._everywhere("activation", "nonlinear", (self._float(self._activation(down)), 1))
-        yield self._linear(down)
-        yield self._quantization()
-
-    def _everywhere(self, name: str, kind: str, kernel: tuple[str, int]) -> Operation:
-        return Operation(name, kind, dict.fromkeys(FORMS, (kernel,)))
-
-    def _add(self, func, operands: list[Operand], outputs) -> str:
-        kernel = Kernel(func, tuple(operands), tuple(outputs))
-        self.kernels.setdefault(kernel.name, kernel)
-        return kernel.name
-
-    def _linear(self, role: Linear) -> Operation:
-        kernels = {form: self._float_linear(role, storage) for form, storage in FLOAT_FORMS.items()}
-        kernels |= {form: self._integer_linear(role, *bits) for form, bits in INTEGER_FORMS.items()}
-        return Operation(role.name, "linear", {form: ((name, 1),) for form, name in kernels.items()})
-
-    def _float_linear(self, role: Linear, storage: str) -> str:
-        kernel = DenseKernel(self.rows, sum(role.rows), role.in_features, storage, role.bias)
-        V, L = linear_dense.tile_of(self.isa)
-        tiles, channels = -(-kernel.columns // (V * L)), kernel.padded_channels
-        operands = [Operand((self.rows, channels)), Operand((tiles, channels, V, L), storage, cold=True)]
-        operands += [Operand((tiles, V, L), cold=True)] * role.bias
-        func = linear_dense.build(kernel, self.isa)
-        return self._add(func, operands, [((self.rows, tiles * V * L), "float32")])
-
-    def _integer_linear(self, role: Linear, bits: int, activation_bits: int) -> str:
-        per_group = self.scheme.activation == "per-token-group"
-        packed = bits == 4 and self.rows == 1
-        if self.isa.multiply(bits, activation_bits, packed) is self.isa.multiply(bits, 8, packed):
-            activation_bits = 8  # the same kernel, which is timed once
-        kernel = LinearKernel(
-            self.rows,
-            sum(role.rows),
-            role.in_features,
-            bits,
-            self.scheme.group_of(role.in_features),
-            per_group,
-            self.offsets if bits == 4 else None,
-            role.bias or self.scheme.activation == "static",
-            activation_bits,
-        )
-        layout, groups = self.isa.layout(bits), kernel.groups
-        padded, tiles = groups * kernel.group_size, layout.tiles(kernel.columns)
-        limit = ACTIVATION_LIMIT if activation_bits == 8 else 7
-        codes = Operand((padded // K_BLOCK, self.rows, layout.steps, 2, layout.depth), "int8", -limit, limit)
-        w_dtype = "uint8" if bits == 4 else stored_dtype(layout)
-        low, high = np.iinfo(w_dtype).min, np.iinfo(w_dtype).max
-        per_column = (tiles, groups, layout.vectors, layout.lanes)
-        operands = [
-            codes,
-            Operand((self.rows, groups if per_group else 1)),
-            Operand((self.rows, groups), "int32", -limit, limit),
-            Operand(layout.packed_shape(kernel.columns, padded), w_dtype, low, high, cold=True),
-            Operand(per_column, "float16", cold=True),
-        ]
-        operands += [Operand(per_column, kernel.offsets, cold=True)] if kernel.offsets else []
-        operands += [Operand((tiles, layout.vectors, layout.lanes), cold=True)] if kernel.bias else []
-        func = linear.build(kernel, self.isa)
-        return self._add(func, operands, [((self.rows, tiles * layout.width), "float32")])
-
-    def _norm(self, role: Linear) -> QuantizeKernel:
-        """Describe a norm as what is fused with the quantization at the input of a linear."""
-        source = {"rms": "rms_norm", "layer": "layer_norm"}[self.config.norm.kind]
-        return self._quantize(role, source)
-
-    def _activation(self, role: Linear) -> QuantizeKernel:
-        name = self.config.activation
-        return self._quantize(role, f"{name}_mul" if self.config.gated else name)
-
-    def _quantize(self, role: Linear, source: str) -> QuantizeKernel:
-        return QuantizeKernel(
-            source,
-            self.rows,
-            role.in_features,
-            self.scheme.group_of(role.in_features),
-            self.scheme.activation,
-            self.config.norm.epsilon,
-            refined=self.scheme.max_refine > 0,
+        self.rows, self.kernels = rows, {}
+        self._known: dict[tuple, str] = {}
+        self._found: dict[tuple[str, str], Operation] = {}
+        pruning = source.scheme.pruning
+        segments = pruning.counts(rows) if pruning else (rows,)
+        situation = Situation(cached, source.config.vocab_size, segments)
+        name = "decode" if rows == 1 else f"prefill_{rows}"
+        for form in forms:
+            decide = choose(form)
+            module = decoder_until(
+                "bundle_parameters", source, form.format, form.isa, context, form.attention, (name,), decide
+            )
+            _Walk(self, form, module, situation, decide).over(calls_of(module)[name])
+        order = {key: place for place, key in enumerate(self._found)}
+        self.operations = sorted(
+            self._found.values(),
+            key=lambda each: (
+                SECTIONS.index(each.section),
+                each.kind == "quantization",
+                order[each.section, each.name],
+            ),
         )
 
-    def _float(self, kernel: QuantizeKernel) -> str:
-        return self._fused(replace(kernel, mode="none", refined=False))
+    def count(self, section: str, name: str, kind: str, form: str, kernel: str, times: int = 1) -> None:
+        """Add a kernel to an operation."""
+        found = self._found.setdefault((section, name), Operation(name, section, kind))
+        found.kernels.setdefault(form, Counter())[kernel] += times
 
-    def _fused(self, kernel: QuantizeKernel) -> str:
-        operands = [Operand(shape, low=0.5) for shape in kernel.input_shapes()]
-        func = activation.build(kernel, self.isa.layout_4bit)
-        return self._add(func, operands, kernel.output_shapes(self.isa.layout_4bit))
+    def add(self, func, operands, outputs, hint: str) -> str:
+        """Add a kernel, once, and return its name.
 
-    def _quantization(self) -> Operation:
-        """What quantizing adds to the kernels that it is fused with; codes of 4 bits take as long as those of 8."""
-        qkv, o, first, down = self.config.linears
-        fuses_norms = self.config.norm_placement == "before"  # else a residual needs the norm's result, too
-        parts = [(self._fused(self._quantize(o, "plain")), 1)]
-        for role in (qkv, first):
-            if fuses_norms:
-                norm = self._norm(role)
-                parts += [(self._fused(norm), 1), (self._float(norm), -1)]
+        Codes of 4 bits without kernels of their own run those of 8 bits, under another name.
+        """
+        code = func.without_attr("global_symbol").without_attr(ATTRIBUTE)
+        shapes = tuple((operand.shape, operand.dtype) for operand in operands)
+        key = StructuralKey(code), shapes, tuple(outputs)
+        if key not in self._known:
+            name = hint if hint not in self.kernels else f"{hint}_{len(self.kernels)}"
+            self._known[key] = name
+            self.kernels[name] = Kernel(func.with_attr("global_symbol", name), tuple(operands), tuple(outputs))
+        return self._known[key]
+
+
+class _Walk:
+    """Goes through the calls of one function in one form."""
+
+    def __init__(self, operations: DecoderOperations, form: Form, module, situation: Situation, choose: Choose) -> None:
+        self.operations, self.form, self.module, self.situation = operations, form, module, situation
+        self.choose = choose
+
+    def over(self, calls: list) -> None:
+        sections, kernels = _sections(calls), [self._described(call) for call in calls]
+        products = [sections[i] if hasattr(kernel, "columns") else None for i, kernel in enumerate(kernels)]
+        fused = any(getattr(kernel, "adds", False) for kernel in kernels)
+        for i, (call, kernel) in enumerate(zip(calls, kernels, strict=True)):
+            name = self._add(call, kernel)
+            if isinstance(kernel, QuantizeKernel):
+                reader = next(section for section in products[i:] if section)
+                self._quantizer(call, kernel, name, sections[i], reader, fused)
             else:
-                parts.append((self._fused(self._quantize(role, "plain")), 1))
-        function = self._activation(down)
-        parts += [(self._fused(function), 1), (self._float(function), -1)]
-        return Operation("quantization", "quantization", dict.fromkeys(INTEGER_FORMS, tuple(parts)))
+                self._count(sections[i], *_name(call, kernel), name)
 
-    def _residual(self) -> str:
-        from tvm import te
+    def _described(self, call):
+        value = description_of(self.module[call.args[0]])
+        return tunable.described(value, self.form.isa) if value else None
 
-        shape = (self.rows, self.config.hidden_size)
-        x, y = (te.placeholder(shape, "float32", name=name) for name in "xy")
-        out = te.compute(shape, lambda m, k: x[m, k] + y[m, k], name="out")
-        func = te.create_prim_func([x, y, out]).with_attr("global_symbol", f"residual_m{shape[0]}_k{shape[1]}")
-        return self._add(func, [Operand(shape)] * 2, [(shape, "float32")])
+    def _count(self, section: str, name: str, kind: str, kernel: str, times: int = 1) -> None:
+        if section == EMBEDDING and name in ("residuals", "copies"):
+            name = EMBEDDING  # positions that are looked up and added
+        if section != BLOCK and kind != "linear" and name != section:
+            name = f"{section}: {name}"
+        self.operations.count(section, name, kind, self.form.name, kernel, times)
 
-    def _attention(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Return the kernels that fill the caches and that attend, by form."""
-        book = CODE_BOOKS.get(self.scheme.attention)
-        own = self._attention_pair(book)
-        plain = self._attention_pair(None) if book else own
-        pairs = dict.fromkeys(FLOAT_FORMS, plain) | dict.fromkeys(INTEGER_FORMS, own)
-        return tuple({form: pair[i] for form, pair in pairs.items()} for i in (0, 1))
+    def _add(self, call, kernel) -> str:
+        updated = updated_of(call)
+        operands = operands_of(call, kernel, self.situation)
+        func, hint = self.module[call.args[0]], call.args[0].name_hint
+        return self.operations.add(func, operands, tensors(call.ty)[len(updated) :], hint)
 
-    def _attention_pair(self, book) -> tuple[str, str]:
-        config, rows = self.config, self.rows
-        kernel = AttentionKernel(
-            rows,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            self.context,
-            attention_form(self.isa, book=book),
-            alibi=config.positions == "alibi",
-        )
-        values_limit = ACTIVATION_LIMIT if book else 1
-        lengths = Operand((2,), "int32", values=(self.cached, rows))
-        scale = [Operand((config.num_kv_heads,), low=0.5)] if book else []
-        (_, keys, keys_type), (_, values, values_type) = kernel.caches
-        keys = Operand(keys, keys_type, cold=True)
-        values = Operand(values, values_type, -values_limit, values_limit, cold=True)
-        (q,) = kernel.queries
-        qkv = Operand((rows, sum(config.linears[0].rows)))
-        updated = [replace(keys, updated=True, cold=False), replace(values, updated=True, cold=False)]
-        if config.positions == "rotary":
-            positions = tuple(range(self.cached, self.cached + rows))
-            table = Operand((self.context, config.head_dim // 2))
-            inputs = [qkv, table, table, Operand((rows,), "int32", values=positions), lengths]
-        else:
-            inputs = [qkv, lengths]
-        func = attention_append.build_append(kernel, rotary=config.positions == "rotary")
-        append = self._add(func, inputs + scale + updated, [q])
-        inputs = [Operand(q[0]), keys, values, lengths, *scale]
-        inputs += [Operand((config.num_heads,), low=0.5)] if kernel.alibi else []
-        out = ((rows, config.num_heads * config.head_dim), "float32")
-        return append, self._add(attention.build_attention(kernel), inputs, [out])
+    def _quantizer(self, call, kernel: QuantizeKernel, name: str, section: str, reader: str, fused: bool) -> None:
+        """Count what makes an activation, and its quantization with the linear that reads it."""
+        if kernel.source == "plain":
+            what = ("copies", "nonlinear") if kernel.mode == "none" else ("quantization", "quantization")
+            self._count(reader, *what, name)
+            return
+        norms = "residuals, norms" if fused else "norms"
+        maker = norms if kernel.source in _NORMS else "activation"
+        if kernel.mode == "none":
+            self._count(section, maker, "nonlinear", name)
+            return
+        plain = self._without_codes(call, kernel)
+        self._count(section, maker, "nonlinear", plain)
+        self._count(reader, "quantization", "quantization", name)
+        self._count(reader, "quantization", "quantization", plain, -1)
+
+    def _without_codes(self, call, kernel: QuantizeKernel) -> str:
+        kernel = replace(kernel, mode="none", refined=False, bits=8, terms=1, shifted=False, mixed=False)
+        func = tunable.build(kernel, self.form.isa, self.choose(kernel))
+        operands = operands_of(call, kernel, self.situation)[: len(kernel.input_shapes())]
+        return self.operations.add(func, operands, kernel.output_shapes(self.form.isa.layout_4bit), kernel.name)
+
+
+def _sections(calls: list) -> list[str]:
+    """Return where in the decoder each call is: what reads nothing of its own is where the one before it is."""
+    section, sections = EMBEDDING, []
+    for call in calls:
+        owners = {name.partition(".")[0] for name in parameters_of(call)}
+        if "layers" in owners:
+            section = BLOCK
+        elif section == BLOCK and (owners.intersection(_HEAD) or call.args[0].name_hint.startswith("last_row")):
+            section = HEAD
+        sections.append(section)
+    return sections
+
+
+def _name(call, kernel) -> tuple[str, str]:
+    """Return name and kind of the operation of a call that quantizes nothing."""
+    hint, owners = call.args[0].name_hint, [name.split(".") for name in parameters_of(call)]
+    if hasattr(kernel, "columns"):
+        *_, role = next(name for name in owners if name[-1] == "w")[:-1]
+        return "head" if role == "embedding" else role, "linear"
+    if isinstance(kernel, AttentionKernel):
+        return "attention", "attention"
+    if isinstance(kernel, LayerNormKernel) or "norm" in hint:
+        return "norms", "nonlinear"
+    if hint.startswith("gather") or all(dtype == "int32" for _, dtype in tensors(call.ty)):
+        return "pruning", "nonlinear"
+    if "append" in hint:
+        return "rotary, cache" if "rope" in hint else "cache", "nonlinear"
+    if hint.startswith("add"):
+        return "residuals", "nonlinear"
+    return ("embedding" if hint.startswith("embedding") else "copies"), "nonlinear"

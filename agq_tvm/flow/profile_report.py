@@ -1,49 +1,87 @@
 """A profile as text."""
 
-from agq_tvm.flow.profile_file import KINDS, OperationTimes, Profile, total
+from agq_tvm.flow.profile_file import KINDS, SECTIONS, OperationTimes, Profile, roles_in, total
 from agq_tvm.tables import as_table
+
+Operations = tuple[OperationTimes, ...]
 
 
 def as_text(profile: Profile) -> str:
     """Write the times and shares of all operations, and the proposal."""
-    threads = f"{profile.threads} thread{'s' if profile.threads > 1 else ''}"
-    parts = [f"One {profile.family} block on {profile.device}, {threads} ({profile.instruction_set})"]
+    parts = [f"{title(profile)}\n{choices(profile)}"]
     if profile.emulated:
-        operations = next(iter(profile.blocks.values()))
+        operations = next(iter(profile.operations.values()))
         names = ", ".join(operation.name for operation in operations)
-        counts = " and ".join(str(rows) for rows in profile.blocks)
+        counts = " and ".join(str(rows) for rows in profile.operations)
         parts.append(f"The board is emulated: every kernel ran, with {counts} rows ({names}), but time means nothing.")
     else:
-        parts += [_block(rows, operations, profile) for rows, operations in profile.blocks.items()]
+        parts += [_call(rows, operations, profile) for rows, operations in profile.operations.items()]
     if profile.load is not None and profile.load > profile.threads / 2:
-        parts.append(f"The machine was busy, its load was {profile.load:.1f}: these times are too long.")
+        parts.append(
+            f"The machine was busy, its load was {profile.load:.1f}: these times are too long, and shares noisy."
+        )
     return "\n\n".join([*parts, _proposal(profile)])
 
 
-def _block(rows: int, operations: tuple[OperationTimes, ...], profile: Profile) -> str:
-    lines = [("OPERATION", *(cell for form in profile.forms for cell in (f"{form} µs", "%")))]
-    lines += [(operation.name, *_cells(operation, operations, profile.forms)) for operation in operations]
-    lines.append(("block", *(c for form in profile.forms for c in (f"{1e6 * total(operations, form):.1f}", ""))))
+def title(profile: Profile) -> str:
+    """Say what was profiled, and where."""
+    blocks = f"{profile.layers} block{'s' if profile.layers > 1 else ''}"
+    threads = f"{profile.threads} thread{'s' if profile.threads > 1 else ''}"
+    return f"{profile.family}, {blocks} and head, on {profile.device}, {threads} ({profile.instruction_set})"
+
+
+def choices(profile: Profile) -> str:
+    """Say what the checkpoint and `agq compile` chose."""
+    head = "float16" if profile.head_bits == 16 else f"{profile.head_bits}-bit"
+    activation = "float" if profile.activation == "none" else profile.activation
+    return f"a bundle runs {profile.own}: {activation} activations, {profile.cache} caches, {head} head"
+
+
+def rows_of(rows: int, profile: Profile) -> str:
+    """Say which call of the decoder was timed."""
+    return f"{'decode' if rows == 1 else f'prefill, {rows} rows'}, {profile.positions} positions"
+
+
+def _call(rows: int, operations: Operations, profile: Profile) -> str:
+    forms = profile.forms
+    lines = [("OPERATION", *(cell for form in forms for cell in (f"{form} µs", "%")))]
+    for section in SECTIONS:
+        inside = [operation for operation in operations if operation.section == section]
+        times = profile.layers if section == "block" else 1
+        lines += [(each.name, *_cells([each], operations, forms, times)) for each in inside]
+        if section == "block":
+            lines.append(("one block", *_cells(inside, operations, forms, times)))
+            lines.append((f"all {times} blocks", *_cells(inside, operations, forms)))
+    lines.append(("decoder", *_cells(operations, operations, forms)))
     for kind in KINDS:
-        shares = (total(operations, form, kind) / total(operations, form) for form in profile.forms)
-        lines.append((f"all {kind}", *(c for share in shares for c in ("", f"{100 * share:.1f}"))))
-    text = f"{rows} row{'s' if rows > 1 else ''}, {profile.positions} positions\n{as_table(lines)}"
-    return text if rows > 1 else f"{text}\n{_weight_stream(operations, profile.forms)}"
+        lines.append((f"all {kind}", *_cells([each for each in operations if each.kind == kind], operations, forms)))
+    text = f"{rows_of(rows, profile)}\n{as_table(lines)}"
+    return text if rows > 1 else f"{text}\n\n{weight_stream(operations, profile)}"
 
 
-def _weight_stream(operations: tuple[OperationTimes, ...], forms: tuple[str, ...]) -> str:
-    """Say which share of decoding the linears take: with one row they do little but read their weights."""
-    shares = (f"{100 * total(operations, form, 'linear') / total(operations, form):.0f} % ({form})" for form in forms)
-    return f"weight stream: {', '.join(shares)}"
-
-
-def _cells(operation: OperationTimes, operations: tuple[OperationTimes, ...], forms: tuple[str, ...]) -> list[str]:
+def _cells(
+    some: list[OperationTimes] | Operations, every: Operations, forms: tuple[str, ...], times: int = 1
+) -> list[str]:
+    """Write for each form the time of some operations, one of so many times, and the share of all of these."""
     cells = []
     for form in forms:
-        seconds = operation.seconds.get(form)
-        share = None if seconds is None else 100 * seconds / total(operations, form)
-        cells += ["-", "-"] if seconds is None else [f"{1e6 * seconds:.1f}", f"{share:.1f}"]
+        seconds, share = total(some, form), 100 * total(some, form) / total(every, form)
+        done = any(form in operation.seconds for operation in some)
+        cells += [f"{1e6 * seconds / times:.1f}", f"{share:.1f}"] if done else ["-", "-"]
     return cells
+
+
+def weight_stream(operations: Operations, profile: Profile) -> str:
+    """Say which share of decoding the products take: with one row they do little but read their weights."""
+    shares = profile.weight_stream()
+    outside = [each.name for each in operations if each.kind == "linear" and each.section != "block"]
+    own = shares[profile.own]
+    others = ", ".join(f"{form} {100 * share['model']:.0f} %" for form, share in shares.items() if form != profile.own)
+    return (
+        f"weight stream: {100 * own['model']:.1f} % of a decode step in {profile.own}, as a bundle runs: "
+        f"{', '.join(roles_in(operations))} of {profile.layers} blocks, and {', '.join(outside)} "
+        f"(in a block alone {100 * own['block']:.1f} %)\nin the other forms: {others}"
+    )
 
 
 def _proposal(profile: Profile) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from agq_tvm.flow.profile_file import OperationTimes, Proposal, RoleProposal, total
+from agq_tvm.flow.profile_file import OperationTimes, Proposal, RoleProposal, roles_in, total
 from agq_tvm.progress import say
 from agq_tvm.quantize.calibration import cut_windows
 from agq_tvm.quantize.checkpoint import Checkpoint
@@ -14,24 +14,25 @@ TEXT = "calibration"
 WINDOWS = 8
 WINDOW = 512
 
-Blocks = Mapping[int, tuple[OperationTimes, ...]]
+# By rows.
+Times = Mapping[int, tuple[OperationTimes, ...]]
 # From roles to the perplexity, in percent, that 4 bits at their inputs cost together.
 Measure = Callable[[tuple[str, ...]], float]
 
 
-def savings(blocks: Blocks) -> dict[str, float]:
-    """Return what 4-bit inputs of each role save, in percent of a block's time in W4A8, mean over the rows.
+def savings(times: Times) -> dict[str, float]:
+    """Return what 4-bit inputs of each role save, in percent of the decoder's time in W4A8, mean over the rows.
 
     A difference within the spread of the two times that it is between counts as none, as does one below 0.
     """
     saved: dict[str, list[float]] = {}
-    for operations in blocks.values():
-        block = total(operations, "w4a8")
+    for operations in times.values():
+        whole, roles = total(operations, "w4a8"), roles_in(operations)
         for operation in operations:
-            if operation.kind == "linear":
+            if operation.kind == "linear" and operation.name in roles:
                 gain = operation.seconds["w4a8"] - operation.seconds["w4a4"]
                 noise = operation.spread["w4a8"] + operation.spread["w4a4"]
-                saved.setdefault(operation.name, []).append(100 * gain / block if gain > noise else 0.0)
+                saved.setdefault(operation.name, []).append(100 * gain / whole if gain > noise else 0.0)
     return {role: sum(values) / len(values) for role, values in saved.items()}
 
 
@@ -96,7 +97,7 @@ def _reason(saved: Mapping[str, float], chosen: tuple[str, ...], cost: float | N
     if not chosen:
         return f"4 bits would save time, but at every input alone they cost more than {budget:g} % of perplexity"
     time = sum(saved[role] for role in chosen)
-    return f"4 bits at these inputs save {time:.1f} % of a block's time and cost at most {cost:.2f} % of perplexity"
+    return f"4 bits at these inputs save {time:.1f} % of the time and cost at most {cost:.2f} % of perplexity"
 
 
 @dataclass

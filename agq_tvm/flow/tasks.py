@@ -62,37 +62,20 @@ def tuned_variants(kernel) -> list:
 
 def _count_kernels(source, isa, context: int, cache: str) -> dict:
     """Return how often each kernel runs in a decode step and a prefill; kernels of other buckets 0 times."""
+    from agq_tvm.flow.decoder_calls import calls_of, decoder_until
     from agq_tvm.flow.library import linear_format
     from agq_tvm.flow.packing import offsets_dtype
-    from agq_tvm.models.relax_decoder import build_decoder
-    from agq_tvm.passes import pipeline
-    from agq_tvm.tvm_seam import relax, tvm
 
-    scheme = source.scheme
-    attention = attention_form(isa, cache, CODE_BOOKS.get(scheme.attention))
-    module = build_decoder(source.config, context, attention, scheme.pruning)
-    for name, passes in pipeline.phases(linear_format(scheme, offsets_dtype(source)), isa):
-        if name == "schedule_kernels":
-            break
-        module = tvm.transform.Sequential(passes)(module)
+    attention = attention_form(isa, cache, CODE_BOOKS.get(source.scheme.attention))
+    format = linear_format(source.scheme, offsets_dtype(source))
+    module = decoder_until("schedule_kernels", source, format, isa, context, attention)
     described = {gvar.name_hint: description_of(func) for gvar, func in module.functions_items()}
     kernels = {name: tunable.described(value, isa) for name, value in described.items() if value}
     runs = Counter({"decode": 1}) + Counter(f"prefill_{rows}" for rows, _ in chunks(PREFILL, PREFILL_BUCKETS))
     counts = dict.fromkeys(kernels.values(), 0)
-    for gvar, func in module.functions_items():
-        if isinstance(func, relax.Function):
-            for name in _called(func):
-                if name in kernels:
-                    counts[kernels[name]] += runs[gvar.name_hint]
+    for function, calls in calls_of(module).items():
+        for call in calls:
+            name = call.args[0].name_hint
+            if name in kernels:
+                counts[kernels[name]] += runs[function]
     return counts
-
-
-def _called(func):
-    """Yield the names of the PrimFuncs that a Relax function calls, in order."""
-    from agq_tvm.tvm_seam import relax, tvm
-
-    for block in func.body.blocks:
-        for binding in block.bindings:
-            call = binding.value
-            if isinstance(call, relax.Call) and call.args and isinstance(call.args[0], tvm.ir.GlobalVar):
-                yield call.args[0].name_hint

@@ -36,17 +36,17 @@ def build_embedding(rows: int, vocab: int, hidden: int, layout: Layout, offsets:
     return _look_up(f"embedding_w{layout.bits}_m{rows}_n{vocab}_k{hidden}", rows, hidden, shapes, read)
 
 
-def build_float_embedding(rows: int, vocab: int, hidden: int, shape: tuple[int, int, int, int]):
-    """Return the kernel that looks tokens up in the float16 table that `linear_dense` multiplies with.
+def build_float_embedding(rows: int, vocab: int, hidden: int, shape: tuple[int, int, int, int], storage: str):
+    """Return the kernel that looks tokens up in the table of floats that `linear_dense` multiplies with.
 
-    Buffers, in order: tokens int32 [M]; w float16 `shape`, [tiles, K, V, L]; out float32 [M, hidden].
+    Buffers, in order: tokens int32 [M]; w `storage` of `shape`, [tiles, K, V, L]; out float32 [M, hidden].
     """
 
     def read(buffers, column, k):
         t, v, j = _place(column, *shape[2:])
         return T.Cast("float32", buffers[0][t, k, v, j])
 
-    return _look_up(f"embedding_float16_m{rows}_n{vocab}_k{hidden}", rows, hidden, [("w", shape, "float16")], read)
+    return _look_up(f"embedding_{storage}_m{rows}_n{vocab}_k{hidden}", rows, hidden, [("w", shape, storage)], read)
 
 
 def _place(column, vectors: int, lanes: int) -> tuple:

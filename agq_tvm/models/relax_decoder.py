@@ -12,6 +12,7 @@ Of a model that prunes tokens, the functions that return the last row's logits d
 layers therefore run with fewer; caches differ in length from there on, and `lengths` is that of `kernels.prune`.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Protocol
 
@@ -53,7 +54,13 @@ def function_names() -> list[tuple[str, int, bool]]:
     return names
 
 
-def build_decoder(config: DecoderConfig, context: int, form: AttentionForm, pruning: Pruning | None = None):
+def build_decoder(
+    config: DecoderConfig,
+    context: int,
+    form: AttentionForm,
+    pruning: Pruning | None = None,
+    only: Collection[str] = (),
+):
     """Build the module.
 
     Parameters
@@ -63,6 +70,8 @@ def build_decoder(config: DecoderConfig, context: int, form: AttentionForm, prun
     form : AttentionForm
         What the caches hold.
     pruning : Pruning, optional
+    only : collection of str
+        The functions wanted; all by default.
 
     Returns
     -------
@@ -72,7 +81,8 @@ def build_decoder(config: DecoderConfig, context: int, form: AttentionForm, prun
     builder = relax.BlockBuilder()
     functions = Functions(builder)
     for name, rows, all_rows in function_names():
-        _Decoder(builder, functions, config, context, form, rows, pruning).emit(name, all_rows)
+        if not only or name in only:
+            _Decoder(builder, functions, config, context, form, rows, pruning).emit(name, all_rows)
     return builder.get()
 
 

@@ -40,7 +40,7 @@ class LinearFormat:
     Attributes
     ----------
     bits : int
-        Of the weights.
+        Of the weights: 4 or 8, or 16 or 32 for floats.
     group_size : int or str
         Of the weights; ``"column"`` is the whole inner dimension.
     activation : str
@@ -58,7 +58,7 @@ class LinearFormat:
     mixed : bool
         Whether each channel of an activation has a number of bits of its own.
     head_bits : int
-        Of the weights outside the layers; 16 is float16.
+        Of the weights outside the layers: 4, 8, 16 or 32.
     """
 
     bits: int
@@ -83,15 +83,18 @@ _TABLE_FORMATS = {
     8: LinearFormat(8, TABLE_GROUP, "per-token-group", None, terms=2),
     4: LinearFormat(4, TABLE_GROUP, "per-token-group", "float16"),
     16: LinearFormat(16, TABLE_GROUP, "none", None),
+    32: LinearFormat(32, TABLE_GROUP, "none", None),
 }
+_FLOATS = {16: "float16", 32: "float32"}
 
 
 def packed_parameters(name: str, columns: int, channels: int, format: LinearFormat, isa: InstructionSet, bias: bool):
     """List (name, shape, dtype) of what a linear of [N, K] is packed into, in the order of its operands."""
     group_size = format.group_of(channels)
     padded = k_blocks(channels, group_size) * K_BLOCK
-    if format.bits == 16:
-        return [(f"{name}.w", linear_dense.packed_shape(columns, padded, isa), "float16")]
+    if format.bits in _FLOATS:
+        tiles, _, *tile = shape = linear_dense.packed_shape(columns, padded, isa)
+        return [(f"{name}.w", shape, _FLOATS[format.bits])] + [(f"{name}.bias", (tiles, *tile), "float32")] * bias
     layout = isa.layout(format.bits)
     per_group = (layout.tiles(columns), padded // group_size, layout.vectors, layout.lanes)
     codes = "uint8" if format.bits == 4 else stored_dtype(layout)
@@ -236,8 +239,9 @@ class _Quantizer(relax.PyExprMutator):
         columns, group_size, bias = int(weight.ty.shape[0]), format.group_of(channels), weight in self.biases
         fill, layout = QuantizeKernel("plain", rows, channels, group_size, "none"), self.isa.layout(format.bits)
         ((_, padded), _), *_ = filled = fill.output_shapes(layout)
-        if format.bits == 16:
-            product = self.functions.add(_dense, DenseKernel(rows, columns, padded, "float16", bias), self.isa)
+        if format.bits in _FLOATS:
+            kernel = DenseKernel(rows, columns, padded, _FLOATS[format.bits], bias)
+            product = self.functions.add(_dense, kernel, self.isa)
             vectors, lanes = linear_dense.tile_of(self.isa)
             width = vectors * lanes
         else:
@@ -250,9 +254,9 @@ class _Quantizer(relax.PyExprMutator):
     def _embedding(self, table, tokens):
         columns, channels = (int(extent) for extent in table.ty.shape)
         rows, packed, bits = int(tokens.ty.shape[0]), self._packed(table), self._format(table).bits
-        if bits == 16:
+        if bits in _FLOATS:
             shape = tuple(int(extent) for extent in packed[0].ty.shape)
-            look_up = self.functions.add(embedding.build_float_embedding, rows, columns, channels, shape)
+            look_up = self.functions.add(embedding.build_float_embedding, rows, columns, channels, shape, _FLOATS[bits])
         else:
             arguments = (rows, columns, channels, self.isa.layout(bits), len(packed) == 3)
             look_up = self.functions.add(embedding.build_embedding, *arguments)

@@ -14,62 +14,22 @@ from agq_tvm.cli.main import main
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.profile import PICTURE, bits_from, profile
 from agq_tvm.flow.profile_file import PROFILE, OperationTimes, Profile, Proposal, RoleProposal, read_profile, total
-from agq_tvm.flow.profile_kernels import ONCE, Effort, Place, time_kernels
-from agq_tvm.flow.profile_operations import FORMS, BlockOperations, Kernel, Operand
-from agq_tvm.flow.profile_report import as_text
+from agq_tvm.flow.profile_kernels import Effort, Place, time_kernels
+from agq_tvm.flow.profile_operands import Kernel, Operand
+from agq_tvm.flow.profile_report import as_text, choices
 from agq_tvm.flow.propose_bits import PerplexityCost, choose, propose, savings, upper_percent
 from agq_tvm.flow.quantize import quantize
+from agq_tvm.flow.schedules import Chooser
 from agq_tvm.kernels.emit import task_loop
-from agq_tvm.kernels.instruction_sets import instruction_set
-from agq_tvm.models.registry import describe
 from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.reference import ReferenceModel
-from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.runtime.perplexity import Difference, compare
 from agq_tvm.targets import load_device
 from agq_tvm.targets.processors import cache_bytes
 from agq_tvm.tvm_seam import IRBuilder, T
-from tests.tiny import tiny_config, write_tiny_llama
+from tests.tiny import write_tiny_llama, write_tiny_model
 
-PLAIN = Scheme("rtn", 32, False, "per-token-group")
 SMALL = Effort(repeats=3, milliseconds=0, cold_bytes=1 << 14)
-
-
-def operations(family="llama", scheme=PLAIN, isa="neon", rows=8, **config) -> BlockOperations:
-    return BlockOperations(
-        describe(tiny_config(family, **config)), scheme, "float16", instruction_set(isa), rows, 64, 16
-    )
-
-
-@pytest.mark.parametrize(
-    ("family", "scheme", "config"),
-    [
-        ("llama", replace(PLAIN, activation="static", attention="log2", max_refine=2), {}),
-        ("opt", replace(PLAIN, activation="per-token", group_size=64), {"do_layer_norm_before": False}),
-        ("bloom", replace(PLAIN, attention="log2-paper"), {}),
-    ],
-)
-def test_every_kernel_of_a_block_runs(family, scheme, config):
-    device = load_device("host")
-    block = operations(family, scheme, device.instruction_set, 3, **config)
-    timings = time_kernels(block.kernels.values(), Place(device), ONCE)
-    assert timings.keys() == block.kernels.keys()
-    assert all(timing.seconds > 0 for timing in timings.values())
-    used = {name for operation in block.operations for parts in operation.kernels.values() for name, _ in parts}
-    assert used == block.kernels.keys()
-    kinds = [operation.kind for operation in block.operations]
-    assert (kinds.count("linear"), kinds.count("attention"), kinds.count("quantization")) == (4, 1, 1)
-
-
-def test_forms_share_a_kernel_only_where_there_is_no_better_one():
-    def kernels(isa: str, rows: int) -> list[str]:
-        found = next(op.kernels for op in operations(isa=isa, rows=rows).operations if op.name == "qkv")
-        assert tuple(found) == FORMS and found["w8a8"] != found["w4a8"] != found["float32"]
-        return [found[form][0][0] for form in ("w4a8", "w4a4")]
-
-    for isa, rows, shared in (("neon", 8, False), ("neon", 1, True), ("dotprod", 8, True), ("neon-paper", 1, False)):
-        eight, four = kernels(isa, rows)
-        assert (eight == four) == shared, (isa, rows)
 
 
 def test_each_call_takes_the_next_copy():
@@ -92,21 +52,63 @@ def test_each_call_takes_the_next_copy():
     assert get("cold0_0") is None
 
 
-def test_profile_of_this_machine(tiny_checkpoint, tmp_path):
-    made = profile(tiny_checkpoint, "host", tmp_path / "p", rows=(1, 4), effort=SMALL)
+def test_profile_of_this_machine(tiny_checkpoint, tmp_path, capsys):
+    made = profile(tiny_checkpoint, "host", tmp_path / "p", rows=(1, 8), effort=SMALL, cache="int8")
     assert read_profile(tmp_path / "p") == read_profile(tmp_path / "p" / PROFILE) == made
     assert (tmp_path / "p" / PICTURE).stat().st_size > 10_000
-    assert set(made.blocks) == {1, 4} and not made.emulated and made.positions == 256
-    for block in made.blocks.values():
-        for operation in block:
-            assert operation.kind == "quantization" or all(operation.seconds[form] > 0 for form in FORMS)
-        assert "float32" not in block[-1].seconds
+    assert set(made.operations) == {1, 8} and not made.emulated and made.positions == 256
+    assert (made.layers, made.own, made.head_bits, made.cache) == (2, "w4a8", 8, "int8")
+    for operations in made.operations.values():
+        for operation in operations:
+            assert operation.kind != "linear" or all(operation.seconds[form] > 0 for form in FORMS)
+            assert operation.kind != "quantization" or "float32" not in operation.seconds
     text = as_text(made)
-    assert "1 row, 256 positions" in text and f"{1e6 * total(made.blocks[4], 'w4a8'):.1f}" in text
-    assert made.proposal.reason in text
-    stream = 100 * total(made.blocks[1], "w4a8", "linear") / total(made.blocks[1], "w4a8")
-    assert text.count("weight stream: ") == 1 and f", {stream:.0f} % (w4a8), " in text
+    assert "decode, 256 positions" in text and f"{1e6 * total(made.operations[8], 'w4a8'):.1f}" in text
+    assert "a bundle runs w4a8: per-token-group activations, int8 caches, 8-bit head" in text
+    assert made.proposal.reason in text and text.count("weight stream: ") == 1
     assert cache_bytes() % 1024 == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "own", "words"),
+    [
+        ({"activation": "none", "head_bits": 16}, "own", "runs own: float activations, float16 caches, float16 head"),
+        ({"weight_bits": 8}, "w8a8", "runs w8a8: per-token-group activations, float16 caches, 8-bit head"),
+    ],
+)
+def test_checkpoints_without_room_for_4_bits_are_profiled(settings, own, words, tmp_path, monkeypatch):
+    def timed(*_):
+        return False, {8: times(o=(10, 8))}
+
+    monkeypatch.setattr("agq_tvm.flow.profile._timed", timed)
+    monkeypatch.setattr("agq_tvm.flow.profile_picture.draw", lambda *_: None)
+    write_tiny_model(tmp_path / "m", "llama", max_position_embeddings=300)
+    quantize(tmp_path / "m", tmp_path / "c", method="rtn", group_size=32, **settings)
+    made = profile(tmp_path / "c", "host", tmp_path / "p", rows=(8,))
+    assert made.positions == 288  # as many as compiled caches hold, which is whole vectors of them
+    assert made.own == own and choices(made) == f"a bundle {words}"
+    assert made.proposal.four_bit == () and "4-bit weights and 8-bit activations" in made.proposal.reason
+    assert made.proposal.roles["o"].saved_percent == 20
+
+
+def test_schedules_come_from_the_library_as_for_a_bundle(tiny_checkpoint, tmp_path, monkeypatch):
+    asked = []
+
+    def timed(decoders, device, *_):
+        decoders()
+        assert {name for name, _ in asked} == {device.name} and asked[0][1] == device.threads
+        return False, {8: times(o=(10, 10))}
+
+    class Asked(Chooser):
+        def __init__(self, library, isa, threads):
+            super().__init__(library, isa, threads)
+            asked.append((library.device, threads))
+
+    monkeypatch.setattr("agq_tvm.flow.profile._timed", timed)
+    monkeypatch.setattr("agq_tvm.flow.profile_picture.draw", lambda *_: None)
+    monkeypatch.setattr("agq_tvm.flow.schedules.Chooser", Asked)
+    profile(tiny_checkpoint, "host", tmp_path / "p", rows=(8,))
+    assert len(asked) == len(FORMS)
 
 
 def test_refusals(tiny_checkpoint, tmp_path):
@@ -115,25 +117,26 @@ def test_refusals(tiny_checkpoint, tmp_path):
             profile(tiny_checkpoint, **{"target": "host", "output": tmp_path / "p"} | options)
         assert list(tmp_path.iterdir()) == []
 
-    for rows in ((), (0,), (1, 1), (257,)):
-        refused(r"--rows takes different numbers in 1\.\.256", rows=rows)
+    for rows in ((), (0,), (1, 1), (4,), (256,)):
+        refused("--rows takes different ones of 1, 8, 16, 32, 64, 128", rows=rows)
     for budget in (-1, float("nan")):
         refused("--budget is a part", budget=budget)
     refused("give --tracker", key="board")
+    refused("unknown cache 'int4'", cache="int4")
     foreign = "raspberry-pi-4" if load_device("host").machine == "x86_64" else "x86-64-avx2"
     refused("do not run on a processor without", target=foreign)
 
 
-def block(**roles: tuple[float, float]) -> tuple[OperationTimes, ...]:
-    """Make operations of linears with (w4a8, w4a4) seconds, and something else that takes 10."""
+def times(section: str = "block", kind: str = "linear", **roles: tuple[float, float]) -> tuple[OperationTimes, ...]:
+    """Make operations with (w4a8, w4a4) seconds."""
     spread = {"w4a8": 0.05, "w4a4": 0.05}
-    linears = [OperationTimes(n, "linear", {"w4a8": a, "w4a4": b}, spread) for n, (a, b) in roles.items()]
-    return (*linears, OperationTimes("norms", "nonlinear", {"w4a8": 10.0, "w4a4": 10.0}, spread))
+    return tuple(OperationTimes(n, section, kind, {"w4a8": a, "w4a4": b}, spread) for n, (a, b) in roles.items())
 
 
 def test_savings_are_means_of_shares_without_noise():
-    blocks = {1: block(o=(10, 9.95), down=(20, 20)), 8: block(o=(10, 8), down=(20, 22))}
-    assert savings(blocks) == {"o": pytest.approx(100 * 2 / 40 / 2), "down": 0}
+    outside = (*times("block", "nonlinear", norms=(10, 10)), *times("head", head=(30, 20)))
+    decode, prefill = times(o=(10, 9.95), down=(20, 20)), times(o=(10, 8), down=(20, 22))
+    assert savings({1: decode + outside, 8: prefill + outside}) == {"o": pytest.approx(100 * 2 / 70 / 2), "down": 0}
 
 
 def test_greedy_choice():
@@ -205,34 +208,66 @@ def test_cost_is_mean_and_two_standard_errors():
     assert upper_percent(Difference(-0.5, 0.01)) == 0
 
 
+FORMS = ("float32", "float16-weights", "w8a8", "w4a8", "w4a4")
+
+
 @pytest.fixture
 def made(tmp_path) -> Profile:
     """A profile with made-up times that proposes something, written to ``p``."""
     seconds = dict.fromkeys(FORMS, 1e-5)
-    times = [OperationTimes(name, "linear", seconds, seconds) for name in ("qkv", "o", "gate_up", "down")]
-    times.append(OperationTimes("quantization", "quantization", {"w8a8": 1e-6}, {"w8a8": 0.0}))
+    names = ("qkv", "o", "gate_up", "down")
+    times = [OperationTimes(name, "block", "linear", seconds, seconds) for name in names]
+    times.append(OperationTimes("quantization", "block", "quantization", {"w8a8": 1e-5}, {"w8a8": 0.0}))
+    times.append(OperationTimes("head", "head", "linear", dict.fromkeys(FORMS, 5e-5), seconds))
     roles = {"o": RoleProposal(3.0, 0.2, True), "down": RoleProposal(0.0, None, False)}
     proposal = Proposal(1.0, ("o",), 0.2, "because", roles)
-    shape = ("llama", "per-token-group", 32, 512, FORMS, {1: tuple(times)}, proposal)
+    shape = ("llama", 2, "per-token-group", 32, 4, "int8", 512, FORMS, "w8a8", {1: tuple(times)}, proposal)
     value = Profile("raspberry-pi-4", "neon", 4, "pi", False, None, *shape)
     (tmp_path / "p").write_text(json.dumps(value.as_dict()))
     assert read_profile(tmp_path / "p") == value
     return value
 
 
+def test_the_weight_stream_is_that_of_the_whole_model_and_of_a_block(made):
+    stream = made.weight_stream()
+    assert stream["w8a8"] == {"model": pytest.approx(9 / 10), "block": pytest.approx(4 / 5)}
+    assert stream["w4a8"] == {"model": pytest.approx(1), "block": pytest.approx(1)}
+    assert made.as_dict()["weight_stream"] == stream
+    (line,) = (line for line in as_text(made).splitlines() if "weight stream" in line)
+    assert "weight stream: 90.0 % of a decode step in w8a8, as a bundle runs" in line
+    assert "qkv, o, gate_up, down of 2 blocks, and head (in a block alone 80.0 %)" in line
+    assert replace(made, operations={8: made.operations[1]}).weight_stream() == {}
+
+
+def test_the_table_has_the_time_of_one_block_and_of_all(made):
+    lines = {line.split("  ")[0]: line.split() for line in as_text(made).splitlines()}
+    float32 = {name: lines[name][-2 * len(FORMS)] for name in ("qkv", "one block", "all 2 blocks", "decoder")}
+    assert float32 == {"qkv": "5.0", "one block": "20.0", "all 2 blocks": "40.0", "decoder": "90.0"}
+
+
+def test_a_busy_machine_is_named(made):
+    assert "busy" not in as_text(made) and "busy" not in as_text(replace(made, load=1.0))
+    assert "The machine was busy, its load was 3.0" in as_text(replace(made, load=3.0))
+
+
 DAMAGES = {
-    "not a profile of format 1": lambda v: v.update(format_version=2),
+    "not a profile of format 2": lambda v: v.update(format_version=1),
     "lacks 'device'": lambda v: v.pop("device"),
     "unknown key 'more'": lambda v: v.update(more=1),
     "emulated is not true or false": lambda v: v.update(emulated=0),
     "threads is not an integer": lambda v: v.update(threads=True),
-    "no number of rows": lambda v: v.update(blocks={"-1": v["blocks"]["1"]}),
-    "blocks is empty": lambda v: v.update(blocks={}),
-    "blocks.1 is not a list": lambda v: v["blocks"].update({"1": {}}),
-    "kind cannot be 'magic'": lambda v: v["blocks"]["1"][0].update(kind="magic"),
-    "has not a time for each": lambda v: v["blocks"]["1"][0]["seconds"].pop("w4a8"),
-    "seconds.w8a8 is not a number of 0 or more": lambda v: v["blocks"]["1"][1]["seconds"].update(w8a8=-1),
-    "spread.w8a8 is not a number": lambda v: v["blocks"]["1"][1]["spread"].update(w8a8=float("nan")),
+    "no number of rows": lambda v: v.update(operations={"-1": v["operations"]["1"]}),
+    "operations is empty": lambda v: v.update(operations={}),
+    "operations.1 is not a list": lambda v: v["operations"].update({"1": {}}),
+    "kind cannot be 'magic'": lambda v: v["operations"]["1"][0].update(kind="magic"),
+    "section cannot be 'tail'": lambda v: v["operations"]["1"][0].update(section="tail"),
+    "own is not one of its forms": lambda v: v.update(own="w2a2"),
+    "group_size is not an integer": lambda v: v.update(group_size="row"),
+    "weight_stream is not what its times say": lambda v: v["weight_stream"]["w4a8"].update(model=0.5),
+    "has no time for the linears of a block": lambda v: [each.update(section="head") for each in v["operations"]["1"]],
+    "has not a time for each": lambda v: v["operations"]["1"][0]["seconds"].pop("w4a8"),
+    "seconds.w8a8 is not a number of 0 or more": lambda v: v["operations"]["1"][1]["seconds"].update(w8a8=-1),
+    "spread.w8a8 is not a number": lambda v: v["operations"]["1"][1]["spread"].update(w8a8=float("nan")),
     "list of different texts": lambda v: v["proposal"].update(four_bit=["o", "o"]),
     "is not what its roles say": lambda v: v["proposal"].update(four_bit=["down"]),
     "names 'mlp', which is no linear": lambda v: v["proposal"]["roles"].update(
@@ -240,7 +275,8 @@ DAMAGES = {
     ),
     "proposal.four_bit is not empty": lambda v: (
         v.update(emulated=True),
-        [operation.update(seconds={}, spread={}) for operation in v["blocks"]["1"]],
+        v.update(weight_stream={}),
+        [operation.update(seconds={}, spread={}) for operation in v["operations"]["1"]],
     ),
     "proposal lacks 'reason'": lambda v: v["proposal"].pop("reason"),
     "is not a table": lambda v: v.update(proposal=[]),
@@ -277,7 +313,9 @@ def test_a_profile_that_is_not_there_is_named(tmp_path):
 
 def test_bits_from_an_emulated_board_are_refused(made, tmp_path):
     none = replace(made.proposal, four_bit=(), roles={})
-    blocks = {1: tuple(OperationTimes(op.name, op.kind) for op in made.blocks[1])}
-    (tmp_path / "p").write_text(json.dumps(replace(made, emulated=True, proposal=none, blocks=blocks).as_dict()))
+    operations = {1: tuple(OperationTimes(op.name, op.section, op.kind) for op in made.operations[1])}
+    (tmp_path / "p").write_text(
+        json.dumps(replace(made, emulated=True, proposal=none, operations=operations).as_dict())
+    )
     with pytest.raises(AgqError, match="emulated board, whose time means nothing"):
         bits_from(tmp_path / "p")

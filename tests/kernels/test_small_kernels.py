@@ -65,7 +65,7 @@ def test_embedding_reads_the_packed_table(isa, bits):
     tokens = np.array([0, 149, 64, 63, 15], "int32")
     out = tvm.runtime.tensor(np.zeros((5, 80), "float32"))
     if bits == 16:
-        kernel = build_float_embedding(5, 150, 80, packed["w"].shape)
+        kernel = build_float_embedding(5, 150, 80, packed["w"].shape, "float16")
     else:
         kernel = build_embedding(5, 150, 80, isa.layout(bits), "wo" in packed)
     compiled(kernel, "generic")(*(tvm.runtime.tensor(a) for a in (tokens, *packed.values())), out)
