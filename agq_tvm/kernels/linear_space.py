@@ -18,11 +18,18 @@ _MOST_MULTIPLIES = 1024
 def default(kernel, isa: InstructionSet) -> dict[str, int]:
     """Return the decisions made by hand."""
     one_row = kernel.code_rows == 1
+    inline = one_row or isa.inline_rows > 0
+    if one_row:
+        panel = 1
+    elif inline:  # the first rows fetch a whole tile's weights without a pause, the others find them in the cache
+        panel = kernel.groups
+    else:
+        panel = row_tile(kernel.groups, max(1, isa.panel // kernel.group_size))
     return {
-        "rows": row_tile(kernel.code_rows, isa.rows),
-        "vectors": isa.tile(kernel.bits, kernel.packed).vectors,
-        "panel": 1 if one_row else row_tile(kernel.groups, max(1, isa.panel // kernel.group_size)),
-        "inline": int(one_row),
+        "rows": row_tile(kernel.code_rows, isa.product_rows),
+        "vectors": isa.tile(kernel.bits, inline).vectors,
+        "panel": panel,
+        "inline": int(inline),
         "split": 0,
         "blocks": 1,
         "parallel": 1,
