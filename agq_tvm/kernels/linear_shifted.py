@@ -97,7 +97,7 @@ def define(kernel: ShiftedKernel, isa: InstructionSet):
     between a chunk's codes, unpacked once, and its products.
     """
     layout = isa.layout_4bit
-    less = isa.center(4, kernel.activation_bits, kernel.packed)
+    less = isa.center(4, kernel.activation_bits, kernel.packed or isa.inline_rows > 0)
     M, KB, NT = kernel.rows, kernel.blocks, layout.tiles(kernel.columns)
     S, V, L, D = layout.steps, layout.vectors, layout.lanes, layout.depth
     GB = next(blocks for blocks in range(_CHUNK, 0, -1) if KB % blocks == 0)
@@ -151,7 +151,7 @@ def define(kernel: ShiftedKernel, isa: InstructionSet):
 
 def default(kernel: ShiftedKernel, isa: InstructionSet) -> dict[str, int]:
     """Return the decisions made by hand."""
-    return {"rows": row_tile(kernel.rows, isa.rows), "parallel": 1}
+    return {"rows": row_tile(kernel.rows, isa.product_rows), "parallel": 1}
 
 
 def space(kernel: ShiftedKernel, isa: InstructionSet, threads: int = 1) -> Space:
@@ -164,6 +164,6 @@ def space(kernel: ShiftedKernel, isa: InstructionSet, threads: int = 1) -> Space
 def build(kernel: ShiftedKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
     """Return the scheduled PrimFunc of a matrix product: a chunk of k-blocks takes the place of a group."""
     decisions = decisions or default(kernel, isa)
-    plan = Plan(vectors=isa.layout_4bit.vectors, inline=kernel.packed, **decisions)
+    plan = Plan(vectors=isa.layout_4bit.vectors, inline=kernel.packed or isa.inline_rows > 0, **decisions)
     scheduled = schedule(define(kernel, isa), kernel, isa, plan, "total", ["unpack"], shifted=True)
     return scheduled.mod["main"].with_attr("global_symbol", kernel.name)

@@ -1,5 +1,7 @@
 """The design space of integer matrix products: `linear_schedule.Plan` says what the decisions mean."""
 
+import math
+
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.linear_schedule import row_tile
 from agq_tvm.kernels.space import Space, divisors
@@ -8,6 +10,10 @@ _SUMS = {"avx512vnni": 24, "generic": 8}
 _OTHER_SUMS = 12
 _MOST_ROWS = 16
 _PANELS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 32)
+_PARTS = (1, 2, 4, 8)
+"""Of all groups, panels besides, where codes are unpacked in registers."""
+_PANEL_BYTES = 400 << 10
+"""Packed weights and activation codes of a panel, about, that stay next to the core; the other half is for others."""
 _UNROLLS = (1, 2, 4)
 _BLOCKS = (1, 2, 4)
 _AHEAD_OF_ONE_ROW, _AHEAD = (0, 2, 4, 8, 16, 32), (0, 8)
@@ -18,11 +24,12 @@ _MOST_MULTIPLIES = 1024
 def default(kernel, isa: InstructionSet) -> dict[str, int]:
     """Return the decisions made by hand."""
     one_row = kernel.code_rows == 1
+    inline = one_row or isa.inline_rows > 0
     return {
-        "rows": row_tile(kernel.code_rows, isa.rows),
-        "vectors": isa.tile(kernel.bits, kernel.packed).vectors,
-        "panel": 1 if one_row else row_tile(kernel.groups, max(1, isa.panel // kernel.group_size)),
-        "inline": int(one_row),
+        "rows": row_tile(kernel.code_rows, isa.product_rows),
+        "vectors": isa.tile(kernel.bits, inline).vectors,
+        "panel": _panel(kernel, isa),
+        "inline": int(inline),
         "split": 0,
         "blocks": 1,
         "parallel": 1,
@@ -30,6 +37,17 @@ def default(kernel, isa: InstructionSet) -> dict[str, int]:
         "columns_first": 0,
         "ahead": 0,
     }
+
+
+def _panel(kernel, isa: InstructionSet) -> int:
+    if kernel.code_rows == 1:
+        return 1
+    if not isa.inline_rows:
+        return row_tile(kernel.groups, max(1, isa.panel // kernel.group_size))
+    # The first rows fetch a tile's weights from memory, the longer without a pause the better; others find them cached.
+    group = kernel.group_size * (kernel.code_rows + isa.layout(kernel.bits).width * kernel.bits // 8)
+    panels = divisors(kernel.groups, kernel.groups)
+    return min(panels, key=lambda panel: abs(math.log(panel * group / _PANEL_BYTES)))
 
 
 def most_sums(isa: InstructionSet) -> int:
@@ -43,10 +61,12 @@ def space(kernel, isa: InstructionSet, threads: int = 1) -> Space:
     one_row, several = kernel.code_rows == 1, threads > 1
     multiply = isa.multiply(kernel.bits, kernel.activation_bits, True)
     vectors = tuple(v for v in (1, 2, 4) if layout.vectors % v == 0)
+    parts = _PARTS if isa.inline_rows and not one_row else ()
+    panels = {*_PANELS, *(kernel.groups // n for n in parts if kernel.groups >= n)}
     choices = {
         "rows": divisors(kernel.code_rows, _MOST_ROWS),
         "vectors": vectors,
-        "panel": tuple(panel for panel in _PANELS if kernel.groups % panel == 0),
+        "panel": tuple(panel for panel in panels if kernel.groups % panel == 0),
         "inline": (1,) if one_row else (0, 1),
         "split": (0, 1),
         "blocks": _BLOCKS if several and kernel.terms == 1 else (1,),

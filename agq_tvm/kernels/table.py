@@ -81,7 +81,7 @@ def kernel_table() -> list[KernelRow]:
 def _products(isa: InstructionSet) -> list[KernelRow]:
     rows = []
     for bits, activation_bits in ((4, 8), (4, 4), (8, 8)):
-        for operation, tile_rows in (("gemv", 1), ("gemm", isa.rows)):
+        for operation, tile_rows in (("gemv", 1), ("gemm", isa.product_rows)):
             rows.append(_row(isa, bits, activation_bits, operation, tile_rows))
             if bits == 4:
                 rows.append(_row(isa, bits, activation_bits, operation, tile_rows, shifted=True))
@@ -92,7 +92,7 @@ def _products(isa: InstructionSet) -> list[KernelRow]:
 
 
 def _row(isa, bits: int, activation_bits: int, operation: str, rows: int, shifted: bool = False) -> KernelRow:
-    packed = bits == 4 and operation == "gemv"
+    packed = bits == 4 and (operation == "gemv" or isa.inline_rows > 0)
     layout, multiply = isa.layout(bits), isa.multiply(bits, activation_bits, packed, rows)
     loops = f"{'shift_' if shifted else ''}loops.{isa.name}.{layout.name}.m{rows}"
     tile = layout if shifted else isa.tile(bits, packed)

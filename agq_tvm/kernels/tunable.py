@@ -60,8 +60,8 @@ def _linear_space(kernel: LinearKernel, isa: InstructionSet, threads: int) -> Sp
 
 
 _ALL = (
-    _Kind(LinearKernel, _linear_space, linear.build, 1),
-    _Kind(ShiftedKernel, linear_shifted.space, linear_shifted.build, 1),
+    _Kind(LinearKernel, _linear_space, linear.build, 2),
+    _Kind(ShiftedKernel, linear_shifted.space, linear_shifted.build, 2),
     _Kind(DenseKernel, linear_dense.space, linear_dense.build, 1),
     _Kind(
         FloatLinearKernel,
@@ -139,7 +139,7 @@ def version_of(kernel) -> int:
 
 
 def task_name(kernel, isa: InstructionSet, threads: int) -> str:
-    """Return what tuning calls a kernel, e.g. ``linear_…_m128_n4096_k4096.avx512vnni.u4_v4x16_k4.t2.v1``."""
+    """Return what tuning calls a kernel, e.g. ``linear_…_m128_n4096_k4096.avx512vnni.u4_v4x16_k4.t2.v2``."""
     layout = [isa.layout(kernel.bits).name] if isinstance(kernel, LinearKernel | ShiftedKernel) else []
     return ".".join([kernel.name, isa.name, *layout, f"t{threads}", f"v{version_of(kernel)}"])
 

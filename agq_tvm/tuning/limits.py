@@ -13,6 +13,7 @@ import numpy as np
 from agq_tvm.kernels.emit import task_loop
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.runtime.threads import Threads
 from agq_tvm.targets import Device, load_device
 from agq_tvm.tuning.clock import seconds
 from agq_tvm.tvm_seam import IRBuilder, T, Target, tirx, tvm
@@ -27,6 +28,8 @@ STEPS = 64
 """Vectors of activations that the multiply loop goes through: they stay in the first cache."""
 WEIGHTS = 4
 """Vectors of weights that it keeps in registers."""
+_ROUNDS = 15
+"""Of which the best is taken as the limit of candidates: other programs only ever make a round slower."""
 
 
 def read_kernel(size: int, threads: int):
@@ -153,7 +156,7 @@ def memory_limit(threads: int = 1, size: int = READ_BYTES, device: Device | None
     return Limit(lambda: function(*tensors), data.nbytes)
 
 
-def multiply_limit(rounds: int = 4000, device: Device | None = None, threads: int = 1) -> Limit | None:
+def multiply_limit(rounds: int = 16000, device: Device | None = None, threads: int = 1) -> Limit | None:
     """Prepare the multiply loop on each thread; None where an instruction set has no multiply of its own."""
     device = device or load_device("host")
     isa = instruction_set(device.instruction_set)
@@ -204,9 +207,11 @@ class Limits:
         return max(bounds, default=None)
 
     def _measured(self, threads: int) -> tuple[float, float | None]:
-        """Return GB/s and GOP/s of so many threads."""
+        """Return GB/s and GOP/s of so many threads, of a pool that has them, as candidates do."""
         if threads not in self._rates:
+            memory = memory_limit(threads, device=self._device)
             multiply = multiply_limit(device=self._device, threads=threads)
-            best = measure(multiply, 5)[1] if multiply else None
-            self._rates[threads] = measure(memory_limit(threads, device=self._device), 5)[1], best
+            with Threads(threads).running():
+                best = measure(multiply, _ROUNDS)[1] if multiply else None
+                self._rates[threads] = measure(memory, _ROUNDS)[1], best
         return self._rates[threads]

@@ -1,6 +1,8 @@
 """The kernels at the limit do the work that they are credited with; how fast is not tested."""
 
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,3 +92,33 @@ def test_measure_gives_median_and_best(monkeypatch):
     times = iter([9.0, 1.0, 2.0, 4.0])  # the first is not counted
     monkeypatch.setattr(limits, "seconds", lambda run: next(times))
     assert limits.measure(limits.Limit(lambda: None, 4e9), rounds=3) == (2.0, 4.0)
+
+
+def test_limits_of_candidates_are_those_of_their_threads(monkeypatch):
+    """TVM's pool, left alone, has a thread for every second processor: two threads would seem to be as slow as one."""
+    counts, seen = [0], []
+
+    class Pool:
+        def __init__(self, count):
+            self.count = count
+
+        @contextmanager
+        def running(self):
+            counts.append(self.count)
+            yield
+            counts.pop()
+
+    def measured(limit, rounds):
+        seen.append((limit, counts[-1]))
+        return 1.0, {"memory": 2.0, "multiply": 8.0}[limit]
+
+    monkeypatch.setattr(limits, "Threads", Pool)
+    monkeypatch.setattr(limits, "measure", measured)
+    monkeypatch.setattr(limits, "memory_limit", lambda threads, device: "memory")
+    monkeypatch.setattr(limits, "multiply_limit", lambda device, threads: "multiply")
+    at_best = limits.Limits(load_device("host"))
+    task = SimpleNamespace(threads=2, cold_bytes=4e9, macs=4e9, kernel=SimpleNamespace(activation_bits=8))
+    assert at_best(task) == 2.0
+    task.macs = 16e9
+    assert at_best(task) == 4.0
+    assert sorted(seen) == [("memory", 2), ("multiply", 2)]  # once for each number of threads

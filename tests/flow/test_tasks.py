@@ -9,6 +9,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.flow.schedules import Chooser, summary
 from agq_tvm.flow.tasks import extract_tasks
 from agq_tvm.flow.tune import chosen
+from agq_tvm.kernels import tunable
 from agq_tvm.kernels.attrs import describe
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.linear import LinearKernel
@@ -21,6 +22,7 @@ from agq_tvm.tuning.tuner import Progress
 DEVICE = load_device("x86-64-avx512vnni")
 ISA = instruction_set("avx512vnni")
 KERNEL = LinearKernel(16, 64, 256, 4, 32, True, None, False)
+VERSION = tunable.version_of(KERNEL)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def test_only_chooses_by_name(tasks):
         chosen(tasks, "nonsense")
 
 
-def record(kernel, seconds: float, decisions=None, version: int = 1, **changes) -> Record:
+def record(kernel, seconds: float, decisions=None, version: int = VERSION, **changes) -> Record:
     task = make_task(kernel, "avx512vnni", DEVICE, 2)
     point = decisions or next(each for each in task.space.points() if each != task.space.default)
     origin = {"kernel_version": version, "threads": 2}
@@ -86,7 +88,7 @@ def test_decisions_that_the_space_does_not_allow_are_not_used(tmp_path):
 def test_other_versions_are_ignored_with_a_word(tmp_path):
     library = Library(tmp_path, device=DEVICE.name)
     old = record(KERNEL, 1e-9, version=0)
-    library.append(replace(old, task=old.task.replace(".v1", ".v0")))
+    library.append(replace(old, task=old.task.rpartition(".")[0] + ".v0"))
     choose = Chooser(library, ISA, 2)
     assert choose(KERNEL) is None
     assert "1 records are for other versions" in summary(choose.report())

@@ -14,6 +14,7 @@ from agq_tvm.kernels import linear
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_schedule import row_tile
+from agq_tvm.kernels.linear_space import default
 from tests.kernels.operands import compiled, corner_operands, random_operands, runs_here, target_of
 
 NATIVE = ("avx512vnni", "avx2", "generic")
@@ -137,9 +138,22 @@ def test_accumulators_stay_in_registers():
     lines = assembly_of(kernel, isa).splitlines()
     multiplies = [i for i, line in enumerate(lines) if "vpdpbusd" in line]
     between = [line for line in lines[multiplies[0] : multiplies[-1]] if re.search(r"vmov\w+\s+%zmm\d+, .*\(", line)]
-    assert len(multiplies) == isa.rows * 4 * 8
+    assert len(multiplies) == isa.product_rows * 4 * 8
     assert between == []
 
 
 def test_row_tile_divides():
     assert [row_tile(rows, 4) for rows in (1, 2, 3, 6, 7, 8, 128)] == [1, 2, 3, 3, 1, 4, 4]
+
+
+@pytest.mark.parametrize("rows,channels,panel", [(1, 4096, 1), (16, 11008, 86), (128, 4096, 16), (128, 11008, 43)])
+def test_panels_are_as_long_as_the_cache_allows(rows, channels, panel):
+    """Packed codes of 64 columns, 32 bytes for a channel, and all rows of activations: about 400 KB."""
+    made = default(LinearKernel(rows, 4096, channels, 4, 128, True, None, False), INSTRUCTION_SETS["avx512vnni"])
+    assert (made["panel"], made["inline"]) == (panel, 1)
+
+
+def test_other_instruction_sets_unpack_once_for_several_rows():
+    kernel = LinearKernel(16, 4096, 4096, 4, 32, True, None, False)
+    unpacked = {name for name, isa in INSTRUCTION_SETS.items() if not default(kernel, isa)["inline"]}
+    assert unpacked == set(INSTRUCTION_SETS) - {"avx512vnni"}

@@ -75,6 +75,9 @@ class InstructionSet:
         How weights and tables are packed for it: the same for every kernel and schedule.
     rows : int
         Rows of the register tile in prefill.
+    inline_rows : int
+        The same for integer products, if these unpack codes in registers wherever they are multiplied, for several
+        rows, too; 0 where codes are unpacked once for all rows.
     multiply_4bit, multiply_8bit : Multiply or None
         For weights of 4 and 8 bits and activations -127..127. None leaves the loops to LLVM.
     multiply_4x4 : Multiply or None
@@ -105,6 +108,12 @@ class InstructionSet:
     panel: int = K_BLOCK
     assembly: Assembly | None = None
     assembly_4x4: Assembly | None = None
+    inline_rows: int = 0
+
+    @property
+    def product_rows(self) -> int:
+        """Rows of the register tile of integer products in prefill."""
+        return self.inline_rows or self.rows
 
     def layout(self, bits: int) -> Layout:
         """Return the packed layout for 4 or 8 bits."""
