@@ -24,7 +24,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.flow.tasks import extract_tasks
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.linear import LinearKernel
-from agq_tvm.kernels.records import Library, open_library
+from agq_tvm.kernels.record_library import Library, open_library
 from agq_tvm.progress import progress
 from agq_tvm.targets import Device, load_device
 from agq_tvm.tuning.candidate import export_candidate, make_candidate

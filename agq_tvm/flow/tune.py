@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.tasks import extract_tasks
-from agq_tvm.kernels.records import MEASURED, SIMULATED, Library, Record, open_library
+from agq_tvm.kernels.record import MEASURED, SIMULATED, Record
+from agq_tvm.kernels.record_library import Library, open_library
 from agq_tvm.progress import say
 from agq_tvm.targets import Device, detect, load_device
 from agq_tvm.tuning.task import Task

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from agq_tvm.kernels.records import Record
+from agq_tvm.kernels.record import Record
 from agq_tvm.tuning.task import Task
 
 _BEST = 3

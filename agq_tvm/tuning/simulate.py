@@ -18,7 +18,7 @@ from tvm.ir.utils import derived_object
 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
-from agq_tvm.kernels.records import SIMULATED
+from agq_tvm.kernels.record import SIMULATED
 from agq_tvm.targets import Device
 from agq_tvm.tuning import block_counts, core_model
 from agq_tvm.tuning.block_counts import KernelFailed

@@ -14,7 +14,8 @@ from tvm.s_tir.meta_schedule.runner import RunnerInput
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.attrs import describe
-from agq_tvm.kernels.records import MEASURED, Library, Record
+from agq_tvm.kernels.record import MEASURED, Record
+from agq_tvm.kernels.record_library import Library
 from agq_tvm.tuning.allotment import allot, weight_of
 from agq_tvm.tuning.builder import Builder
 from agq_tvm.tuning.claims import Claims

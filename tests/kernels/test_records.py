@@ -11,7 +11,9 @@ import pytest
 
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.schedule_library import list_schedules, merge_schedules, prune_schedules
-from agq_tvm.kernels.records import RECORDS, Library, Record, RecordFile, parse_record
+from agq_tvm.kernels.record import Record, parse_record
+from agq_tvm.kernels.record_file import RECORDS, RecordFile
+from agq_tvm.kernels.record_library import Library
 
 KERNEL = {"class": "LinearKernel", "rows": 16, "columns": 64, "channels": 64, "bits": 4}
 

@@ -15,7 +15,8 @@ from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.attrs import describe
 from agq_tvm.kernels.linear import LinearKernel
-from agq_tvm.kernels.records import SIMULATED, Library, Record
+from agq_tvm.kernels.record import SIMULATED, Record
+from agq_tvm.kernels.record_library import Library
 from agq_tvm.targets import load_device
 from agq_tvm.tuning import block_counts, core_model, simulate
 from agq_tvm.tuning.block_counts import Count, KernelFailed, count_calls

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from agq_tvm.errors import AgqError
-from agq_tvm.kernels.records import Library
+from agq_tvm.kernels.record_library import Library
 from agq_tvm.tuning.allotment import allot
 from agq_tvm.tuning.tuner import Settings
 from tests.tuning.fake_tuning import DEVICE, FakeBuilder, landscape, tasks, tuner
