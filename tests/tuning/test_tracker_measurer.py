@@ -9,7 +9,7 @@ import pytest
 
 from agq_tvm.errors import AgqError
 from agq_tvm.targets import load_device
-from agq_tvm.tuning.tracker_runner import TrackerMeasurer
+from agq_tvm.tuning.tracker_measurer import TrackerMeasurer
 from tests.tuning.candidates import ARGUMENTS, QUICK, candidate, task_for
 from tests.tuning.conftest import BOARD
 
@@ -100,7 +100,7 @@ def test_without_boards_a_candidate_is_lost_and_not_failed(fleet, folder):
 
 
 def test_a_board_that_freezes_costs_no_more_than_its_limit(fleet, folder, monkeypatch):
-    monkeypatch.setattr("agq_tvm.tuning.tracker_runner._MARGIN", 1.0)
+    monkeypatch.setattr("agq_tvm.tuning.tracker_measurer._MARGIN", 1.0)
     frozen = fleet.add()
     with measurer_of(fleet, timeout=4) as measurer:
         future = measurer.submit(candidate("endless", BOARD, folder))
@@ -129,7 +129,7 @@ def test_one_board_of_another_kind_under_the_key_is_enough_to_refuse(fleet, monk
     TrackerMeasurer(task_for(device), fleet.address, fleet.key).close()
     fleet.add()
     wrong = fleet.boards[-1]
-    monkeypatch.setattr("agq_tvm.tuning.tracker_runner._checked", {})  # as in the next run of `agq tune`
+    monkeypatch.setattr("agq_tvm.tuning.tracker_measurer._checked", {})  # as in the next run of `agq tune`
     port = open(wrong.log).read().split("port ")[1].split()[0]
     with pytest.raises(AgqError, match=rf"board 127\.0\.0\.1:{port} under the key '{fleet.key}' lacks asimddp"):
         TrackerMeasurer(task_for(device), fleet.address, fleet.key)
