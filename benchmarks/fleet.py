@@ -23,8 +23,8 @@ from agq_tvm.kernels import tunable
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.targets import load_device
 from agq_tvm.tuning.block_counts import emulated_runner
-from agq_tvm.tuning.candidate import MAIN, digest_name, export_candidate, fill_name, make_candidate
-from agq_tvm.tuning.helpers import SWEEP
+from agq_tvm.tuning.candidate import export_candidate, make_candidate
+from agq_tvm.tuning.helpers import MAIN, SWEEP, digest_name, fill_name
 from agq_tvm.tuning.measure import Argument, Effort
 from agq_tvm.tuning.reference import arguments_of
 from agq_tvm.tuning.task import Task

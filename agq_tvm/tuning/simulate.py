@@ -20,8 +20,8 @@ from agq_tvm.kernels import tunable
 from agq_tvm.targets import Device
 from agq_tvm.tuning import block_counts, core_model
 from agq_tvm.tuning.block_counts import KernelFailed
-from agq_tvm.tuning.candidate import MAIN, digest_name, fill_name
 from agq_tvm.tuning.disassembly import disassemble, find_disassembler
+from agq_tvm.tuning.helpers import MAIN, digest_name, fill_name
 from agq_tvm.tuning.measure import CRASHED, FAILED, HUNG, WRONG, Argument, Measurement, disagreement
 from agq_tvm.tuning.measurer import Measurer, Outcome
 from agq_tvm.tuning.operands import Operand, operands_of

@@ -240,19 +240,26 @@ def test_pruning_leaves_the_best_of_each_task(tmp_path):
     assert [task["task"] for task in listed["tasks"]] == ["another", "task"]
 
 
+def append_later(folder, begun) -> None:
+    begun.set()
+    library(folder).append(record(2))
+
+
 def test_a_record_added_while_the_file_is_replaced_is_not_lost(tmp_path):
     mine, file = library(tmp_path), RecordFile(tmp_path / "x86-64-avx2" / RECORDS)
     mine.append(record(1))
     context = multiprocessing.get_context("spawn")  # a fork would hold the lock, too
-    children = []
+    begun = context.Event()
+    child = context.Process(target=append_later, args=(tmp_path, begun))
 
     def choose(records):
-        children.append(context.Process(target=library(tmp_path).append, args=(record(2),)))
-        children[0].start()
-        children[0].join(1)  # it waits for the lock
-        assert children[0].is_alive()
+        child.start()
+        assert begun.wait(60)
+        child.join(0.5)  # it waits for the lock
+        assert child.is_alive()
         return records
 
     file.replace(choose)
-    children[0].join(30)
+    child.join(60)
+    assert child.exitcode == 0
     assert library(tmp_path).read() == [record(1), record(2)]

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_a_board_that_dies_is_no_verdict(fleet, folder):
     first = fleet.add()
     with measurer_of(fleet, timeout=60) as measurer:
         future = measurer.submit(candidate("slow", BOARD, folder))
-        wait_until(lambda: "session begins" in open(first.log).read().partition("session ended")[2])
+        wait_until(lambda: "session begins" in Path(first.log).read_text().partition("session ended")[2])
         fleet.kill(first)
         time.sleep(1)
         assert not future.done()
@@ -104,7 +105,7 @@ def test_a_board_that_freezes_costs_no_more_than_its_limit(fleet, folder, monkey
     frozen = fleet.add()
     with measurer_of(fleet, timeout=4) as measurer:
         future = measurer.submit(candidate("endless", BOARD, folder))
-        wait_until(lambda: "session begins" in open(frozen.log).read().partition("session ended")[2])
+        wait_until(lambda: "session begins" in Path(frozen.log).read_text().partition("session ended")[2])
         os.killpg(frozen.pid, signal.SIGSTOP)
         fleet.add()
         assert future.result(timeout=LONG).kind == "hung"  # on the other board
@@ -130,6 +131,6 @@ def test_one_board_of_another_kind_under_the_key_is_enough_to_refuse(fleet, monk
     fleet.add()
     wrong = fleet.boards[-1]
     monkeypatch.setattr("agq_tvm.tuning.tracker_measurer._checked", {})  # as in the next run of `agq tune`
-    port = open(wrong.log).read().split("port ")[1].split()[0]
+    port = Path(wrong.log).read_text().split("port ")[1].split()[0]
     with pytest.raises(AgqError, match=rf"board 127\.0\.0\.1:{port} under the key '{fleet.key}' lacks asimddp"):
         TrackerMeasurer(task_for(device), fleet.address, fleet.key)
