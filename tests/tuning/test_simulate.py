@@ -10,6 +10,7 @@ from tvm import te
 from tvm.s_tir.meta_schedule.runner import RunnerInput
 
 from agq_tvm.errors import AgqError
+from agq_tvm.flow.tune import TuneRequest, tune
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.attrs import describe
 from agq_tvm.kernels.linear import LinearKernel
@@ -212,6 +213,18 @@ def test_what_becomes_of_a_candidate_is_told(behaviour, kind, words, tmp_path, m
         outcome = measurer.submit(path).result()
     assert outcome.kind == kind and words in outcome.text
     assert (outcome.measurement is None) == bool(kind)
+
+
+def test_a_checkpoint_is_tuned_without_a_board(tiny_checkpoint, tmp_path):
+    task_of(ARM)
+    request = TuneRequest(str(tiny_checkpoint), ARM, 3, simulate=True, only="m1_n96_k160", strategy="random")
+    result = tune(replace(request, library=str(tmp_path)))
+    (task,) = result["tasks"]
+    assert (result["how"], task["trials"], task["failures"]) == (SIMULATED, 3, 0)
+    records = Library(tmp_path, device=ARM).of_task(task["task"])
+    assert [record.how for record in records] == [SIMULATED] * 3 and not any(record.confirmed for record in records)
+    times = [record.time for record in records]
+    assert len(set(times)) > 1 and task["best"] == min(times) and task["default"] in times
 
 
 def test_what_is_no_library_is_told(tmp_path):
