@@ -33,7 +33,7 @@ class WorkerMeasurer(Measurer):
     Attributes
     ----------
     crew : Crew
-        These processes.
+        The worker processes.
     drift : Drift
         How fast the processors were that measured.
     """
