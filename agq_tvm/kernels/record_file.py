@@ -6,7 +6,8 @@ was killed stays. A last line that was torn is not read, and cut off before the 
 
 import fcntl
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class RecordFile:
         self.path, self.problems = Path(path), []
         self._records: list[Record] = []
         self._read_to, self._inode, self._lines = 0, None, 0
+        self._let_go: Callable[[], object] = lambda: None
 
     def read(self) -> list[Record]:
         """Return all records; only what was added since the last call is read.
@@ -49,18 +51,26 @@ class RecordFile:
             with open(self.path, "rb") as file:
                 self._read_on(file)
         except FileNotFoundError:
-            self._forget(None)
+            self._forget()
         except OSError as error:
             raise AgqError(f"cannot read {self.path}: {error.strerror}") from error
         return self._records
 
-    def _forget(self, inode) -> None:
-        self._records, self.problems, self._read_to, self._inode, self._lines = [], [], 0, inode, 0
+    def _forget(self) -> None:
+        self._records, self.problems, self._read_to, self._inode, self._lines = [], [], 0, None, 0
+        self._let_go()
+
+    def _hold(self, file) -> None:
+        """Keep the file open that is read: while it is, none that replaces it gets the number of its inode."""
+        held = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+        self._let_go = weakref.finalize(self, os.close, held)
+        self._inode = os.fstat(held).st_ino
 
     def _read_on(self, file) -> None:
         status = os.fstat(file.fileno())
         if status.st_ino != self._inode or status.st_size < self._read_to:
-            self._forget(status.st_ino)
+            self._forget()
+            self._hold(file)
         file.seek(self._read_to)
         while line := file.readline(_LONGEST_LINE + 1):
             whole = line.endswith(b"\n")

@@ -43,6 +43,19 @@ def test_a_reader_sees_what_others_add(tmp_path):
         assert len(reader.read()) == point + 1
 
 
+def test_a_reader_sees_every_replacement(tmp_path):
+    """The file that replaces a second time may get the inode of the first."""
+    reader, writer = library(tmp_path), library(tmp_path)
+    for point in range(4):
+        writer.append(record(point))
+    for added in (5, 6, 7):
+        before = reader.read()
+        for new in (record(added), record(added + 10)):
+            writer.files[0].replace(lambda records, new=new: [new, *records])
+        assert reader.read() == library(tmp_path).read() == [record(added + 10), record(added), *before]
+        assert reader.problems == []
+
+
 @pytest.mark.parametrize("cut", (1, 2, 40))
 def test_a_torn_last_line_is_not_read_and_gives_way_to_the_next(tmp_path, cut):
     mine = library(tmp_path)
