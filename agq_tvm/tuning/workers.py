@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from agq_tvm.boards.processes import last_line
@@ -92,7 +92,8 @@ class Worker:
             self._process.kill()
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
-                stream.close()
+                with suppress(BrokenPipeError):  # a job that it ended before
+                    stream.close()
         self._process, self._buffer = None, b""
 
     def _start(self) -> None:
@@ -176,10 +177,14 @@ class Crew:
     def stop(self) -> None:
         """End what the workers do; none is asked any more."""
         self._stopped.set()
+        ended: set[Worker] = set()
         while busy := [worker for worker in self.workers if worker not in self._free]:
             for worker in busy:  # time and again: the process of one that was asked just now is only being started
                 worker.kill()
+            ended.update(busy)
             time.sleep(_POLL)
+        for worker in ended:  # one that had just answered would be taken for alive
+            worker.close()
 
 
 _idle: list[Worker] = []

@@ -16,7 +16,7 @@ from agq_tvm.tuning.candidate import export_candidate, make_candidate
 from agq_tvm.tuning.local_measurer import LocalMeasurer
 from agq_tvm.tuning.measure import kind_of
 from agq_tvm.tuning.runner import MeasuringRunner
-from agq_tvm.tuning.workers import Worker
+from agq_tvm.tuning.workers import Worker, WorkerEnded
 from tests.tuning.candidates import ARGUMENTS, QUICK, candidate, task_for
 
 HOST = load_device("host")
@@ -84,6 +84,24 @@ def test_closing_ends_a_candidate_while(when, tmp_path, monkeypatch):
         assert begun.wait(60)
     assert future.result(timeout=0).kind == "crashed"
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_worker_that_ended_before_it_was_asked_answers_the_next_time(monkeypatch):
+    worker, start = Worker("here"), Worker._start
+
+    def ended(worker):
+        start(worker)
+        worker._process.kill()
+        worker._process.wait()
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "_start", ended)
+            with pytest.raises(WorkerEnded, match="signal 9"):
+                worker.ask({"limit": 10}, 10)
+        assert worker.ask({"limit": 10}, 10)["kind"] == "failed"  # there is nothing in this job
+    finally:
+        worker.close()
 
 
 def test_metaschedule_gets_seconds_and_errors(tmp_path):
