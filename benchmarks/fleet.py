@@ -23,12 +23,12 @@ from agq_tvm.kernels import tunable
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.targets import load_device
 from agq_tvm.tuning.block_counts import emulated_runner
-from agq_tvm.tuning.candidate import MAIN, digest_name, export_candidate, fill_name, make_candidate
-from agq_tvm.tuning.helpers import SWEEP
+from agq_tvm.tuning.candidate import export_candidate, make_candidate
+from agq_tvm.tuning.helpers import MAIN, SWEEP, digest_name, fill_name
 from agq_tvm.tuning.measure import Argument, Effort
 from agq_tvm.tuning.reference import arguments_of
 from agq_tvm.tuning.task import Task
-from agq_tvm.tuning.tracker_runner import TrackerMeasurer
+from agq_tvm.tuning.tracker_measurer import TrackerMeasurer
 from benchmarks.tables import RESULTS, aligned, report, write_report
 
 DEVICE = "raspberry-pi-4"
@@ -87,7 +87,7 @@ def rate(measurer: TrackerMeasurer, paths: list[Path], programs: list[processes.
 
 def _core_seconds(measurer: TrackerMeasurer, programs: list[processes.Process]) -> float:
     """Return what has been used so far: sessions are children of a board's server."""
-    numbers = [program.pid for program in programs] + [worker.pid for worker in measurer._workers if worker.pid]
+    numbers = [program.pid for program in programs] + [worker.pid for worker in measurer.crew.workers if worker.pid]
     times = [psutil.Process(number).cpu_times() for number in numbers]
     theirs = sum(each.user + each.system + each.children_user + each.children_system for each in times)
     return theirs + time.process_time()

@@ -27,7 +27,8 @@ from agq_tvm.progress import progress, say
 from agq_tvm.runtime.threads import Threads
 from agq_tvm.targets import load_device
 from agq_tvm.tuning import core_model
-from agq_tvm.tuning.candidate import MAIN, export_candidate, make_candidate
+from agq_tvm.tuning.candidate import export_candidate, make_candidate
+from agq_tvm.tuning.helpers import MAIN
 from agq_tvm.tuning.operands import operands_of
 from agq_tvm.tuning.simulate import check_simulation, simulate_candidate
 from agq_tvm.tuning.task import Task, make_task

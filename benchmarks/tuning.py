@@ -24,12 +24,13 @@ from agq_tvm.errors import AgqError
 from agq_tvm.flow.tasks import extract_tasks
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.linear import LinearKernel
-from agq_tvm.kernels.records import Library, open_library
+from agq_tvm.kernels.record_library import Library, open_library
 from agq_tvm.progress import progress
 from agq_tvm.targets import Device, load_device
 from agq_tvm.tuning.candidate import export_candidate, make_candidate
 from agq_tvm.tuning.display import Lines
-from agq_tvm.tuning.local_runner import LocalMeasurer, LocalRunner, effort_here
+from agq_tvm.tuning.local_measurer import LocalMeasurer, effort_here
+from agq_tvm.tuning.runner import MeasuringRunner
 from agq_tvm.tuning.task import Task, make_task
 from agq_tvm.tuning.tuner import Settings, Tuner
 from benchmarks.tables import RESULTS, aligned, report, write_report
@@ -161,8 +162,8 @@ def _search(arguments) -> tuple[dict, bool]:
     return {"search": contents}, all(each.ratio >= LEAST_SHARE for each in found)
 
 
-def _runner(task: Task) -> LocalRunner:
-    return LocalRunner(task, effort_here())
+def _runner(task: Task) -> MeasuringRunner:
+    return MeasuringRunner(LocalMeasurer(task, effort_here()))
 
 
 def main() -> int:

@@ -108,7 +108,7 @@ def _versions() -> Check:
 def _kernel_here(device: Device) -> str:
     from agq_tvm.flow.doctor_kernel import small_task
     from agq_tvm.tuning.candidate import export_candidate, make_candidate
-    from agq_tvm.tuning.local_runner import LocalMeasurer
+    from agq_tvm.tuning.local_measurer import LocalMeasurer
     from agq_tvm.tuning.measure import ONCE
 
     task = small_task(device)

@@ -141,7 +141,7 @@ def _build(request: LibraryRequest) -> None:
     from agq_tvm.flow.schedules import Chooser
     from agq_tvm.kernels.attention_form import attention_form
     from agq_tvm.kernels.instruction_sets import instruction_set
-    from agq_tvm.kernels.records import open_library
+    from agq_tvm.kernels.record_library import open_library
     from agq_tvm.models.relax_decoder import build_decoder
     from agq_tvm.passes import pipeline
     from agq_tvm.tvm_seam import Target, relax

@@ -4,15 +4,9 @@ from pathlib import Path
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import fresh_directory
-from agq_tvm.kernels.records import (
-    RECORDS,
-    Record,
-    RecordFile,
-    best_of,
-    devices_in,
-    shipped_directory,
-    user_directory,
-)
+from agq_tvm.kernels.record import Record, best_of
+from agq_tvm.kernels.record_file import RECORDS, RecordFile
+from agq_tvm.kernels.record_library import devices_in, shipped_directory, user_directory
 
 
 def list_schedules(directory: str | None, device: str | None) -> dict:

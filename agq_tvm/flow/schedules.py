@@ -6,7 +6,8 @@ from agq_tvm.flow.tasks import tuned_variants
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.attrs import describe
 from agq_tvm.kernels.intrin.base import InstructionSet
-from agq_tvm.kernels.records import Library, Record
+from agq_tvm.kernels.record import Record
+from agq_tvm.kernels.record_library import Library
 
 TUNED, NEAREST, DEFAULT = "tuned", "nearest", "default"
 

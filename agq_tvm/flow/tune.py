@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.tasks import extract_tasks
-from agq_tvm.kernels.records import MEASURED, SIMULATED, Library, Record, open_library
+from agq_tvm.kernels.record import MEASURED, SIMULATED, Record
+from agq_tvm.kernels.record_library import Library, open_library
 from agq_tvm.progress import say
 from agq_tvm.targets import Device, detect, load_device
 from agq_tvm.tuning.task import Task
@@ -172,20 +173,26 @@ class _Boards:
         return Lines(Limits(device))
 
     def runner(self, task: Task):
+        """Return MetaSchedule's runner for a task."""
+        from agq_tvm.tuning.runner import MeasuringRunner
+
+        return MeasuringRunner(self._measurer(task))
+
+    def _measurer(self, task: Task):
         request = self.request
         if request.simulate:
-            from agq_tvm.tuning.simulate import SimulatedRunner
+            from agq_tvm.tuning.simulate import TIMEOUT, SimulatedMeasurer
 
-            return SimulatedRunner(task, max(request.timeout, 300.0))
+            return SimulatedMeasurer(task, max(request.timeout, TIMEOUT))
         if request.tracker:
             from agq_tvm.tuning.measure import Effort
-            from agq_tvm.tuning.tracker_runner import TrackerRunner
+            from agq_tvm.tuning.tracker_measurer import TrackerMeasurer
 
             effort = Effort(cooldown=request.cooldown)
-            return TrackerRunner(task, request.tracker, request.key, effort, request.timeout)
-        from agq_tvm.tuning.local_runner import LocalRunner, effort_here
+            return TrackerMeasurer(task, request.tracker, request.key, effort, request.timeout)
+        from agq_tvm.tuning.local_measurer import LocalMeasurer, effort_here
 
-        return LocalRunner(task, effort_here(cooldown=request.cooldown), request.timeout)
+        return LocalMeasurer(task, effort_here(cooldown=request.cooldown), request.timeout)
 
 
 def _boards(request: TuneRequest, device: Device) -> _Boards:

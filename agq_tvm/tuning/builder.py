@@ -1,7 +1,6 @@
 """Building candidates in processes of their own, apart from measuring: LLVM may end the process that it runs in."""
 
 import os
-import queue
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.targets import Device
 from agq_tvm.targets.device import Cluster
 from agq_tvm.tuning.task import Task
-from agq_tvm.tuning.workers import Worker, WorkerEnded, WorkerLate
+from agq_tvm.tuning.workers import Crew, Worker, WorkerEnded, WorkerLate
 
 TIMEOUT = 300.0
 """Seconds for a candidate; linking for a board for the first time takes a minute."""
@@ -32,10 +31,7 @@ class Builder:
     def __init__(self, parallel: int | None = None, timeout: float = TIMEOUT):
         parallel = parallel or len(os.sched_getaffinity(0))
         self._timeout = timeout
-        self._workers = [Worker("build") for _ in range(parallel)]
-        self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._free.put(worker)
+        self._crew = Crew([Worker("build") for _ in range(parallel)])
         self._executor = ThreadPoolExecutor(parallel, thread_name_prefix="build")
 
     def submit(self, task: Task, decisions: dict[str, int], path: Path) -> "Future[str | None]":
@@ -45,10 +41,9 @@ class Builder:
     def close(self) -> None:
         """End the processes; what is being built fails."""
         self._executor.shutdown(wait=False, cancel_futures=True)
-        for worker in self._workers:
-            worker.kill()
+        self._crew.stop()
         self._executor.shutdown()
-        for worker in self._workers:
+        for worker in self._crew.workers:
             worker.close()
 
     def __enter__(self) -> "Builder":
@@ -59,15 +54,13 @@ class Builder:
 
     def _build(self, task: Task, decisions: dict[str, int], path: Path) -> str | None:
         job = plain(task) | {"decisions": decisions, "path": str(path), "limit": self._timeout}
-        worker = self._free.get()
         try:
-            answer = worker.ask(job, self._timeout)
+            with self._crew.one() as worker:
+                answer = worker.ask(job, self._timeout)
         except WorkerLate:
             return f"not built: no library within {self._timeout:g} s"
         except WorkerEnded as error:
             return f"not built: {error}"
-        finally:
-            self._free.put(worker)
         return None if "built" in answer else f"not built: {answer['text']}"
 
 

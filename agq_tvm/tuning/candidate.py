@@ -1,28 +1,16 @@
 """One candidate: a kernel built from decisions, with what makes its operands and checks its results on a board."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 from agq_tvm.kernels import tunable
 from agq_tvm.targets import Device
-from agq_tvm.tuning.helpers import candidate_exporter
+from agq_tvm.tuning.helpers import MAIN, candidate_exporter, digest_name, fill_name
 from agq_tvm.tuning.operands import operands_of
 from agq_tvm.tuning.task import Task
 from agq_tvm.tvm_seam import Target, tvm
-
-MAIN = "main"
-"""The kernel's name in a candidate's library."""
-
-
-def fill_name(place: int) -> str:
-    """Return the name of the function that fills the operand at a place: ``f(operand)``."""
-    return f"fill_{place}"
-
-
-def digest_name(place: int) -> str:
-    """Return the name of the function that digests the operand at a place: ``f(operand, int64 [1])``."""
-    return f"digest_{place}"
 
 
 def make_candidate(task: Task, decisions: dict[str, int] | None):
@@ -69,13 +57,6 @@ def export_candidate(module, device: Device, path: str | os.PathLike) -> None:
         executable = tvm.compile(module, Target(device.tvm_target()))
         made = Path(scratch) / "candidate.so"
         executable.export_library(str(made), fcompile=candidate_exporter(device), workspace_dir=scratch)
-        os.replace(_beside(made, path), path)
-
-
-def _beside(made: Path, path: str | os.PathLike) -> Path:
-    """Copy a file next to where it shall be, so that it can take its name at once."""
-    import shutil
-
-    beside = Path(f"{path}.{os.getpid()}.part")
-    shutil.copyfile(made, beside)
-    return beside
+        beside = Path(f"{path}.{os.getpid()}.part")
+        shutil.copyfile(made, beside)
+        os.replace(beside, path)  # it takes its name at once

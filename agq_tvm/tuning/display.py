@@ -3,7 +3,7 @@
 import sys
 import time
 
-from agq_tvm.tuning.tuner import Progress
+from agq_tvm.tuning.progress import Progress
 
 _EVERY = 0.2
 _SELDOM = 30.0

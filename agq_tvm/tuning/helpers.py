@@ -1,4 +1,4 @@
-"""What is linked to every candidate: see helpers.c."""
+"""What is in every candidate's library: functions of its own, and what is linked to it, see helpers.c."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,11 +7,23 @@ from pathlib import Path
 from agq_tvm.targets import Device
 from agq_tvm.targets.link import Exporter
 
+MAIN = "main"
+"""The kernel."""
 SWEEP = "sweep"
 """``sweep(n, operands…)``: calls ``main`` with each `n` operands in turn."""
 FIXED = "fixed"
 """``fixed(rounds)``: a chain of multiplications."""
 _SOURCE = Path(__file__).parent / "helpers.c"
+
+
+def fill_name(place: int) -> str:
+    """Return the name of the function that fills the operand at a place: ``f(operand)``."""
+    return f"fill_{place}"
+
+
+def digest_name(place: int) -> str:
+    """Return the name of the function that digests the operand at a place: ``f(operand, int64 [1])``."""
+    return f"digest_{place}"
 
 
 @dataclass(frozen=True)

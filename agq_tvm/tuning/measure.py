@@ -14,9 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from agq_tvm.tuning.helpers import FIXED, SWEEP
+from agq_tvm.tuning.helpers import FIXED, MAIN, SWEEP, digest_name, fill_name
 
-MAIN = "main"
 _COPIES = 512
 """Of cold operands at most: each is named in a call."""
 _OUTLIER = 1.25
@@ -248,7 +247,7 @@ def prepare(place: Place, function: Callable[[str], Callable], arguments: Sequen
     """Return the operands of a candidate, made by its own functions."""
     operands = [place.empty(argument.shape, argument.dtype) for argument in arguments]
     for number, operand in enumerate(operands):
-        function(f"fill_{number}")(operand)
+        function(fill_name(number))(operand)
     return operands
 
 
@@ -263,7 +262,7 @@ def check(place: Place, function: Callable[[str], Callable], operands: list, arg
     for number, (operand, argument) in enumerate(zip(operands, arguments, strict=True)):
         if argument.digest is not None:
             result = place.empty((1,), "int64")
-            function(f"digest_{number}")(operand, result)
+            function(digest_name(number))(operand, result)
             if int(place.array(result)[0]) != argument.digest:
                 raise MeasureError(WRONG, f"argument {number} differs from the reference")
         elif argument.reference is not None:

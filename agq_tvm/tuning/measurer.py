@@ -1,22 +1,19 @@
-"""What the runners for this machine and for boards have in common: libraries go in, verdicts come out."""
+"""What measures candidates, wherever that is: libraries go in, verdicts come out."""
 
 import tempfile
-import threading
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from agq_tvm.errors import AgqError
+import numpy as np
+
 from agq_tvm.tuning.candidate import export_candidate, make_candidate
-from agq_tvm.tuning.drift import Drift
-from agq_tvm.tuning.measure import ONCE, Argument, Effort, Measurement
+from agq_tvm.tuning.measure import Argument, Measurement
+from agq_tvm.tuning.operands import digest
 from agq_tvm.tuning.reference import arguments_of, is_exact
 from agq_tvm.tuning.task import Task
-from agq_tvm.tuning.workers import Worker, borrow, give_back
-
-TIMEOUT = 30.0
-"""Seconds that a candidate may take on a board, its transfer and its check included."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +38,19 @@ class Outcome:
 
 
 class Measurer(ABC):
-    """Measures candidates of one task.
+    """Measures candidates of one task: checks what they compute, then says how long a call takes.
 
     Parameters
     ----------
     task : Task
-    effort : Effort
     timeout : float
-        Seconds for a candidate, `Effort.cooldown` not counted.
+        Seconds for a candidate.
     parallel : int
         Candidates that are measured at the same time.
-    worker : str
-        Kind of the worker processes.
     """
 
-    def __init__(self, task: Task, effort: Effort, timeout: float, parallel: int, worker: str) -> None:
-        self.task, self.effort, self.timeout = task, effort, timeout
-        self.drift = Drift()
-        self._workers = [borrow(worker) for _ in range(parallel)]
-        self._free = list(self._workers)
-        self._closed = threading.Event()
+    def __init__(self, task: Task, timeout: float, parallel: int) -> None:
+        self.task, self.timeout = task, timeout
         self._executor = ThreadPoolExecutor(parallel, thread_name_prefix="measure")
         self._scratch = tempfile.TemporaryDirectory(prefix="agq-measure-")
         self._arguments: list[Argument] | None = None
@@ -71,16 +61,8 @@ class Measurer(ABC):
         return self._executor.submit(self._measure, str(path))
 
     def close(self) -> None:
-        """Stop measuring; what is being measured fails."""
-        self._closed.set()
-        self._executor.shutdown(wait=False, cancel_futures=True)
-        for worker in self._workers:
-            if worker not in self._free:
-                worker.kill()
-        self._executor.shutdown()
-        for worker in self._workers:
-            give_back(worker)
-        self._workers.clear()
+        """Stop measuring; what waits is not measured any more."""
+        self._executor.shutdown(cancel_futures=True)
         self._scratch.cleanup()
 
     def __enter__(self) -> "Measurer":
@@ -90,7 +72,7 @@ class Measurer(ABC):
         self.close()
 
     def arguments(self) -> list[Argument]:
-        """Return the kernel's arguments with what it must write: the hand-made kernel's results, or numpy's.
+        """Return the kernel's arguments with what it must write: numpy's results, or those of the hand-made kernel.
 
         Raises
         ------
@@ -105,54 +87,26 @@ class Measurer(ABC):
             self._arguments = arguments
         return self._arguments
 
-    @abstractmethod
-    def _ask(self, worker: Worker, job: dict) -> dict:
-        """Let a worker do a job; return its answer, with ``kind`` and ``text`` for an error."""
-
-    def _measure(self, path: str) -> Outcome:
-        answer = self._answer(self._job(path, self.effort, self.arguments()))
-        if "measurement" not in answer:
-            return Outcome(kind=answer["kind"], text=answer["text"])
-        measurement = Measurement(**answer["measurement"])
-        self.drift.note(measurement.board, answer["fixed"])
-        return Outcome(measurement)
-
-    def _answer(self, job: dict) -> dict:
-        worker = self._free.pop()  # there are as many as threads
-        try:
-            return self._ask(worker, job | {"fixed": self.drift.best()})
-        finally:
-            self._free.append(worker)
-
-    def _job(self, path: str, effort: Effort, arguments: list[Argument]) -> dict:
-        listed, limit = [asdict(argument) for argument in arguments], self.timeout + effort.cooldown
-        return {
-            "path": path,
-            "arguments": listed,
-            "threads": self.task.threads,
-            "effort": asdict(effort),
-            "limit": limit,
-        }
-
     def _by_default(self, arguments: list[Argument], written: list[int]) -> list[Argument]:
         """Run the hand-made kernel once and take what it writes as the reference."""
-        path = Path(self._scratch.name) / "default.so"
-        export_candidate(make_candidate(self.task, None), self.task.device, path)
-        files = {place: Path(self._scratch.name) / f"reference-{place}.npy" for place in written}
-        job = self._job(str(path), ONCE, arguments) | {"save": {place: str(file) for place, file in files.items()}}
-        answer = self._answer(job)
-        if "saved" not in answer:
-            raise AgqError(
-                f"{self.task.name}: the hand-made kernel was not measured ({answer['kind']}: {answer['text']})"
-            )
+        folder = Path(self._scratch.name)
+        export_candidate(make_candidate(self.task, None), self.task.device, folder / "default.so")
+        files = {place: folder / f"reference-{place}.npy" for place in written}
+        self._save(str(folder / "default.so"), arguments, files)
         if not is_exact(self.task):
             return arguments_of(self.task, {}, files)
-        return arguments_of(self.task, {place: _digest_of(file) for place, file in files.items()})
+        return arguments_of(self.task, {place: digest(np.load(file)) for place, file in files.items()})
 
+    @abstractmethod
+    def _measure(self, path: str) -> Outcome:
+        """Measure a candidate's library; called in a thread."""
 
-def _digest_of(file: Path) -> int:
-    import numpy as np
+    @abstractmethod
+    def _save(self, path: str, arguments: list[Argument], files: Mapping[int, Path]) -> None:
+        """Run a library once and save what it wrote (.npy), by place among its arguments.
 
-    from agq_tvm.tuning.operands import digest
-
-    return digest(np.load(file))
+        Raises
+        ------
+        AgqError
+            If it does not run.
+        """

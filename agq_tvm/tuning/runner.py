@@ -27,6 +27,7 @@ class MeasuringFuture(PyRunnerFuture):
         return RunnerResult(measured.kept if measured else None, outcome.message)
 
 
+@derived_object
 class MeasuringRunner(PyRunner):
     """Measures what MetaSchedule has built.
 

@@ -152,8 +152,9 @@ class Search:
         self.model.model.update(self.context, candidates, outcomes)
 
     def give_back(self, decisions: dict[str, int]) -> None:
-        """Let a point be proposed again that was not measured after all."""
+        """Let a point be proposed again, next of all, that was not measured."""
         self.open[_key(decisions)] = decisions
+        self._first.append(decisions)
 
 
 def tuning_record(task: Task, decisions: dict[str, int], seconds) -> list:

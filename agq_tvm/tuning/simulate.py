@@ -3,32 +3,28 @@
 What it leaves out: caches and memory (every access hits the first level), loads that wait for stores, branch
 prediction, the fetching of instructions, and what threads take from each other. So it ranks schedules of a product of
 many rows, whose time is that of its instructions; of a product of one row, which waits for memory, it only ranks what
-remains. Its seconds are cycles over the device's highest clock: a bound from below, no speed of a real board.
+remains. Its seconds are cycles over the clock of the slowest core that takes part: a bound from below, no speed of a
+real board.
 """
 
 import os
-import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from tvm.ir.utils import derived_object
 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
-from agq_tvm.kernels.records import SIMULATED
 from agq_tvm.targets import Device
 from agq_tvm.tuning import block_counts, core_model
 from agq_tvm.tuning.block_counts import KernelFailed
-from agq_tvm.tuning.candidate import MAIN, digest_name, export_candidate, fill_name, make_candidate
 from agq_tvm.tuning.disassembly import disassemble, find_disassembler
+from agq_tvm.tuning.helpers import MAIN, digest_name, fill_name
 from agq_tvm.tuning.measure import CRASHED, FAILED, HUNG, WRONG, Argument, Measurement, disagreement
-from agq_tvm.tuning.measurer import Outcome
-from agq_tvm.tuning.operands import Operand, digest, operands_of
-from agq_tvm.tuning.reference import arguments_of, is_exact
-from agq_tvm.tuning.runner import MeasuringRunner
+from agq_tvm.tuning.measurer import Measurer, Outcome
+from agq_tvm.tuning.operands import Operand, operands_of
 from agq_tvm.tuning.task import Task
 
 TIMEOUT = 300.0
@@ -124,7 +120,7 @@ def simulate_candidate(
 
 
 def seconds_of(simulation: Simulation, task: Task) -> float:
-    """Return the seconds of a simulated call at the device's highest clock; at 1 GHz if that is not known."""
+    """Return the seconds of a simulated call by the clock of the slowest core in use; by 1 GHz if it is not known."""
     return simulation.cycles / (task.device.clock(task.threads) or _UNKNOWN_CLOCK)
 
 
@@ -133,10 +129,8 @@ def _operands(task: Task) -> list[Operand]:
     return operands_of(task.kernel, tunable.build(task.kernel, task.instruction_set))
 
 
-class SimulatedMeasurer:
-    """Simulates candidates of one task; what it has in common with `agq_tvm.tuning.measurer.Measurer` means the same.
-
-    A candidate gives the same seconds every time. Its results are checked, as on a board.
+class SimulatedMeasurer(Measurer):
+    """Simulates candidates of one task. One gives the same seconds every time; its results are checked, as on a board.
 
     Parameters
     ----------
@@ -152,60 +146,17 @@ class SimulatedMeasurer:
         If the device cannot be simulated here: the sentence says what is missing.
     """
 
-    how = SIMULATED
-
     def __init__(self, task: Task, timeout: float = TIMEOUT, parallel: int | None = None) -> None:
         check_simulation(task.device)
-        self.task, self.timeout = task, timeout
+        super().__init__(task, timeout, parallel or len(os.sched_getaffinity(0)))
         _operands(task)  # TVM is not asked by several threads
-        self._executor = ThreadPoolExecutor(parallel or len(os.sched_getaffinity(0)), thread_name_prefix="simulate")
-        self._arguments: list[Argument] | None = None
-        self._scratch = tempfile.TemporaryDirectory(prefix="agq-simulate-")
 
-    def submit(self, path: str) -> "Future[Outcome]":
-        """Have a candidate's library simulated."""
-        self.arguments()
-        return self._executor.submit(self._simulate, str(path))
+    def _save(self, path: str, arguments: list[Argument], files: Mapping[int, Path]) -> None:
+        written = simulate_candidate(path, self.task, digests=False, timeout=self.timeout).written
+        for place, file in files.items():
+            np.save(file, written[place])
 
-    def close(self) -> None:
-        """End; what waits is not simulated any more."""
-        self._executor.shutdown(cancel_futures=True)
-        self._scratch.cleanup()
-
-    def __enter__(self) -> "SimulatedMeasurer":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def arguments(self) -> list[Argument]:
-        """Return the kernel's arguments with what it must write: numpy's results, or those of the hand-made kernel.
-
-        Raises
-        ------
-        AgqError
-            If the hand-made kernel does not run.
-        """
-        if self._arguments is None:
-            arguments = arguments_of(self.task)
-            if any(argument.written and argument.digest is None for argument in arguments):
-                arguments = self._by_default()
-            self._arguments = arguments
-        return self._arguments
-
-    def _by_default(self) -> list[Argument]:
-        scratch = Path(self._scratch.name)
-        library = scratch / "default.so"
-        export_candidate(make_candidate(self.task, None), self.task.device, library)
-        written = simulate_candidate(library, self.task, digests=False, timeout=self.timeout).written
-        if is_exact(self.task):
-            return arguments_of(self.task, {place: digest(array) for place, array in written.items()})
-        files = {place: scratch / f"reference-{place}.npy" for place in written}
-        for place, array in written.items():
-            np.save(files[place], array)
-        return arguments_of(self.task, {}, files)
-
-    def _simulate(self, path: str) -> Outcome:
+    def _measure(self, path: str) -> Outcome:
         digests = all(argument.digest is not None for argument in self.arguments() if argument.written)
         try:
             simulation = simulate_candidate(path, self.task, None, digests, self.timeout)
@@ -232,18 +183,3 @@ class SimulatedMeasurer:
             if difference:
                 return f"argument {place} differs from the reference: {difference}"
         return None
-
-
-@derived_object
-class SimulatedRunner(MeasuringRunner):
-    """MetaSchedule's runner for a device that one does not have, see `SimulatedMeasurer`.
-
-    Parameters
-    ----------
-    task : Task
-    timeout : float, optional
-        Seconds for a candidate under the emulator.
-    """
-
-    def __init__(self, task: Task, timeout: float = TIMEOUT) -> None:
-        super().__init__(SimulatedMeasurer(task, timeout))

@@ -7,19 +7,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tvm.s_tir.meta_schedule.runner import RunnerInput
 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.attrs import describe
-from agq_tvm.kernels.records import MEASURED, Library, Record
+from agq_tvm.kernels.record import MEASURED, Record
+from agq_tvm.kernels.record_library import Library
 from agq_tvm.tuning.allotment import allot, weight_of
 from agq_tvm.tuning.builder import Builder
 from agq_tvm.tuning.claims import Claims
-from agq_tvm.tuning.confirm import ROUNDS, to_confirm
+from agq_tvm.tuning.confirm import in_turns, to_confirm
 from agq_tvm.tuning.measure import NO_VERDICT, UNFIT, kind_of
+from agq_tvm.tuning.progress import Display, Progress
 from agq_tvm.tuning.provenance import provenance_of
 from agq_tvm.tuning.search import CostModel, Search, tuning_record
 from agq_tvm.tuning.task import Task
@@ -69,50 +71,6 @@ class Settings:
     default: bool = True
     builders: int | None = None
     seed: int = 0
-
-
-@dataclass
-class Progress:
-    """Where a task is.
-
-    Attributes
-    ----------
-    task : Task
-    wanted : int
-        Trials that the library shall have of it.
-    known, failures : int
-        Trials that it has, and those of them that failed.
-    measured : int
-        Those of this run.
-    best, default : float or None
-        Seconds of a call: the fastest's, and the hand-made schedule's.
-    time_left : float or None
-        Seconds until all tasks are done, as far as one can tell.
-    """
-
-    task: Task
-    wanted: int
-    known: int = 0
-    failures: int = 0
-    measured: int = 0
-    best: float | None = None
-    default: float | None = None
-    time_left: float | None = None
-
-    @property
-    def missing(self) -> int:
-        """Trials that are to be made."""
-        return max(0, self.wanted - self.known)
-
-
-class Display(Protocol):
-    """Shows what happens."""
-
-    def update(self, progress: Progress) -> None:
-        """Show where a task is."""
-
-    def finish(self, progress: Progress) -> None:
-        """Show where a task was left."""
 
 
 @dataclass
@@ -371,18 +329,20 @@ class Tuner:
         builds = [self._builder.submit(task, record.decisions, path) for record, path in pairs]
         if any([build.result() is not None for build in builds]):
             return
-        found: list[list[float]] = [[] for _ in chosen]
-        told: dict = {}
-        for turn in range(ROUNDS if chosen else 0):
-            order = range(len(chosen)) if turn % 2 == 0 else range(len(chosen) - 1, -1, -1)
-            for number in order:
-                future = runner.run([RunnerInput(str(paths[number]), "cpu", [])])[0]
-                seconds, error, told = _outcome(future, runner, str(paths[number]))
-                if error or self._late():
-                    return
-                found[number] += seconds
-        for record, seconds in zip(chosen, found, strict=True):  # the first is the default
-            provenance = self._provenance(task, told) | {"default_seconds": statistics.median(found[0])}
+        told: list[list[dict]] = [[] for _ in chosen]
+
+        def measure(number: int) -> list[float] | None:
+            future = runner.run([RunnerInput(str(paths[number]), "cpu", [])])[0]
+            seconds, error, about = _outcome(future, runner, str(paths[number]))
+            told[number].append(about)
+            return None if error or self._late() else seconds
+
+        found = in_turns(len(chosen), measure)
+        if found is None:
+            return
+        for record, seconds, rounds in zip(chosen, found, told, strict=True):  # the first is the default
+            about = rounds[-1] | {"hot": any(each.get("hot") for each in rounds)}
+            provenance = self._provenance(task, about) | {"default_seconds": statistics.median(found[0])}
             self.library.append(replace(record, seconds=tuple(seconds), provenance=provenance))
 
 

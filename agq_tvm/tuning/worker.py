@@ -15,6 +15,7 @@ from dataclasses import asdict
 import numpy as np
 
 from agq_tvm.targets import Device
+from agq_tvm.tuning.helpers import MAIN
 from agq_tvm.tuning.measure import CRASHED, FAILED, HUNG, LOST, UNFIT, Argument, Effort, MeasureError, measure, prepare
 
 _GRACE = 30
@@ -80,7 +81,7 @@ def _saved(place, job: dict, arguments: list[Argument]) -> dict:
     with place.threads(job["threads"]):
         function = place.library(job["path"])
         operands = prepare(place, function, arguments)
-        function("main")(*operands)
+        function(MAIN)(*operands)
         for number, path in job["save"].items():
             np.save(path, place.array(operands[int(number)]))
     return {"saved": job["save"]}

@@ -9,13 +9,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from agq_tvm.boards.processes import last_line
 
 _START_LIMIT = 300.0
 """Seconds: the machine may be busy with other things."""
+_POLL = 0.02
 
 
 class WorkerEnded(Exception):
@@ -32,7 +34,7 @@ class Worker:
     Parameters
     ----------
     kind : str
-        ``"here"``, for this machine, or ``"board"``.
+        What it does: ``"here"`` and ``"board"`` measure, on this machine and on boards, ``"build"`` builds.
     """
 
     def __init__(self, kind: str) -> None:
@@ -90,7 +92,8 @@ class Worker:
             self._process.kill()
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
-                stream.close()
+                with suppress(BrokenPipeError):  # a job that it ended before
+                    stream.close()
         self._process, self._buffer = None, b""
 
     def _start(self) -> None:
@@ -130,6 +133,58 @@ class Worker:
         if code < 0:
             return f"its process was ended by signal {-code} ({signal.strsignal(-code)})"
         return f"its process ended with code {code}: {last_line(self._log.name)}"
+
+
+class Crew:
+    """Workers that some threads share: there are no more of those than workers.
+
+    Parameters
+    ----------
+    workers : list of Worker
+    """
+
+    def __init__(self, workers: list[Worker]) -> None:
+        self.workers = workers
+        self._free = list(workers)
+        self._stopped = threading.Event()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped.is_set()
+
+    def rest(self, seconds: float) -> None:
+        """Sleep, until `stop` at the longest."""
+        self._stopped.wait(seconds)
+
+    @contextmanager
+    def one(self) -> Iterator[Worker]:
+        """Have a worker for oneself.
+
+        Raises
+        ------
+        WorkerEnded
+            If the crew was stopped.
+        """
+        worker = self._free.pop()
+        try:
+            if self.stopped:
+                raise WorkerEnded("it was not begun any more")
+            yield worker
+        finally:
+            self._free.append(worker)
+
+    def stop(self) -> None:
+        """End what the workers do; none is asked any more."""
+        self._stopped.set()
+        ended: set[Worker] = set()
+        while busy := [worker for worker in self.workers if worker not in self._free]:
+            for worker in busy:  # time and again: the process of one that was asked just now is only being started
+                worker.kill()
+            ended.update(busy)
+            time.sleep(_POLL)
+        for worker in ended:  # one that had just answered would be taken for alive
+            worker.close()
 
 
 _idle: list[Worker] = []

@@ -1,5 +1,6 @@
 """Engines that run where tests do, on small operands; and what converters write."""
 
+import gguf
 import numpy as np
 import pytest
 
@@ -30,7 +31,6 @@ def multiplied(engine, form, operands, tmp_path, rows: int):
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("form", torch_eager.PRODUCTS, ids=lambda form: form.name)
 def test_torch_multiplies(form, rows, operands, tmp_path):
-    pytest.importorskip("torch")
     product, given = multiplied(torch_eager, form, operands, tmp_path, rows)
     bits = {"torch bfloat16": 16, "torch float32": 32}.get(form.name, 8)
     assert product.stored_bytes == pytest.approx(COLUMNS * CHANNELS * bits / 8, rel=0.02)
@@ -50,7 +50,6 @@ def test_ours_multiplies_the_rounded_weights(form, rows, operands, tmp_path):
 
 
 def test_gguf_holds_the_same_model(tmp_path):
-    gguf = pytest.importorskip("gguf")
     model = write_tiny_llama(tmp_path / "tiny")
     source = open_source(str(model))
     write_gguf(model, tmp_path / "tiny.gguf")

@@ -7,7 +7,7 @@ import pytest
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.linear import LinearKernel
-from agq_tvm.kernels.records import Library
+from agq_tvm.kernels.record_library import Library
 from agq_tvm.targets import load_device
 from agq_tvm.tuning.measure import Measurement
 from agq_tvm.tuning.measurer import Outcome

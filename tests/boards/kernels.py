@@ -1,5 +1,7 @@
-"""Small programs for boards."""
+"""Small programs for boards, and running what a library has there."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import tvm
@@ -92,3 +94,26 @@ def library(module, device_name: str, folder: Path, name: str = "kernel.so") -> 
     compiled = tvm.compile(module, target=tvm.target.Target(device.tvm_target()))
     compiled.export_library(str(path), fcompile=exporter(device))
     return str(path)
+
+
+@contextmanager
+def loaded(session, path: str) -> Iterator[Callable[[str], Callable]]:
+    """Load a library on a board; give a function that returns those of the library by name.
+
+    They take tensors of this machine; the last one is written.
+    """
+    session.upload(path)
+    modules = [session.load_module(Path(path).name)]
+
+    def function(name: str) -> Callable:
+        def call(*operands) -> None:
+            there = [tvm.runtime.tensor(operand.numpy(), session.cpu(0)) for operand in operands]
+            modules[0][name](*there)
+            operands[-1].copyfrom(there[-1].numpy())
+
+        return call
+
+    try:
+        yield function
+    finally:
+        modules.clear()  # a session ends with the last object that it has given

@@ -1,9 +1,12 @@
 """A bundle's own kernels on a board, asked for what no float can hide: the integer sums of every group."""
 
 import gc
+from importlib import resources
+from pathlib import Path
 
 import numpy as np
 
+from agq_tvm.flow.compile import compile_checkpoint
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.layout import K_BLOCK
 from agq_tvm.kernels.linear import ZERO, LinearKernel
@@ -16,6 +19,15 @@ from agq_tvm.runtime.agreement import Agreement, agreement
 from agq_tvm.runtime.board_session import BoardSession
 from agq_tvm.runtime.bundle import Bundle
 from agq_tvm.runtime.engine import Engine
+
+
+def compile_with(instruction_set: str, checkpoint: Path, folder: Path) -> Bundle:
+    """Compile a checkpoint for a Raspberry Pi 4 whose device file names another instruction set."""
+    device = resources.files("agq_tvm.targets").joinpath("devices", "raspberry-pi-4.toml").read_text()
+    assert 'instruction_set = "neon"' in device
+    (folder / "device.toml").write_text(device.replace('"neon"', f'"{instruction_set}"'))
+    compile_checkpoint(checkpoint, folder / "device.toml", folder / "b", context=64)
+    return Bundle(folder / "b")
 
 
 def check_bundle(session, bundle: Bundle, checkpoint: Checkpoint, tokens: list[int], steps: int) -> Agreement:

@@ -2,17 +2,14 @@
 
 import re
 import subprocess
-from importlib import resources
 
 import numpy as np
 import pytest
 
-from agq_tvm.flow.compile import compile_checkpoint
 from agq_tvm.flow.quantize import Calibration, quantize
 from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.variants import variant_settings
-from agq_tvm.runtime.bundle import Bundle
-from tests.boards.on_board import check_bundle
+from tests.boards.on_board import check_bundle, compile_with
 from tests.tiny import write_tiny_model
 
 pytestmark = pytest.mark.emulator
@@ -63,14 +60,10 @@ def test_the_chain_must_be_whole():
 
 
 def test_bundle(boards, tmp_path, few_functions, disassembler):
-    device = resources.files("agq_tvm.targets").joinpath("devices", "raspberry-pi-4.toml").read_text()
-    assert 'instruction_set = "neon"' in device
-    (tmp_path / "device.toml").write_text(device.replace('"neon"', '"neon-paper"'))
     calibration = Calibration(samples=3, length=48)
     settings = variant_settings("agileq-4")
     quantize(write_tiny_model(tmp_path / "m", "llama"), tmp_path / "c", calibration=calibration, **settings)
-    compile_checkpoint(tmp_path / "c", tmp_path / "device.toml", tmp_path / "b", context=64)
-    bundle, checkpoint = Bundle(tmp_path / "b"), read_checkpoint(tmp_path / "c")
+    bundle, checkpoint = compile_with("neon-paper", tmp_path / "c", tmp_path), read_checkpoint(tmp_path / "c")
     tokens = np.random.default_rng(1).integers(0, checkpoint.config.vocab_size, 24).tolist()
     with boards.session("raspberry-pi-4") as session:
         same = check_bundle(session, bundle, checkpoint, tokens, steps=4)

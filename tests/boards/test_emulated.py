@@ -117,12 +117,19 @@ def test_session_ends_at_its_time_limit(boards):
         assert session.listdir("") == ""
 
 
-def test_end_is_told_even_while_the_client_is_sending(boards):
+@contextlib.contextmanager
+def greeted(boards, timeout: float):
+    """Ask for a board and begin a session by hand; give the socket."""
     answer = tracker._ask(*tracker.parse_tracker(boards.tracker), [4, "raspberry-pi-4", "", 1], 30)
     host, port, match_key = answer[1]
-    key = f"client:{match_key} -timeout=0.5".encode()
+    key = f"client:{match_key} -timeout={timeout}".encode()
     with socket.create_connection((host, port), timeout=30) as client:
         client.sendall(struct.pack("<ii", 0xFF271, len(key)) + key)
+        yield client
+
+
+def test_end_is_told_even_while_the_client_is_sending(boards):
+    with greeted(boards, 0.5) as client:
         client.sendall(struct.pack("<Q", 1 << 30))  # a packet that never ends
         end, later = time.monotonic() + 30, 100
         while later and time.monotonic() < end:
@@ -187,11 +194,7 @@ def test_rubbish_does_not_hurt_a_board(boards, rubbish):
 
 
 def test_client_that_goes_away_frees_the_board(boards):
-    answer = tracker._ask(*tracker.parse_tracker(boards.tracker), [4, "raspberry-pi-4", "", 1], 30)
-    host, port, match_key = answer[1]
-    key = f"client:{match_key} -timeout=60".encode()
-    with socket.create_connection((host, port), timeout=30) as client:
-        client.sendall(struct.pack("<ii", 0xFF271, len(key)) + key)
+    with greeted(boards, 60) as client:
         assert client.recv(4) == struct.pack("<i", 0xFF271)
     with boards.session("raspberry-pi-4") as session:
         assert session.listdir("") == ""

@@ -3,7 +3,6 @@
 import gc
 import re
 import subprocess
-from importlib import resources
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from agq_tvm.runtime.agreement import agreement
 from agq_tvm.runtime.board_session import BoardSession
 from agq_tvm.runtime.bundle import Bundle
 from agq_tvm.runtime.engine import Engine
-from tests.boards.on_board import check_bundle
+from tests.boards.on_board import check_bundle, compile_with
 from tests.compiled import ROWS
 from tests.flow.test_compiled_shifts import shifted_checkpoint
 from tests.tiny import write_tiny_model
@@ -80,13 +79,9 @@ def test_a_model_that_prunes(boards, tmp_path, few_functions, family, renumber, 
 )
 def test_activations_of_4_bits(boards, tmp_path, few_functions, disassembler, instruction_set, instructions):
     """Byte lanes where the board chooses; the paper's Algorithm 1 where its device file asks for it."""
-    device = resources.files("agq_tvm.targets").joinpath("devices", "raspberry-pi-4.toml").read_text()
-    assert 'instruction_set = "neon"' in device
-    (tmp_path / "device.toml").write_text(device.replace('"neon"', f'"{instruction_set}"'))
     settings = {"activation": "per-token", "four_bit": ("o", "gate_up", "down")}
     quantize(write_tiny_model(tmp_path / "m", "llama"), tmp_path / "c", method="rtn", group_size=64, **settings)
-    compile_checkpoint(tmp_path / "c", tmp_path / "device.toml", tmp_path / "b", context=64)
-    bundle, checkpoint = Bundle(tmp_path / "b"), read_checkpoint(tmp_path / "c")
+    bundle, checkpoint = compile_with(instruction_set, tmp_path / "c", tmp_path), read_checkpoint(tmp_path / "c")
     tokens = np.random.default_rng(1).integers(0, checkpoint.config.vocab_size, 24).tolist()
     with boards.session("raspberry-pi-4") as session:
         same = check_bundle(session, bundle, checkpoint, tokens, steps=4)

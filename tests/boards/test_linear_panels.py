@@ -40,20 +40,8 @@ def product(boards, tmp_path, request):
     isa = instruction_set(load_device(device).instruction_set)
     functions = {kernel.name: linear.build(kernel, isa) for kernel in FORMS}
     path = kernels.library(tvm.IRModule(functions), device, tmp_path, "panels.so")
-    with boards.session(device) as session:
-        session.upload(path)
-        loaded = [session.load_module("panels.so")]
-
-        def run(operands):
-            def call(*tensors):
-                there = [tvm.runtime.tensor(tensor.numpy(), session.cpu(0)) for tensor in tensors]
-                loaded[0][operands.kernel.name](*there)
-                tensors[-1].copyfrom(there[-1].numpy())
-
-            return operands.run(call, isa)
-
-        yield run
-        loaded.clear()
+    with boards.session(device) as session, kernels.loaded(session, path) as function:
+        yield lambda operands: operands.run(function(operands.kernel.name), isa)
 
 
 @pytest.mark.parametrize("product", BOARDS, indirect=True)

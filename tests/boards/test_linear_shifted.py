@@ -39,17 +39,8 @@ def test_whole_product_is_exact_in_integers(boards, library):
     cases = [("at the bound", operands) for operands in BOUND]
     for kernel in FORMS:
         cases += [("random", random_shifted(kernel, 3, 1)), *shifted_corners(kernel).items()]
-    with boards.session(DEVICES[isa.name]) as session:
-        session.upload(path)
-        loaded = [session.load_module("shifted.so")]
-
-        def function(*operands):
-            there = [tvm.runtime.tensor(operand.numpy(), session.cpu(0)) for operand in operands]
-            loaded[0][name](*there)
-            operands[-1].copyfrom(there[-1].numpy())
-
+    with boards.session(DEVICES[isa.name]) as session, kernels.loaded(session, path) as function:
         for case, operands in cases:
             operands, name = operands.integer_form(), operands.kernel.name
-            got, expected = operands.run(function, isa), operands.expected().astype("float32")
+            got, expected = operands.run(function(name), isa), operands.expected().astype("float32")
             np.testing.assert_array_equal(got, expected, err_msg=f"{name}, {case}")
-        loaded.clear()

@@ -75,20 +75,8 @@ def library(tmp_path_factory):
 @pytest.fixture
 def board(boards, library):
     """Return a function that calls one of the library's by its name; its last operand is written."""
-    with boards.session(DEVICE) as session:
-        session.upload(library)
-        loaded = [session.load_module("multiply.so")]
-
-        def function(name):
-            def call(*operands):
-                there = [tvm.runtime.tensor(operand.numpy(), session.cpu(0)) for operand in operands]
-                loaded[0][name](*there)
-                operands[-1].copyfrom(there[-1].numpy())
-
-            return call
-
+    with boards.session(DEVICE) as session, kernels.loaded(session, library) as function:
         yield function
-        loaded.clear()
 
 
 def linear_of(board, isa: str, kernel: LinearKernel):

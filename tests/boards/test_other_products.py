@@ -33,18 +33,7 @@ def test_whole_products(boards, tmp_path, device):
     functions = {kernel.name: linear.build(kernel, isa) for kernel in FORMS}
     functions |= {kernel.name: linear_float.build(kernel, float_form(isa)) for kernel in FLOAT_FORMS}
     path = kernels.library(tvm.IRModule(functions), device, tmp_path, "weights.so")
-    with boards.session(device) as session:
-        session.upload(path)
-        loaded = [session.load_module("weights.so")]
-
-        def function(name: str):
-            def call(*operands):
-                there = [tvm.runtime.tensor(operand.numpy(), session.cpu(0)) for operand in operands]
-                loaded[0][name](*there)
-                operands[-1].copyfrom(there[-1].numpy())
-
-            return call
-
+    with boards.session(device) as session, kernels.loaded(session, path) as function:
         for kernel in FORMS:
             for name, operands in {"random": random_operands(kernel, 1), **corner_operands(kernel)}.items():
                 operands = operands.integer_form()
@@ -52,4 +41,3 @@ def test_whole_products(boards, tmp_path, device):
                 np.testing.assert_array_equal(got, operands.expected(), err_msg=name)
         for kernel in FLOAT_FORMS:
             check(kernel, isa.name, function(kernel.name))
-        loaded.clear()

@@ -20,16 +20,8 @@ def test_all_points_of_products_are_exact(boards, tmp_path, device):
     built = build_all(PRODUCTS, isa)
     module = tvm.IRModule({name: func for name, (_, func) in built.items()})
     path = kernels.library(module, device, tmp_path, "points.so")
-    with boards.session(device) as session:
-        session.upload(path)
-        loaded = [session.load_module("points.so")]
+    with boards.session(device) as session, kernels.loaded(session, path) as function:
         for name, (kernel, _) in built.items():
-
-            def call(*tensors, name=name):
-                there = [tvm.runtime.tensor(tensor.numpy(), session.cpu(0)) for tensor in tensors]
-                loaded[0][name](*there)
-                tensors[-1].copyfrom(there[-1].numpy())
-
             operands = random_operands(kernel, 1).integer_form()
-            np.testing.assert_array_equal(operands.run(call, isa), operands.expected(), err_msg=f"{kernel.name} {name}")
-        loaded.clear()
+            got = operands.run(function(name), isa)
+            np.testing.assert_array_equal(got, operands.expected(), err_msg=f"{kernel.name} {name}")

@@ -13,11 +13,12 @@ from agq_tvm.kernels import tunable
 from agq_tvm.kernels.attrs import describe
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.linear import LinearKernel
-from agq_tvm.kernels.records import Library, Record
+from agq_tvm.kernels.record import Record
+from agq_tvm.kernels.record_library import Library
 from agq_tvm.targets import load_device
 from agq_tvm.tuning.display import Lines
+from agq_tvm.tuning.progress import Progress
 from agq_tvm.tuning.task import make_task
-from agq_tvm.tuning.tuner import Progress
 
 DEVICE = load_device("x86-64-avx512vnni")
 ISA = instruction_set("avx512vnni")

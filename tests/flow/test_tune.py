@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from agq_tvm.kernels.records import Library, Record
+from agq_tvm.kernels.record import Record
+from agq_tvm.kernels.record_library import Library
 from agq_tvm.runtime.bundle import Bundle
 from agq_tvm.runtime.engine import Engine
 from agq_tvm.targets import load_device

@@ -11,7 +11,9 @@ import pytest
 
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.schedule_library import list_schedules, merge_schedules, prune_schedules
-from agq_tvm.kernels.records import RECORDS, Library, Record, RecordFile, parse_record
+from agq_tvm.kernels.record import Record, parse_record
+from agq_tvm.kernels.record_file import RECORDS, RecordFile
+from agq_tvm.kernels.record_library import Library
 
 KERNEL = {"class": "LinearKernel", "rows": 16, "columns": 64, "channels": 64, "bits": 4}
 
@@ -39,6 +41,19 @@ def test_a_reader_sees_what_others_add(tmp_path):
     for point in range(3):
         writer.append(record(point))
         assert len(reader.read()) == point + 1
+
+
+def test_a_reader_sees_every_replacement(tmp_path):
+    """The file that replaces a second time may get the inode of the first."""
+    reader, writer = library(tmp_path), library(tmp_path)
+    for point in range(4):
+        writer.append(record(point))
+    for added in (5, 6, 7):
+        before = reader.read()
+        for new in (record(added), record(added + 10)):
+            writer.files[0].replace(lambda records, new=new: [new, *records])
+        assert reader.read() == library(tmp_path).read() == [record(added + 10), record(added), *before]
+        assert reader.problems == []
 
 
 @pytest.mark.parametrize("cut", (1, 2, 40))
@@ -238,19 +253,26 @@ def test_pruning_leaves_the_best_of_each_task(tmp_path):
     assert [task["task"] for task in listed["tasks"]] == ["another", "task"]
 
 
+def append_later(folder, begun) -> None:
+    begun.set()
+    library(folder).append(record(2))
+
+
 def test_a_record_added_while_the_file_is_replaced_is_not_lost(tmp_path):
     mine, file = library(tmp_path), RecordFile(tmp_path / "x86-64-avx2" / RECORDS)
     mine.append(record(1))
     context = multiprocessing.get_context("spawn")  # a fork would hold the lock, too
-    children = []
+    begun = context.Event()
+    child = context.Process(target=append_later, args=(tmp_path, begun))
 
     def choose(records):
-        children.append(context.Process(target=library(tmp_path).append, args=(record(2),)))
-        children[0].start()
-        children[0].join(1)  # it waits for the lock
-        assert children[0].is_alive()
+        child.start()
+        assert begun.wait(60)
+        child.join(0.5)  # it waits for the lock
+        assert child.is_alive()
         return records
 
     file.replace(choose)
-    children[0].join(30)
+    child.join(60)
+    assert child.exitcode == 0
     assert library(tmp_path).read() == [record(1), record(2)]

@@ -14,7 +14,7 @@ from tvm.s_tir.meta_schedule.runner import RunnerResult
 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels.linear import LinearKernel
-from agq_tvm.kernels.records import Library
+from agq_tvm.kernels.record_library import Library
 from agq_tvm.targets import load_device
 from agq_tvm.tuning.task import Task, make_task
 from agq_tvm.tuning.tuner import Settings, Tuner

@@ -1,4 +1,4 @@
-"""Tasks travel to the processes that build as plain values."""
+"""Candidates are built in processes of their own, to which tasks travel as plain values."""
 
 import json
 from dataclasses import replace
@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 
 from agq_tvm.flow.tasks import extract_tasks
+from agq_tvm.kernels.norm import LayerNormKernel
 from agq_tvm.targets import load_device
-from agq_tvm.tuning.builder import plain, task_of
+from agq_tvm.tuning.builder import Builder, plain, task_of
+from agq_tvm.tuning.task import make_task
+from agq_tvm.tuning.workers import Worker
 
 
 @pytest.mark.parametrize("cache", ["float16", "int8"])
@@ -16,3 +19,17 @@ def test_a_task_is_the_same_after_json(tiny_checkpoint, device, cache):
     for task in extract_tasks(tiny_checkpoint, load_device(device), 64, cache):
         made = task_of(json.loads(json.dumps(plain(task))))
         assert made == replace(task, name="", count=made.count, macs=0, bytes=0, cold_bytes=0)
+
+
+def test_whatever_becomes_of_a_build_the_next_is_made(tmp_path, monkeypatch):
+    device = load_device("host")
+    task = make_task(LayerNormKernel(16, 64, 1e-5), device.instruction_set, device, 1)
+    path, ask = tmp_path / "candidate.so", Worker.ask
+    with Builder(1) as builder:
+        assert "not built: " in builder.submit(task, {"nonsense": 1}, path).result(300)
+        monkeypatch.setattr(Worker, "ask", lambda worker, job, limit: ask(worker, job, 0.0))
+        assert builder.submit(task, task.space.default, path).result(300) == "not built: no library within 300 s"
+        assert not path.exists()
+        monkeypatch.setattr(Worker, "ask", ask)
+        assert builder.submit(task, task.space.default, path).result(300) is None
+    assert path.stat().st_size > 0

@@ -4,7 +4,8 @@ import pytest
 
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.instruction_sets import instruction_set
-from agq_tvm.kernels.records import SIMULATED, Library, devices_in, shipped_directory
+from agq_tvm.kernels.record import SIMULATED
+from agq_tvm.kernels.record_library import Library, devices_in, shipped_directory
 from agq_tvm.targets import load_device
 
 BOARDS = ("raspberry-pi-4", "raspberry-pi-5", "snapdragon-870")

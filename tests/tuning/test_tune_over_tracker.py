@@ -1,15 +1,16 @@
 """`agq tune` as it is typed, over a tracker and boards that do not stay."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from agq_tvm.kernels.record import Record
+from agq_tvm.kernels.record_library import Library
 
 pytestmark = pytest.mark.emulator
 
@@ -36,9 +37,8 @@ def tune(tiny_checkpoint, tmp_path):
             process.communicate(timeout=60)
 
 
-def records(tmp_path: Path) -> list[dict]:
-    path = tmp_path / "library" / "raspberry-pi-4" / "records.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def records(tmp_path: Path) -> list[Record]:
+    return Library(tmp_path / "library", device="raspberry-pi-4").read()
 
 
 def wait_for_records(process, tmp_path: Path, count: int) -> None:
@@ -62,8 +62,8 @@ def test_nothing_is_lost_or_doubled_when_tracker_and_boards_go(fleet, tune, tmp_
     assert process.returncode == 0, told
     found = records(tmp_path)
     assert len(found) == TRIALS
-    assert [record["error"] for record in found] == [None] * TRIALS
-    assert set(Counter((record["task"], json.dumps(record["decisions"])) for record in found).values()) == {1}
+    assert [record.error for record in found] == [None] * TRIALS
+    assert len({record.key for record in found}) == TRIALS
 
 
 def test_what_cannot_begin_ends_with_a_sentence(fleet, tune, tmp_path):

@@ -1,6 +1,7 @@
 """The tuner: it finds what is fast, and what it has measured is there whatever happens to it."""
 
 import collections
+import importlib.util
 import json
 import os
 import resource
@@ -9,14 +10,20 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
+from tvm.s_tir.meta_schedule.runner import RunnerResult
 
 from agq_tvm.errors import AgqError
-from agq_tvm.kernels.records import Library
+from agq_tvm.kernels.record_library import Library
 from agq_tvm.tuning.allotment import allot
+from agq_tvm.tuning.measure import Measurement
+from agq_tvm.tuning.measurer import Outcome
 from agq_tvm.tuning.tuner import Settings
-from tests.tuning.fake_tuning import DEVICE, FakeBuilder, landscape, tasks, tuner
+from tests.missing import leave_out
+from tests.tuning.fake_tuning import DEVICE, Done, FakeBuilder, FakeRunner, landscape, tasks, tuner
 
 TRIALS = 60
 
@@ -30,7 +37,8 @@ def tried(folder) -> list:
 
 
 def test_the_search_finds_one_of_the_best_of_a_landscape(tmp_path):
-    pytest.importorskip("xgboost")
+    if importlib.util.find_spec("xgboost") is None:
+        leave_out("the evolutionary search", "xgboost is missing: pip install -e '.[tune]' for it")
     (task,) = tasks(16)
     late = {}
     for strategy in ("evolutionary", "random"):
@@ -179,11 +187,56 @@ class Lost:
         self.error = error
 
     def run(self, inputs):
-        from tvm.s_tir.meta_schedule.runner import RunnerResult
-
-        from tests.tuning.fake_tuning import Done
-
         return [Done(RunnerResult(None, self.error), 0) for _ in inputs]
+
+
+def test_a_default_that_was_lost_is_measured_next(tmp_path):
+    """Without its time nothing could be confirmed."""
+
+    class LosesTheFirst(FakeRunner):
+        lost = False
+
+        def _one(self, each):
+            done = super()._one(each)
+            if not self.lost:
+                self.lost = True
+                return Done(RunnerResult(None, "lost: the board was stopped"), 0)
+            return done
+
+    (task,) = tasks(16)
+    made = tuner(tmp_path, [task], Settings(20, "random", batch=4))
+    made.runner_of = LosesTheFirst
+    made.run()
+    found = records(tmp_path)
+    assert task.space.default in [each.decisions for each in found[:4]]
+    assert any(each.confirmed for each in found)
+
+
+def test_a_confirmed_record_tells_of_its_own_measurements(tmp_path):
+    class Telling(FakeRunner):
+        """Tells a spread that is a candidate's own, and that the processor was hot in its first turn."""
+
+        def __init__(self, task):
+            super().__init__(task)
+            self.outcomes, self.met = {}, collections.Counter()
+
+        def _one(self, each):
+            path = str(each.artifact_path)
+            seconds = landscape(self.task, json.loads(Path(path).read_text()))
+            self.met[path] += 1
+            self.outcomes[path] = Future()
+            hot = self.met[path] == 1
+            self.outcomes[path].set_result(Outcome(Measurement([seconds], spread=seconds, hot=hot)))
+            return super()._one(each)
+
+    (task,) = tasks(16)
+    made = tuner(tmp_path, [task], Settings(20, "random"))
+    made.runner_of = Telling
+    made.run()
+    confirmed = [each for each in records(tmp_path) if each.confirmed]
+    assert len({each.time for each in confirmed}) > 1
+    for each in confirmed:
+        assert each.provenance["spread"] == landscape(task, each.decisions) and each.provenance["hot"]
 
 
 @pytest.mark.parametrize("error", ("lost: the board was stopped", "unfit: 10.0.0.7:9090 lacks asimddp"))

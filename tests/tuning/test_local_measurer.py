@@ -1,6 +1,7 @@
 """Candidates measured in a process of their own on this machine."""
 
 import os
+import threading
 import time
 from dataclasses import replace
 
@@ -12,8 +13,10 @@ from agq_tvm.targets import load_device
 from agq_tvm.tuning import measurer as measurer_module
 from agq_tvm.tuning import reference
 from agq_tvm.tuning.candidate import export_candidate, make_candidate
-from agq_tvm.tuning.local_runner import LocalMeasurer, LocalRunner
+from agq_tvm.tuning.local_measurer import LocalMeasurer
 from agq_tvm.tuning.measure import kind_of
+from agq_tvm.tuning.runner import MeasuringRunner
+from agq_tvm.tuning.workers import Worker, WorkerEnded
 from tests.tuning.candidates import ARGUMENTS, QUICK, candidate, task_for
 
 HOST = load_device("host")
@@ -58,24 +61,51 @@ def test_the_next_task_gets_the_same_worker(tmp_path):
         with LocalMeasurer(task_for(HOST), QUICK, timeout=60) as measurer:
             measurer._arguments = ARGUMENTS
             assert measurer.submit(path).result(timeout=120).message is None
-            pids.append(measurer._workers[0].pid)
+            pids.append(measurer.crew.workers[0].pid)
     assert pids[0] == pids[1]
 
 
-def test_closing_ends_a_worker_that_is_busy(tmp_path):
+@pytest.mark.parametrize("when", ["its process starts", "it runs"])
+def test_closing_ends_a_candidate_while(when, tmp_path, monkeypatch):
+    start, begun, pids = Worker._start, threading.Event(), []
+
+    def told(worker):
+        if when == "its process starts":
+            begun.set()
+            time.sleep(0.5)  # meanwhile there is nothing, or only the last task's process, to kill
+        start(worker)
+        pids.append(worker.pid)
+        begun.set()
+
+    monkeypatch.setattr(Worker, "_start", told)
     with LocalMeasurer(task_for(HOST), QUICK, timeout=60) as measurer:
         measurer._arguments = ARGUMENTS
         future = measurer.submit(candidate("endless", HOST, tmp_path))
-        deadline = time.monotonic() + 60
-        while not (pid := measurer._workers[0].pid) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    assert future.result(timeout=30).kind == "crashed"
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+        assert begun.wait(60)
+    assert future.result(timeout=0).kind == "crashed"
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_worker_that_ended_before_it_was_asked_answers_the_next_time(monkeypatch):
+    worker, start = Worker("here"), Worker._start
+
+    def ended(worker):
+        start(worker)
+        worker._process.kill()
+        worker._process.wait()
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "_start", ended)
+            with pytest.raises(WorkerEnded, match="signal 9"):
+                worker.ask({"limit": 10}, 10)
+        assert worker.ask({"limit": 10}, 10)["kind"] == "failed"  # there is nothing in this job
+    finally:
+        worker.close()
 
 
 def test_metaschedule_gets_seconds_and_errors(tmp_path):
-    runner = LocalRunner(task_for(HOST), QUICK, 30)
+    runner = MeasuringRunner(LocalMeasurer(task_for(HOST), QUICK, 30))
     try:
         runner.measurer._arguments = ARGUMENTS
         paths = [candidate(behaviour, HOST, tmp_path) for behaviour in ("right", "wrong")]

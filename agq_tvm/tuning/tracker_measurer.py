@@ -8,17 +8,14 @@ import threading
 import time
 from dataclasses import asdict
 
-from tvm.ir.utils import derived_object
-
 from agq_tvm.boards.fleet import check_fleet
 from agq_tvm.boards.tracker import parse_tracker, tracker_summary
 from agq_tvm.errors import AgqError
 from agq_tvm.progress import say
 from agq_tvm.targets import Device
 from agq_tvm.tuning.measure import CRASHED, LOST, NO_VERDICT, Effort
-from agq_tvm.tuning.measurer import TIMEOUT, Measurer
-from agq_tvm.tuning.runner import MeasuringRunner
 from agq_tvm.tuning.task import Task
+from agq_tvm.tuning.worker_measurer import TIMEOUT, WorkerMeasurer
 from agq_tvm.tuning.workers import Worker, WorkerEnded, WorkerLate
 
 PATIENCE = 600.0
@@ -30,8 +27,8 @@ _MARGIN = 20.0
 """Seconds after which a board that should have ended a session itself counts as lost."""
 
 
-class TrackerMeasurer(Measurer):
-    """Measures on the boards of a key; see `Measurer`.
+class TrackerMeasurer(WorkerMeasurer):
+    """Measures on the boards of a key; see `WorkerMeasurer`.
 
     Parameters
     ----------
@@ -74,7 +71,7 @@ class TrackerMeasurer(Measurer):
         while True:
             board: list[str] = []
             answer = self._once(worker, job, max(deadline - time.monotonic(), 1.0), board)
-            if answer.get("kind") not in NO_VERDICT or self._closed.is_set():
+            if answer.get("kind") not in NO_VERDICT or self.crew.stopped:
                 return answer
             if board and answer["kind"] == LOST:  # it was there when the candidate began
                 losses, deadline = losses + 1, time.monotonic() + self._patience
@@ -83,7 +80,7 @@ class TrackerMeasurer(Measurer):
             if time.monotonic() >= deadline:
                 return answer
             self._say(answer["text"])
-            self._closed.wait(_PAUSE)
+            self.crew.rest(_PAUSE)
 
     def _once(self, worker: Worker, job: dict, wait: float, board: list[str]) -> dict:
         """Ask for a board once; its name is put into `board`."""
@@ -126,25 +123,3 @@ def _boards(tracker: str, key: str, device: Device) -> int:
         registered = tracker_summary(*parse_tracker(tracker)).get(key, {"boards": []})["boards"]
         _checked[name] = max(1, len(registered))
     return _checked[name]
-
-
-@derived_object
-class TrackerRunner(MeasuringRunner):
-    """MetaSchedule's runner on the boards of a key; see `TrackerMeasurer`.
-
-    Raises
-    ------
-    AgqError
-        If there is no tracker, nobody has the key, or a board under it cannot run what is compiled for the device.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        tracker: str,
-        key: str,
-        effort: Effort = Effort(),  # noqa: B008
-        timeout: float = TIMEOUT,
-        patience: float = PATIENCE,
-    ) -> None:
-        super().__init__(TrackerMeasurer(task, tracker, key, effort, timeout, patience))

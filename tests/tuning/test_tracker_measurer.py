@@ -4,12 +4,13 @@ import os
 import signal
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
 from agq_tvm.errors import AgqError
 from agq_tvm.targets import load_device
-from agq_tvm.tuning.tracker_runner import TrackerMeasurer
+from agq_tvm.tuning.tracker_measurer import TrackerMeasurer
 from tests.tuning.candidates import ARGUMENTS, QUICK, candidate, task_for
 from tests.tuning.conftest import BOARD
 
@@ -66,7 +67,7 @@ def test_a_board_that_dies_is_no_verdict(fleet, folder):
     first = fleet.add()
     with measurer_of(fleet, timeout=60) as measurer:
         future = measurer.submit(candidate("slow", BOARD, folder))
-        wait_until(lambda: "session begins" in open(first.log).read().partition("session ended")[2])
+        wait_until(lambda: "session begins" in Path(first.log).read_text().partition("session ended")[2])
         fleet.kill(first)
         time.sleep(1)
         assert not future.done()
@@ -100,11 +101,11 @@ def test_without_boards_a_candidate_is_lost_and_not_failed(fleet, folder):
 
 
 def test_a_board_that_freezes_costs_no_more_than_its_limit(fleet, folder, monkeypatch):
-    monkeypatch.setattr("agq_tvm.tuning.tracker_runner._MARGIN", 1.0)
+    monkeypatch.setattr("agq_tvm.tuning.tracker_measurer._MARGIN", 1.0)
     frozen = fleet.add()
     with measurer_of(fleet, timeout=4) as measurer:
         future = measurer.submit(candidate("endless", BOARD, folder))
-        wait_until(lambda: "session begins" in open(frozen.log).read().partition("session ended")[2])
+        wait_until(lambda: "session begins" in Path(frozen.log).read_text().partition("session ended")[2])
         os.killpg(frozen.pid, signal.SIGSTOP)
         fleet.add()
         assert future.result(timeout=LONG).kind == "hung"  # on the other board
@@ -129,7 +130,7 @@ def test_one_board_of_another_kind_under_the_key_is_enough_to_refuse(fleet, monk
     TrackerMeasurer(task_for(device), fleet.address, fleet.key).close()
     fleet.add()
     wrong = fleet.boards[-1]
-    monkeypatch.setattr("agq_tvm.tuning.tracker_runner._checked", {})  # as in the next run of `agq tune`
-    port = open(wrong.log).read().split("port ")[1].split()[0]
+    monkeypatch.setattr("agq_tvm.tuning.tracker_measurer._checked", {})  # as in the next run of `agq tune`
+    port = Path(wrong.log).read_text().split("port ")[1].split()[0]
     with pytest.raises(AgqError, match=rf"board 127\.0\.0\.1:{port} under the key '{fleet.key}' lacks asimddp"):
         TrackerMeasurer(task_for(device), fleet.address, fleet.key)

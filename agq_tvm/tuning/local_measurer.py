@@ -1,12 +1,9 @@
 """Measuring on this machine, each candidate in a process that it may take along."""
 
-from tvm.ir.utils import derived_object
-
 from agq_tvm.targets.processors import cache_bytes
 from agq_tvm.tuning.measure import CRASHED, HUNG, Effort
-from agq_tvm.tuning.measurer import TIMEOUT, Measurer
-from agq_tvm.tuning.runner import MeasuringRunner
 from agq_tvm.tuning.task import Task
+from agq_tvm.tuning.worker_measurer import TIMEOUT, WorkerMeasurer
 from agq_tvm.tuning.workers import Worker, WorkerEnded, WorkerLate
 
 
@@ -15,8 +12,8 @@ def effort_here(**settings) -> Effort:
     return Effort(cold_bytes=max(Effort.cold_bytes, 2 * cache_bytes()), **settings)
 
 
-class LocalMeasurer(Measurer):
-    """Measures on this machine, one candidate at a time; see `Measurer`."""
+class LocalMeasurer(WorkerMeasurer):
+    """Measures on this machine, one candidate at a time; see `WorkerMeasurer`."""
 
     def __init__(self, task: Task, effort: Effort = Effort(), timeout: float = TIMEOUT) -> None:  # noqa: B008
         super().__init__(task, effort, timeout, 1, "here")
@@ -28,19 +25,3 @@ class LocalMeasurer(Measurer):
             return {"kind": HUNG, "text": f"no result within {job['limit']:g} s"}
         except WorkerEnded as error:
             return {"kind": CRASHED, "text": str(error)}
-
-
-@derived_object
-class LocalRunner(MeasuringRunner):
-    """MetaSchedule's runner on this machine.
-
-    Parameters
-    ----------
-    task : Task
-    effort : Effort
-    timeout : float
-        Seconds for a candidate.
-    """
-
-    def __init__(self, task: Task, effort: Effort = Effort(), timeout: float = TIMEOUT) -> None:  # noqa: B008
-        super().__init__(LocalMeasurer(task, effort, timeout))

@@ -1,0 +1,139 @@
+"""The library of tuned schedules: a directory with a folder for each device, and a file of records in that.
+
+Nothing here needs TVM.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from agq_tvm.errors import AgqError
+from agq_tvm.kernels.record import Record, best_of
+from agq_tvm.kernels.record_file import RECORDS, RecordFile
+
+_DEVICE = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+_SIZES = ("rows", "columns", "channels", "context", "heads", "kv_heads")
+"""Fields of a description in which the kernel of a nearest record may differ, rows only within decode or prefill."""
+_FARTHEST = 3.0
+
+
+def _anything(_decisions: dict) -> bool:
+    return True
+
+
+class Library:
+    """The records of one device, from several libraries; what is new goes into the first.
+
+    Parameters
+    ----------
+    *directories : path-like
+        Of libraries, the writable one first.
+    device : str
+    """
+
+    def __init__(self, *directories: str | os.PathLike, device: str):
+        if not _DEVICE.fullmatch(device):
+            raise AgqError(f"{device!r} is no name of a device: lower-case letters, digits and dashes")
+        self.device = device
+        self.files = [RecordFile(Path(directory) / device / RECORDS) for directory in directories]
+
+    @property
+    def problems(self) -> list[str]:
+        """Lines that were left out, and why."""
+        return [problem for file in self.files for problem in file.problems]
+
+    def read(self) -> list[Record]:
+        """Return all records."""
+        return [record for file in self.files for record in file.read()]
+
+    def append(self, record: Record) -> bool:
+        """Add a record to the first library, see `RecordFile.append`."""
+        return self.files[0].append(record)
+
+    def of_task(self, task: str) -> list[Record]:
+        """Return the records of a task, failures among them."""
+        return [record for record in self.read() if record.task == task]
+
+    def best(self, task: str, allows: Callable[[dict], bool] = _anything) -> Record | None:
+        """Return the best record of a task; measured ones come before simulated ones, failures never.
+
+        Parameters
+        ----------
+        task : str
+        allows : callable, optional
+            ``f(decisions) -> bool``: whether the kernel's space has that point, which a file cannot be trusted with.
+        """
+        return best_of(record for record in self.of_task(task) if allows(record.decisions)).get(task)
+
+    def nearest(
+        self,
+        kernel: dict,
+        instruction_set: str,
+        threads: int,
+        version: int,
+        allows: Callable[[dict], bool] = _anything,
+    ) -> list[Record]:
+        """Return the best records of the tasks most like a kernel, the nearest first.
+
+        Parameters
+        ----------
+        kernel : dict
+            Its description.
+        instruction_set : str
+        threads : int
+        version : int
+            Of the kernel's design space.
+        allows : callable, optional
+            As for `best`.
+        """
+        near = []
+        for record in self.read():
+            same = record.instruction_set == instruction_set and record.kernel_version == version
+            if same and distance(record, kernel, threads) <= _FARTHEST and allows(record.decisions):
+                near.append(record)
+        best = best_of(near).values()
+        return sorted(best, key=lambda record: (distance(record, kernel, threads), record.rank))
+
+
+def distance(record: Record, kernel: dict, threads: int) -> float:
+    """Return how far a record's kernel is from another: doublings of its sizes and threads; else infinity."""
+    other, total = record.kernel, 0.0
+    if other.keys() != kernel.keys():
+        return math.inf
+    for name, value in kernel.items():
+        if name not in _SIZES or type(value) is not int or type(other[name]) is not int:
+            if other[name] != value:
+                return math.inf
+        elif min(value, other[name]) < 1 or (name == "rows" and (value == 1) != (other[name] == 1)):
+            return math.inf
+        else:
+            total += abs(math.log2(value / other[name]))
+    measured_with = record.provenance.get("threads")
+    if type(measured_with) is not int or measured_with < 1:
+        return math.inf
+    return total + abs(math.log2(threads / measured_with))
+
+
+def shipped_directory() -> Path:
+    """Return the library that comes with the package: beside its modules in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "schedules"
+    return inside if inside.is_dir() else package.parent / "schedules"
+
+
+def user_directory() -> Path:
+    """Return the user's own library, which need not exist."""
+    root = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(root).expanduser() / "agq_tvm" / "schedules"
+
+
+def open_library(device: str, directory: str | os.PathLike | None = None) -> Library:
+    """Return a device's records: the library in `directory`, by default the user's, and with it the shipped one."""
+    return Library(directory or user_directory(), shipped_directory(), device=device)
+
+
+def devices_in(directory: str | os.PathLike) -> list[str]:
+    """Return the names of the devices that a library has records for."""
+    return sorted(path.parent.name for path in Path(directory).glob(f"*/{RECORDS}") if path.is_file())
