@@ -62,9 +62,9 @@ def commit() -> str:
 
 
 def source_hash() -> str:
-    """Return a short hash of the package's source, committed or not: what bundles that are kept depend on."""
+    """Return a short hash of what bundles that are kept depend on, committed or not: the source and tuned schedules."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "agq_tvm").rglob("*.py")):
+    for path in sorted([*(ROOT / "agq_tvm").rglob("*.py"), *(ROOT / "schedules").rglob("*.jsonl")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

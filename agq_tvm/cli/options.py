@@ -37,6 +37,22 @@ def positive(text: str) -> int:
     return value
 
 
+def seconds(text: str) -> float:
+    """Read seconds: 0 or more, and not for ever."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time: give seconds, 0 or more")
+    return value
+
+
+def some_seconds(text: str) -> float:
+    """Read seconds, more than 0."""
+    value = seconds(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no time: give seconds, more than 0")
+    return value
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """Read numbers between commas."""
     try:

@@ -1,6 +1,6 @@
 """`agq tune` and `agq schedules`."""
 
-from agq_tvm.cli.options import command, json_option, positive, print_result
+from agq_tvm.cli.options import command, json_option, positive, print_result, seconds, some_seconds
 
 
 def register(subparsers) -> None:
@@ -55,15 +55,15 @@ def _tune(subparsers) -> None:
     )
     parser.add_argument("--only", metavar="KERNEL", help="only tasks with this in their name")
     parser.add_argument("--strategy", choices=("evolutionary", "random"), default="evolutionary")
-    parser.add_argument("--time-limit", type=float, metavar="S", help="stop after so many seconds")
+    parser.add_argument("--time-limit", type=some_seconds, metavar="S", help="stop after so many seconds")
     parser.add_argument("--library", metavar="DIR", help="where records go (default: your own library)")
     parser.add_argument("--context", type=int, metavar="N", help="as for `agq compile`")
     parser.add_argument("--cache", choices=("float16", "int8"), default="float16", help="as for `agq compile`")
     parser.add_argument(
-        "--timeout", type=float, default=30.0, metavar="S", help="seconds for a candidate (default: %(default)g)"
+        "--timeout", type=some_seconds, default=30.0, metavar="S", help="seconds for a candidate (default: %(default)g)"
     )
     parser.add_argument(
-        "--cooldown", type=float, default=0.0, metavar="S", help="rest before each candidate (default: %(default)g s)"
+        "--cooldown", type=seconds, default=0.0, metavar="S", help="rest before each candidate (default: %(default)g s)"
     )
     json_option(parser)
 

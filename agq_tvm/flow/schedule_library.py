@@ -24,13 +24,19 @@ def list_schedules(directory: str | None, device: str | None) -> dict:
     dict
         ``libraries``, ``left_out`` (damaged lines), and ``devices``: for each its ``trials``, ``failures`` and
         ``tasks``, where a task has ``task``, ``seconds``, ``how``, ``confirmed``, ``decisions`` and ``provenance``.
+
+    Raises
+    ------
+    AgqError
+        If there is no such library or device in it.
     """
     directories = [Path(directory)] if directory else [user_directory(), shipped_directory()]
     if directory and not directories[0].is_dir():
         raise AgqError(f"{directory} is no library of schedules: it is no directory")
     names = sorted({name for each in directories for name in devices_in(each)})
-    if device:
-        names = [name for name in names if name == device]
+    if device and device not in names:
+        raise AgqError(f"there are no schedules for {device!r}, only for {', '.join(names) or 'nothing'}")
+    names = [device] if device else names
     found, left_out = {}, []
     for name in names:
         files = [RecordFile(each / name / RECORDS) for each in directories]

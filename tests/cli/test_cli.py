@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from agq_tvm.cli.main import build_parser
+from agq_tvm.cli.main import build_parser, main
 from tests.tiny import write_tiny_llama
 
 
@@ -242,3 +242,12 @@ def test_data_sets_by_name(agq, tiny_checkpoint, tmp_path):
     refused(scored(), "no copy of ptb", "AGQ_DATA")
     (tmp_path / "ptb.test.txt").write_text("made up words for the test \n" * 20)
     assert result_of(scored(AGQ_DATA=str(tmp_path)))["text"] == "ptb test"
+
+
+@pytest.mark.parametrize(
+    "option", ["--timeout=0", "--timeout=-1", "--timeout=nan", "--time-limit=0", "--time-limit=inf", "--cooldown=-1"]
+)
+def test_seconds_that_are_none(capsys, option):
+    with pytest.raises(SystemExit) as ended:
+        main(["tune", "checkpoint", "--target", "host", option])
+    assert ended.value.code == 2 and f"{option.split('=')[1]} is no time" in capsys.readouterr().err

@@ -251,6 +251,8 @@ def test_pruning_leaves_the_best_of_each_task(tmp_path):
     assert sorted(each.decisions["rows"] for each in mine.read()) == [0, 1, 11]
     listed = list_schedules(str(tmp_path), None)["devices"]["x86-64-avx2"]
     assert [task["task"] for task in listed["tasks"]] == ["another", "task"]
+    with pytest.raises(AgqError, match="no schedules for 'x86-64', only for x86-64-avx2"):
+        list_schedules(str(tmp_path), "x86-64")
 
 
 def append_later(folder, begun) -> None:
