@@ -16,6 +16,7 @@ from agq_tvm.kernels import tunable
 from agq_tvm.kernels.attrs import describe
 from agq_tvm.kernels.record import MEASURED, Record
 from agq_tvm.kernels.record_library import Library
+from agq_tvm.progress import say
 from agq_tvm.tuning.allotment import allot, weight_of
 from agq_tvm.tuning.builder import Builder
 from agq_tvm.tuning.claims import Claims
@@ -251,14 +252,18 @@ class Tuner:
             if not moved:
                 time.sleep(_POLL)
 
+    def _new_path(self) -> Path:
+        """Name a candidate's library; no name comes twice, since a process that loaded one keeps it under its name."""
+        self._number += 1
+        return self._folder / f"candidate-{self._number}.so"
+
     def _start(self, task: Task, search: Search, flow: _Flow, missing: int) -> None:
         """Have the next candidates built, if few enough are on their way."""
         room = missing - flow.count
         if room <= 0 or flow.count > (self.settings.batch // 2 if self.settings.overlap else 0):
             return
         for point in search.propose(min(room, self.settings.batch)):
-            self._number += 1
-            path = self._folder / f"candidate-{self._number}.so"
+            path = self._new_path()
             flow.building[self._builder.submit(task, point, path)] = point, path
 
     def _take_built(self, task: Task, flow: _Flow, progress: Progress) -> int:
@@ -324,21 +329,25 @@ class Tuner:
         """Measure the best again, in turns with the default; what fails then is left as it was."""
         self._confirmed.add(task.name)
         chosen = self._chosen(task)
-        paths = [self._folder / f"confirm-{number}.so" for number in range(len(chosen))]
+        paths = [self._new_path() for _ in chosen]
         pairs = zip(chosen, paths, strict=True)
         builds = [self._builder.submit(task, record.decisions, path) for record, path in pairs]
         if any([build.result() is not None for build in builds]):
             return
         told: list[list[dict]] = [[] for _ in chosen]
+        errors: list[str] = []
 
         def measure(number: int) -> list[float] | None:
             future = runner.run([RunnerInput(str(paths[number]), "cpu", [])])[0]
             seconds, error, about = _outcome(future, runner, str(paths[number]))
             told[number].append(about)
+            errors.extend([error] if error else [])
             return None if error or self._late() else seconds
 
         found = in_turns(len(chosen), measure)
         if found is None:
+            if errors:
+                say(f"{task.name}: its best candidate is not confirmed, {errors[0]}")
             return
         for record, seconds, rounds in zip(chosen, found, told, strict=True):  # the first is the default
             about = rounds[-1] | {"hot": any(each.get("hot") for each in rounds)}

@@ -239,6 +239,24 @@ def test_a_confirmed_record_tells_of_its_own_measurements(tmp_path):
         assert each.provenance["spread"] == landscape(task, each.decisions) and each.provenance["hot"]
 
 
+def test_no_library_has_the_name_of_another(tmp_path):
+    """A worker that has loaded one would get that again: only the first task's best could be confirmed."""
+    code = collections.defaultdict(set)
+
+    class Noting(FakeRunner):
+        def _one(self, each):
+            text = Path(each.artifact_path).read_text()
+            code[str(each.artifact_path)].add((self.task.name, text))
+            return super()._one(each)
+
+    both = [*tasks(16), *tasks(8)]
+    made = tuner(tmp_path, both, Settings(40, "random"))
+    made.runner_of = Noting
+    made.run()
+    assert {each.task for each in records(tmp_path) if each.confirmed} == {task.name for task in both}
+    assert all(len(each) == 1 for each in code.values())
+
+
 @pytest.mark.parametrize("error", ("lost: the board was stopped", "unfit: 10.0.0.7:9090 lacks asimddp"))
 def test_boards_that_cannot_measure_leave_no_record(tmp_path, error):
     made = tuner(tmp_path, tasks(16), Settings(20, "random"))
