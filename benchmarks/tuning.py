@@ -1,9 +1,9 @@
-"""What tuning brings: tuned products beside the hand-made ones, and whether the search finds those by itself.
+"""What tuning brings: tuned kernels beside the hand-made ones, and whether the search finds those by itself.
 
     python -m benchmarks.tuning gains CKPT [--targets NAME,…] [--rows 1,16,128] [--library DIR] [--rounds N]
     python -m benchmarks.tuning search [--trials 200]
 
-`gains` takes the records that `agq tune` left. Both forms of a product are measured in turns, each in a process that
+`gains` takes the records that `agq tune` left. Both forms of a kernel are measured in turns, each in a process that
 holds nothing else, checked before they are timed; a ratio is that of two neighbours. `search` tunes products of
 4096 x 4096 from nothing, the hand-made schedule left out, and holds what it finds against that. Exit code 1 if a bound
 is not met.
@@ -46,7 +46,7 @@ _STUDENT = 1.96
 
 @dataclass(frozen=True)
 class Comparison:
-    """A product in two forms, measured in turns.
+    """A kernel in two forms, measured in turns.
 
     Attributes
     ----------
@@ -121,26 +121,32 @@ def gains(tasks: Sequence[Task], library: Library, rounds: int) -> list[Comparis
     return found
 
 
-def products(checkpoint: str, device: Device, rows: Sequence[int]) -> list[Task]:
-    """Return the tasks of a checkpoint's products of so many rows."""
-    tasks = extract_tasks(checkpoint, device, _CONTEXT, "float16")
-    return [task for task in tasks if isinstance(task.kernel, LinearKernel) and task.kernel.rows in rows]
+def tasks_of(checkpoint: str, device: Device, rows: Sequence[int]) -> list[Task]:
+    """Return the tasks of a checkpoint's kernels of so many rows, products first."""
+    tasks = [task for task in extract_tasks(checkpoint, device, _CONTEXT, "float16") if task.kernel.rows in rows]
+    return sorted(tasks, key=lambda task: (not isinstance(task.kernel, LinearKernel), task.kernel.rows, task.name))
+
+
+def _mean(found: Sequence[Comparison]) -> float:
+    return math.exp(statistics.fmean(math.log(each.ratio) for each in found))
 
 
 def _gains(arguments) -> tuple[dict, bool]:
     contents, met = {}, True
     for target in arguments.targets:
         device = load_device(target)
-        tasks = products(arguments.checkpoint, device, arguments.rows)
+        tasks = tasks_of(arguments.checkpoint, device, arguments.rows)
         found = gains(tasks, open_library(device.name, arguments.library), arguments.rounds)
-        mean = math.exp(statistics.fmean(math.log(each.ratio) for each in found))
+        mean, of_products = _mean(found), _mean(found[: sum(isinstance(task.kernel, LinearKernel) for task in tasks)])
         slower = [each.task for each in found if each.slower]
         rows = [("task", "default us", "tuned us", "ratio", "low", "high"), *(each.cells() for each in found)]
         print(
-            f"{aligned(rows)}\n\n{device.name}: geometric mean {mean:.3f} (bound {LEAST_GAIN}), slower: {len(slower)}\n"
+            f"{aligned(rows)}\n\n{device.name}: geometric mean {mean:.3f} (bound {LEAST_GAIN}), of products alone "
+            f"{of_products:.3f}; slower: {len(slower)}\n"
         )
         met &= mean >= LEAST_GAIN and not slower
-        contents[device.name] = {"threads": device.threads, "mean": mean, "rows": [asdict(each) for each in found]}
+        means = {"mean": mean, "mean_products": of_products}
+        contents[device.name] = {"threads": device.threads, **means, "rows": [asdict(each) for each in found]}
     return {"gains": contents}, met
 
 
@@ -169,7 +175,7 @@ def _runner(task: Task) -> MeasuringRunner:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True, metavar="gains|search")
-    of_records = commands.add_parser("gains", help="tuned products beside the hand-made ones")
+    of_records = commands.add_parser("gains", help="tuned kernels beside the hand-made ones")
     of_records.add_argument("checkpoint", metavar="CKPT")
     of_records.add_argument(
         "--targets", type=names, default=TARGETS, metavar="NAME,…", help="default: host; or TOML files"
