@@ -43,26 +43,25 @@ def main() -> None:
 
 
 def measure(asked: run.Run, subjects: list[models.Subject], threads: list[int], path: Path) -> None:
-    """Measure every model with each number of threads."""
+    """Measure every model with each number of threads; what there is is written after each, and printed at the end."""
     rows, versions, missing = [], {}, {}
+    bounds = {subject.name: {"prefill": subject.prefill, "decode": subject.decode} for subject in subjects}
+    contents = {"threads": threads, "rounds": asked.rounds, "engines": versions, "missing": missing}
+    contents |= {"pruning": run.sparsity_note(), "results": rows}
     for subject in subjects:
         for count in threads:
             made, found = run.measure_subject(asked, subject, count)
             rows += made
             versions |= found.versions
             missing |= {f"{subject.name}, {name}, threads: {count}": text for name, text in found.missing.items()}
-    bounds = {subject.name: {"prefill": subject.prefill, "decode": subject.decode} for subject in subjects}
-    judged = verdicts(rows, bounds)
+            judged = verdicts(rows, bounds)
+            packages = ("apache-tvm", "numpy")
+            tables.write_report(path, tables.report("benchmarks.end_to_end", packages, **contents, verdicts=judged))
     print(as_lines(rows))
     print(f"\n{run.sparsity_note()}\n")
     print(judged_lines(judged))
     for name, reason in missing.items():
         print(f"NOT MEASURED: {name}: {reason}")
-    contents = {"threads": threads, "rounds": asked.rounds, "engines": versions, "missing": missing}
-    contents["pruning"] = run.sparsity_note()
-    packages = ("apache-tvm", "numpy")
-    report = tables.report("benchmarks.end_to_end", packages, **contents, results=rows, verdicts=judged)
-    tables.write_report(path, report)
 
 
 def as_lines(rows: list[dict]) -> str:

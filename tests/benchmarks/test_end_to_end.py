@@ -1,12 +1,14 @@
 """Models beside each other: the harness on an engine of its own, verdicts, and what converters write."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from agq_tvm.errors import AgqError
 from benchmarks.end_to_end import run
+from benchmarks.end_to_end.__main__ import measure
 from benchmarks.end_to_end.models import Subject
 from benchmarks.end_to_end.verdict import verdicts
 from benchmarks.peers.base import ORIGIN
@@ -69,6 +71,21 @@ def test_engines_are_measured_beside_each_other(subject, tmp_path):
     assert by_name["fake g32"]["kl"] > 0 and by_name["fake int4 head"]["kl"] > 0
     assert all(each["rounds"] == 2 and each["prefill"] > 0 and each["decode"] > 0 for each in rows)
     assert verdicts(rows, {"some": {"prefill": 1.7, "decode": 1.2}})
+
+
+def test_what_was_measured_is_written_before_the_next_model(subject, tmp_path, monkeypatch):
+    measured = run.measure_subject
+
+    def once(asked, which, threads):
+        if which.name == "next":
+            raise KeyboardInterrupt
+        return measured(asked, which, threads)
+
+    monkeypatch.setattr(run, "measure_subject", once)
+    asked, path = run.Run(tmp_path / "work", ["fake g32"], 2, 60, {"fake": fake_engine}), tmp_path / "report.json"
+    with pytest.raises(KeyboardInterrupt):
+        measure(asked, [subject, replace(subject, name="next")], [1], path)
+    assert {row["model"] for row in json.loads(path.read_text())["results"]} == {"some"}
 
 
 def test_a_model_of_floats_has_neither_a_kept_grid_nor_float_engines(subject):
