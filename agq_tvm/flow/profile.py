@@ -157,7 +157,7 @@ def _decoders(
     """Return the operations for each number of rows, with the schedules that compiling would choose."""
     from agq_tvm.flow.profile_operations import DecoderOperations
     from agq_tvm.flow.schedules import Chooser
-    from agq_tvm.kernels.records import open_library
+    from agq_tvm.kernels.record_library import open_library
     from agq_tvm.tvm_seam import Target
 
     library, context = open_library(device.name), cache_length(source, None)
