@@ -43,9 +43,10 @@ def test_a_right_candidate_is_timed(measurer, tmp_path):
 
 def test_whatever_a_candidate_does_the_next_is_measured(measurer, tmp_path):
     assert outcome(measurer, "wrong", tmp_path).kind == "wrong"
-    assert outcome(measurer, "out of bounds", tmp_path).message == (
-        "crashed: its process was ended by signal 11 (Segmentation fault)"
-    )
+    # Whether it first meets a page that is not there, or the allocator finds its marks overwritten, is luck.
+    endings = ("11 (Segmentation fault)", "6 (Aborted)")
+    crashed = [f"crashed: its process was ended by signal {ending}" for ending in endings]
+    assert outcome(measurer, "out of bounds", tmp_path).message in crashed
     assert outcome(measurer, "illegal", tmp_path).kind == "crashed"
     assert outcome(measurer, "exits", tmp_path).kind == "crashed"
     assert outcome(measurer, "fails", tmp_path).message == "failed: this is refused"
