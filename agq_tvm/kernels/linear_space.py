@@ -14,6 +14,8 @@ _PARTS = (1, 2, 4, 8)
 """Of all groups, panels besides, where codes are unpacked in registers."""
 _PANEL_BYTES = 400 << 10
 """Packed weights and activation codes of a panel, about, that stay next to the core; the other half is for others."""
+_SHORT_GROUP = 32
+"""Of 8-bit weights: their tiles are smaller."""
 _UNROLLS = (1, 2, 4)
 _BLOCKS = (1, 2, 4)
 _AHEAD_OF_ONE_ROW, _AHEAD = (0, 2, 4, 8, 16, 32), (0, 8)
@@ -25,9 +27,10 @@ def default(kernel, isa: InstructionSet) -> dict[str, int]:
     """Return the decisions made by hand."""
     one_row = kernel.code_rows == 1
     inline = one_row or isa.inline_rows > 0
+    rows, vectors = _tile(kernel, isa, inline)
     return {
-        "rows": row_tile(kernel.code_rows, isa.product_rows),
-        "vectors": isa.tile(kernel.bits, inline).vectors,
+        "rows": rows,
+        "vectors": vectors,
         "panel": _panel(kernel, isa),
         "inline": int(inline),
         "split": 0,
@@ -37,6 +40,16 @@ def default(kernel, isa: InstructionSet) -> dict[str, int]:
         "columns_first": 0,
         "ahead": 0,
     }
+
+
+def _tile(kernel, isa: InstructionSet, inline: bool) -> tuple[int, int]:
+    """Return rows and vectors of a register tile."""
+    if kernel.bits == 4 and isa.inline_sums and kernel.code_rows > 1:
+        rows = row_tile(kernel.code_rows, isa.inline_sums)
+        return rows, row_tile(isa.layout_4bit.vectors, isa.inline_sums // rows)
+    # Sums of larger tiles leave registers whenever a group ends, which short groups do too often.
+    short = isa.inline_rows > 0 and kernel.group_size <= _SHORT_GROUP
+    return row_tile(kernel.code_rows, isa.rows if short else isa.product_rows), isa.tile(kernel.bits, inline).vectors
 
 
 def _panel(kernel, isa: InstructionSet) -> int:

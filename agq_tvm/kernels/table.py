@@ -93,11 +93,14 @@ def _products(isa: InstructionSet) -> list[KernelRow]:
 
 def _row(isa, bits: int, activation_bits: int, operation: str, rows: int, shifted: bool = False) -> KernelRow:
     packed = bits == 4 and (operation == "gemv" or isa.inline_rows > 0)
-    layout, multiply = isa.layout(bits), isa.multiply(bits, activation_bits, packed, rows)
-    loops = f"{'shift_' if shifted else ''}loops.{isa.name}.{layout.name}.m{rows}"
+    layout, stored = isa.layout(bits), 0
     tile = layout if shifted else isa.tile(bits, packed)
+    if packed and operation == "gemm" and isa.inline_sums and not shifted:
+        rows, tile, stored = isa.inline_sums, replace(layout, vectors=1), layout.vectors
+    multiply = isa.multiply(bits, activation_bits, packed, rows)
+    loops = f"{'shift_' if shifted else ''}loops.{isa.name}.{layout.name}.m{rows}"
     return KernelRow(
-        name=intrinsic(isa, Tile(rows, tile, packed, shifted=shifted), activation_bits) or loops,
+        name=intrinsic(isa, Tile(rows, tile, packed, shifted=shifted, stored=stored), activation_bits) or loops,
         operation=f"shifted {operation}" if shifted else operation,
         bits=f"w{bits}a{activation_bits}",
         tile=f"{rows}x{tile.width}x32",

@@ -138,7 +138,7 @@ def test_accumulators_stay_in_registers():
     lines = assembly_of(kernel, isa).splitlines()
     multiplies = [i for i, line in enumerate(lines) if "vpdpbusd" in line]
     between = [line for line in lines[multiplies[0] : multiplies[-1]] if re.search(r"vmov\w+\s+%zmm\d+, .*\(", line)]
-    assert len(multiplies) == isa.product_rows * 4 * 8
+    assert len(multiplies) == isa.inline_sums * 8
     assert between == []
 
 

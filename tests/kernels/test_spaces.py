@@ -23,7 +23,7 @@ from tests.kernels.spaces import OTHERS, PRODUCTS, attentions, build_all, output
 
 HERE = [name for name in ("avx512vnni", "avx2", "generic") if runs_here(name)]
 CHECKSUMS = {
-    "LinearKernel": {1: "512fc1556826786a", 2: "3564b6e3a350f425"},
+    "LinearKernel": {1: "512fc1556826786a", 2: "3564b6e3a350f425", 3: "d416cdbda75a0d69"},
     "ShiftedKernel": {1: "88b200c9cb08bc99", 2: "d1abfa9d021501fd"},
     "FloatLinearKernel": {1: "c40af1bc6f04536b"},
     "DenseKernel": {1: "ad9210409ab75aff"},
@@ -166,7 +166,7 @@ def test_tiles_of_tuned_products_have_names():
 def test_task_names():
     isa = instruction_set("avx512vnni")
     kernel = LinearKernel(128, 4096, 4096, 4, 32, True, "float16", False)
-    name = "linear_w4a8g32_group_asym_m128_n4096_k4096.avx512vnni.u4_v4x16_k4.t2.v2"
+    name = "linear_w4a8g32_group_asym_m128_n4096_k4096.avx512vnni.u4_v4x16_k4.t2.v3"
     assert tunable.task_name(kernel, isa, 2) == name
 
 

@@ -1,7 +1,8 @@
 """AVX-512 VNNI: `vpdpbusd`, 64 products of unsigned weights and signed activations in one instruction.
 
 Sums are int32 from the start: nothing overflows before 2^31 / (255 * 127) channels. Codes are unpacked in registers for
-several rows, too: a shift and two masks for eight multiplies take units that these leave free, and stores less.
+several rows, too: a shift and two masks take units that multiplies leave free, and nothing is stored. Their tiles have
+8 sums, which stay in registers with as many in float32 when a group ends; 16 would not.
 """
 
 from agq_tvm.kernels.intrin.base import InstructionSet, Multiply
@@ -21,6 +22,7 @@ AVX512VNNI = InstructionSet(
     layout_8bit=Layout(bits=8, vectors=4, lanes=16, depth=4, zero=0),
     rows=2,
     inline_rows=4,
+    inline_sums=8,
     multiply_4bit=Multiply("vpdpbusd", vpdpbusd),
     multiply_8bit=Multiply("vpdpbusd", vpdpbusd),
 )

@@ -78,6 +78,9 @@ class InstructionSet:
     inline_rows : int
         The same for integer products, if these unpack codes in registers wherever they are multiplied, for several
         rows, too; 0 where codes are unpacked once for all rows.
+    inline_sums : int
+        Vectors of sums of 4-bit products in groups that unpack codes like this: as many rows, and more than one vector
+        of columns only where rows are fewer. 0 for `inline_rows` and the vectors of the layout.
     multiply_4bit, multiply_8bit : Multiply or None
         For weights of 4 and 8 bits and activations -127..127. None leaves the loops to LLVM.
     multiply_4x4 : Multiply or None
@@ -109,6 +112,7 @@ class InstructionSet:
     assembly: Assembly | None = None
     assembly_4x4: Assembly | None = None
     inline_rows: int = 0
+    inline_sums: int = 0
 
     @property
     def product_rows(self) -> int:

@@ -43,7 +43,8 @@ class Product(Product):
         from agq_tvm.targets import load_device
         from agq_tvm.tuning import limits
 
-        Threads(self.threads).configure()
+        self._pool = Threads(self.threads)
+        self._pool.configure()
         device = load_device("host")
         isa = instruction_set(device.instruction_set)
         layout, x, size = isa.layout_4bit, operands.x, int(self.form.kind[1:])
@@ -73,9 +74,10 @@ class Product(Product):
 
     def run(self) -> None:
         """See `Product.run`."""
-        for w, s in reversed(self._weights):  # the first comes last: its product is the result
-            self._quantize(self._x, *self._made)
-            self._multiply(*self._made, w, s, self._out)
+        with self._pool.running():
+            for w, s in reversed(self._weights):  # the first comes last: its product is the result
+                self._quantize(self._x, *self._made)
+                self._multiply(*self._made, w, s, self._out)
 
     def result(self) -> np.ndarray:
         """See `Product.result`."""
@@ -84,15 +86,14 @@ class Product(Product):
 
 def limits_here(threads: int) -> dict[str, float]:
     """Measure the machine's limits once: GB/s read from memory, and GOP/s multiplied in registers."""
+    from agq_tvm.runtime.threads import Threads
     from agq_tvm.tuning import limits
 
-    if threads not in _LIMITS:
-        from agq_tvm.runtime.threads import Threads
-
-        Threads(threads).configure()
-        _LIMITS[threads] = limits.memory_limit(threads), limits.multiply_limit(threads=threads)
-    memory, multiply = _LIMITS[threads]
-    return {"GB/s": memory.rate()} | ({"GOP/s": multiply.rate()} if multiply else {})
+    with Threads(threads).running():
+        if threads not in _LIMITS:
+            _LIMITS[threads] = limits.memory_limit(threads), limits.multiply_limit(threads=threads)
+        memory, multiply = _LIMITS[threads]
+        return {"GB/s": memory.rate()} | ({"GOP/s": multiply.rate()} if multiply else {})
 
 
 _LIMITS: dict[int, tuple] = {}
