@@ -8,7 +8,7 @@ import tvm
 
 from agq_tvm.kernels import linear
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
-from agq_tvm.kernels.intrin.base import Tile, dot_impl
+from agq_tvm.kernels.intrin.tensor_intrin import Tile, dot_impl
 from agq_tvm.kernels.layout import Layout
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.tvm_seam import T, tirx
