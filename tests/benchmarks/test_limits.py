@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from agq_tvm.kernels.instruction_sets import instruction_set
+from agq_tvm.runtime.virtual_machine import aligned
 from agq_tvm.targets import load_device
 from agq_tvm.targets.detect import cpu_features, machine, missing_features
 from agq_tvm.tuning import limits
@@ -32,9 +33,9 @@ def run(func, device, arrays) -> str:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_read_adds_up_every_byte(threads):
     device, size = load_device("host"), 1 << 16
-    data = limits.aligned_empty((threads, size // threads // 512, limits.STREAMS, limits.LANES), "int32")
+    data = aligned((threads, size // threads // 512, limits.STREAMS, limits.LANES), "int32")
     data[:] = np.random.default_rng(0).integers(-(1 << 31), 1 << 31, data.shape)
-    sums = limits.aligned_empty((threads, limits.STREAMS, limits.LANES), "int32")
+    sums = aligned((threads, limits.STREAMS, limits.LANES), "int32")
     run(limits.read_kernel(size, threads), device, [data, sums])
     assert data.nbytes == size
     np.testing.assert_array_equal(sums, data.sum(1, dtype="int32"))
