@@ -1,4 +1,4 @@
-"""What becomes of a test whose tools are missing: a skip that is seen; in CI, which has them all, a failure."""
+"""What becomes of a test whose tools or instructions are missing: a skip that shows; in CI, which has all, failure."""
 
 import os
 import warnings

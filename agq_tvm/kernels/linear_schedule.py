@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from agq_tvm.kernels.intrin.base import InstructionSet, Tile, intrinsic
+from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.intrin.tensor_intrin import Tile, intrinsic
 from agq_tvm.tvm_seam import Schedule
 
 

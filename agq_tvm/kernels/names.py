@@ -49,7 +49,7 @@ def parse_name(name: str) -> dict:
     -------
     dict
         Of a product: operation, instruction_set, layout (a dict: sign, bits, vectors, lanes, depth), rows, and where
-        the name says so activations (``"a4"``), form, and what `intrin.base.Tile` calls stored and ahead. Of a
+        the name says so activations (``"a4"``), form, and what `intrin.tensor_intrin.Tile` calls stored and ahead. Of a
         function: operation, and sizes by their letters.
 
     Raises

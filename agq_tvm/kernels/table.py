@@ -6,7 +6,8 @@ from agq_tvm.kernels import activation, embedding, prune
 from agq_tvm.kernels.activation import QuantizeKernel
 from agq_tvm.kernels.attention_form import AttentionForm, AttentionKernel
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
-from agq_tvm.kernels.intrin.base import InstructionSet, Tile, intrinsic
+from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.intrin.tensor_intrin import Tile, intrinsic
 from agq_tvm.kernels.linear_dense import DenseKernel, tile_of
 from agq_tvm.kernels.linear_float import float_form
 from agq_tvm.kernels.norm import LayerNormKernel

@@ -14,9 +14,9 @@ import numpy as np
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json, sha256_file
+from agq_tvm.runtime.virtual_machine import ALIGNMENT, aligned
 
 FORMAT_VERSION = 1
-ALIGNMENT = 64
 LIBRARY, PARAMETERS, MANIFEST = "model.so", "params.bin", "manifest.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CACHES = (".keys", ".values", ".key_scales", ".value_scales", ".positions")
@@ -202,9 +202,7 @@ class Bundle:
             If a checksum differs, or the file cannot be read.
         """
         size = self.manifest["files"][PARAMETERS]["bytes"]
-        buffer = np.empty(size + ALIGNMENT, "uint8")
-        start = -buffer.ctypes.data % ALIGNMENT
-        data = buffer[start : start + size]
+        data = aligned((size,), "uint8")
         try:
             with open(self.path / PARAMETERS, "rb") as file:
                 count = file.readinto(data)

@@ -8,7 +8,7 @@ import numpy as np
 from agq_tvm.tvm_runtime import tvm_ffi
 
 ALIGNMENT = 64
-"""Of every tensor that compiled code gets, in bytes."""
+"""Of every tensor that compiled code gets, and of those in a bundle's file, in bytes."""
 _CPU, _FIRST, _POOLED = 1, 0, 2  # TVM's numbers for the device and how it allocates
 
 

@@ -14,6 +14,7 @@ from agq_tvm.kernels.emit import task_loop
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.runtime.threads import Threads
+from agq_tvm.runtime.virtual_machine import aligned
 from agq_tvm.targets import Device, load_device
 from agq_tvm.tuning.clock import seconds
 from agq_tvm.tvm_seam import IRBuilder, T, Target, tirx, tvm
@@ -138,21 +139,13 @@ def from_numpy(array: np.ndarray):
     return tvm.runtime.from_dlpack(array)
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Make an array at a multiple of 64 bytes, as compiled code expects."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, "uint8")
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
 def memory_limit(threads: int = 1, size: int = READ_BYTES, device: Device | None = None) -> Limit:
     """Prepare reading `size` bytes of distinct memory with `threads` threads of TVM's pool."""
     function, _ = compiled(read_kernel(size, threads), device or load_device("host"))
     shape = (threads, size // (threads * STREAMS * LANES * 4), STREAMS, LANES)
-    data = aligned_empty(shape, "int32")
+    data = aligned(shape, "int32")
     data.reshape(-1)[:] = np.arange(data.size, dtype="int32")
-    tensors = from_numpy(data), from_numpy(aligned_empty((threads, STREAMS, LANES), "int32"))
+    tensors = from_numpy(data), from_numpy(aligned((threads, STREAMS, LANES), "int32"))
     return Limit(lambda: function(*tensors), data.nbytes)
 
 
@@ -173,11 +166,11 @@ def multiply_arrays(isa: InstructionSet, threads: int = 1) -> tuple[np.ndarray, 
     layout, multiply, at_once = isa.layout_4bit, isa.multiply_4bit, activations_at_once(isa)
     size, lanes = layout.lanes * layout.depth, multiply.total_lanes or layout.lanes
     rng = np.random.default_rng(0)
-    w = aligned_empty((WEIGHTS, size), "uint8")
-    x = aligned_empty((STEPS // at_once * at_once, size), "int8")
+    w = aligned((WEIGHTS, size), "uint8")
+    x = aligned((STEPS // at_once * at_once, size), "int8")
     w[:] = rng.integers(0, 16, w.shape)
     x[:] = rng.integers(-127, 128, x.shape)
-    return w, x, aligned_empty((threads, at_once, WEIGHTS, lanes), multiply.total)
+    return w, x, aligned((threads, at_once, WEIGHTS, lanes), multiply.total)
 
 
 def measure(limit: Limit, rounds: int = 25) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from agq_tvm.kernels.layout import K_BLOCK, Layout
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.runtime.threads import Threads
+from agq_tvm.runtime.virtual_machine import aligned
 from agq_tvm.targets import load_device
 from agq_tvm.tuning import limits
 from benchmarks import seconds, tables
@@ -92,7 +93,7 @@ class Weights:
     def __init__(self, columns: int, channels: int, layout: Layout):
         shape = layout.packed_shape(columns, channels)
         copies = -(-DISTINCT_BYTES // int(np.prod(shape)))
-        self.all = limits.aligned_empty((copies, *shape), "uint8")
+        self.all = aligned((copies, *shape), "uint8")
         rng = np.random.default_rng(columns + channels)
         self.all[0] = rng.integers(0, 256, shape, "uint8")
         for i in range(1, copies):  # all distinct, and no two tiles of a copy alike
@@ -117,9 +118,9 @@ def prepare(kernel: LinearKernel | ShiftedKernel, weights: Weights, isa: Instruc
     sums = (codes * powers).reshape(kernel.rows, groups, -1).sum(-1).astype("int32")
     sx = rng.uniform(0.5, 2, (kernel.rows, 1)).astype("float32")
     per_group = (layout.tiles(kernel.columns), groups, layout.vectors, layout.lanes)
-    scales = limits.aligned_empty((copies, *per_group), "float16")
+    scales = aligned((copies, *per_group), "float16")
     scales[:] = rng.uniform(0.5, 1, scales.shape[1:])
-    out = limits.aligned_empty((kernel.rows, layout.tiles(kernel.columns) * layout.width), "float32")
+    out = aligned((kernel.rows, layout.tiles(kernel.columns) * layout.width), "float32")
     out[:] = np.nan
     module = linear_shifted if shifted else linear
     function, _ = limits.compiled(module.build(kernel, isa), device)
@@ -150,7 +151,7 @@ def _exponents(kernel: ShiftedKernel) -> np.ndarray:
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
-    copy = limits.aligned_empty(array.shape, str(array.dtype))
+    copy = aligned(array.shape, str(array.dtype))
     copy[:] = array
     return copy
 

@@ -1,6 +1,6 @@
 """4-bit weights times 4-bit activations on a Cortex-A72: every pair of codes, whole products, and real overflows."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,11 +8,11 @@ import tvm
 
 from agq_tvm.kernels import linear
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
-from agq_tvm.kernels.intrin.base import Tile, dot_impl
-from agq_tvm.kernels.layout import Layout
+from agq_tvm.kernels.intrin.tensor_intrin import Tile, dot_impl
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.tvm_seam import T, tirx
 from tests.boards import kernels
+from tests.kernels.multiplies import Long
 from tests.kernels.operands import Operands, corner_operands, random_operands
 
 pytestmark = pytest.mark.emulator
@@ -30,13 +30,6 @@ FORMS = [
 ]
 # Neighbouring columns have all pairs of weights; rows have all activations, and one of them twice.
 PAIRS = {rows: LinearKernel(rows, 512, 32, 4, 32, True, "float16", False, 4) for rows in (1, 16)}
-
-
-@dataclass(frozen=True)
-class Long(Layout):
-    """A layout with k-blocks of another length, to reach a bound."""
-
-    steps: int = 8
 
 
 def unsigned_sums(total, _):

@@ -8,7 +8,7 @@ import tvm
 
 from agq_tvm.kernels import linear
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
-from agq_tvm.kernels.intrin import base
+from agq_tvm.kernels.intrin import tensor_intrin
 from agq_tvm.kernels.layout import Layout
 from agq_tvm.kernels.linear import LinearKernel
 from tests.kernels.operands import Operands, random_operands
@@ -67,8 +67,8 @@ class Tile:
     def build(self):
         """Return the PrimFunc: x, w, sums."""
         multiply = INSTRUCTION_SETS[self.isa].multiply(self.bits, 8, self.packed, self.rows)
-        implement = multiply.implement or base.dot_impl
-        function = implement(base.Tile(self.rows, self.layout, self.packed, self.center), multiply)
+        implement = multiply.implement or tensor_intrin.dot_impl
+        function = implement(tensor_intrin.Tile(self.rows, self.layout, self.packed, self.center), multiply)
         return function.with_attr("global_symbol", self.name)
 
     def sums(self, function: Callable, x: int, code: int, used: int = 0, start: int = 0) -> tuple[np.ndarray, int]:

@@ -6,11 +6,13 @@ import numpy as np
 import tvm
 
 from agq_tvm.flow.packing import pack_codes
+from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.layout import K_BLOCK, Layout
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.targets import Device, load_device
 from agq_tvm.targets.detect import cpu_features, machine, missing_features
+from tests.missing import leave_out
 
 DEVICES = {
     "avx512vnni": "x86-64-avx512vnni",
@@ -45,6 +47,13 @@ def device_here(isa: str) -> Device | None:
 def runs_here(isa: str) -> bool:
     """Tell whether this machine executes an instruction set."""
     return device_here(isa) is not None
+
+
+def native(isa: str) -> InstructionSet:
+    """Return an instruction set that this machine executes; if it does not, leave the calling test out."""
+    if not runs_here(isa):
+        leave_out(f"code of {isa}", "this processor lacks what it needs")
+    return INSTRUCTION_SETS[isa]
 
 
 def compiled(func, isa: str):

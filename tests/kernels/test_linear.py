@@ -15,7 +15,7 @@ from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_schedule import row_tile
 from agq_tvm.kernels.linear_space import default
-from tests.kernels.operands import compiled, corner_operands, random_operands, runs_here, target_of
+from tests.kernels.operands import compiled, corner_operands, native, random_operands, target_of
 
 NATIVE = ("avx512vnni", "avx2", "generic")
 # K and N are no multiples of any tile or group.
@@ -36,12 +36,6 @@ FORMS = [
 def assembly_of(kernel: LinearKernel, isa) -> str:
     library = tvm.compile(tvm.IRModule({kernel.name: linear.build(kernel, isa)}), target=target_of(isa.name))
     return library.mod.inspect_source("asm")
-
-
-def native(isa: str):
-    if not runs_here(isa):
-        pytest.skip(f"this processor lacks what {isa} needs")
-    return INSTRUCTION_SETS[isa]
 
 
 @pytest.mark.parametrize("isa,form", [*product(NATIVE, ("tensorized", "plain")), ("avxvnni", "tensorized")])

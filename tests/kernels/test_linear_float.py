@@ -9,7 +9,7 @@ import tvm
 from agq_tvm.flow.packing import pack_codes
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.kernels.linear_float import FloatLinearKernel, build, float_form
-from tests.kernels.operands import compiled, runs_here, target_of
+from tests.kernels.operands import compiled, native, target_of
 
 NATIVE = ("avx512vnni", "avx2", "generic")
 # K and N are no multiples of any tile or group.
@@ -49,8 +49,7 @@ def check(kernel: FloatLinearKernel, isa: str, function) -> None:
 @pytest.mark.parametrize("kernel", FORMS, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("isa", NATIVE)
 def test_the_product_is_that_of_the_dequantized_weights(isa, kernel):
-    if not runs_here(isa):
-        pytest.skip(f"this processor lacks what {isa} needs")
+    native(isa)
     check(kernel, isa, compiled(build(kernel, float_form(INSTRUCTION_SETS[isa])), isa))
 
 

@@ -15,7 +15,7 @@ from agq_tvm.kernels.layout import K_BLOCK
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.quantize.shifts import BLOCK, INT32_LARGEST, block_shifts, channel_order, check_totals, largest_total
-from tests.kernels.operands import compiled, runs_here, target_of
+from tests.kernels.operands import compiled, native, target_of
 from tests.kernels.shifted_operands import falling, random_shifted, shifted_corners
 
 NATIVE = ("avx512vnni", "avx2", "generic")
@@ -29,12 +29,6 @@ FORMS = [
     ShiftedKernel(1, 33, 20, "float16"),
     ShiftedKernel(4, 33, 160, None, activation_bits=4),
 ]
-
-
-def native(isa: str):
-    if not runs_here(isa):
-        pytest.skip(f"this processor lacks what {isa} needs")
-    return INSTRUCTION_SETS[isa]
 
 
 @pytest.mark.parametrize("form", ["plain", *NATIVE])

@@ -5,15 +5,14 @@ import tvm
 
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from tests.kernels.multiplies import build_all, check_bounds, check_pairs, tiles_of
-from tests.kernels.operands import device_here, runs_here
+from tests.kernels.operands import device_here, native
 
 X86 = ("avx512vnni", "avxvnni", "avx2")
 
 
 @pytest.mark.parametrize("isa", X86)
 def test_every_pair_is_right_and_overflow_is_real(isa):
-    if not runs_here(isa):
-        pytest.skip(f"this processor lacks what {isa} needs")
+    native(isa)
     library = tvm.compile(tvm.IRModule(build_all(isa)), target=tvm.target.Target(device_here(isa).tvm_target()))
     check_pairs(isa, library.__getitem__)
     check_bounds(isa, library.__getitem__)

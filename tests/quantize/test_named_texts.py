@@ -2,13 +2,13 @@
 
 import gzip
 import json
-import warnings
 
 import pytest
 
 from agq_tvm.errors import AgqError
 from agq_tvm.quantize.named_texts import DATA_SETS, DIRECTORY
 from agq_tvm.quantize.texts import load_text, title
+from tests.missing import leave_out
 
 
 @pytest.fixture
@@ -66,8 +66,7 @@ def test_the_hubs_own_files_are_found_in_its_cache(folder, name):
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        warnings.warn("pyarrow is missing: parquet is not tested", stacklevel=1)
-        pytest.skip("pyarrow is missing")
+        leave_out("parquet", "pyarrow is missing: pip install -e '.[data]' for it")
     data_set = DATA_SETS[name]
     path = folder / "hub" / "datasets--x" / "snapshots" / "0" / data_set.files["test"]
     path.parent.mkdir(parents=True)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from agq_tvm.errors import AgqError
-from agq_tvm.runtime.bundle import ALIGNMENT, Bundle
+from agq_tvm.runtime.bundle import Bundle
 from agq_tvm.runtime.engine import LocalSession
+from agq_tvm.runtime.virtual_machine import ALIGNMENT
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from agq_tvm.tuning.tuner import Settings, Tuner
 DEVICE = "x86-64-avx512vnni"
 
 
-def tasks(*rows: int) -> list[Task]:
+def tasks(*rows: int, isa: str = "avx512vnni") -> list[Task]:
     device = load_device(DEVICE)
-    return [make_task(LinearKernel(each, 64, 256, 4, 32, True, None, False), "avx512vnni", device, 2) for each in rows]
+    return [make_task(LinearKernel(each, 64, 256, 4, 32, True, None, False), isa, device, 2) for each in rows]
 
 
 def landscape(task: Task, decisions: dict[str, int]) -> float:

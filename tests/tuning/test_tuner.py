@@ -39,18 +39,18 @@ def tried(folder) -> list:
 def test_the_search_finds_one_of_the_best_of_a_landscape(tmp_path):
     if importlib.util.find_spec("xgboost") is None:
         leave_out("the evolutionary search", "xgboost is missing: pip install -e '.[tune]' for it")
-    (task,) = tasks(16)
+    (task,) = tasks(16, isa="generic")  # few vectors to a tile: its candidates are built in half the time
     late = {}
     for strategy in ("evolutionary", "random"):
         folder = tmp_path / strategy
-        tuner(folder, [task], Settings(72, strategy, default=False, seed=1)).run()
-        assert len(tried(folder)) == len(set(tried(folder))) == 72
-        late[strategy] = statistics.mean(each.time for each in records(folder)[36:])
-    assert task.space.size > 20 * 72
-    # Results come as builds end, which no seed decides: the best itself is not always found.
-    best = sorted(landscape(task, point) for point in task.space.points())[: task.space.size // 100]
+        tuner(folder, [task], Settings(48, strategy, default=False, seed=1)).run()
+        assert len(tried(folder)) == len(set(tried(folder))) == 48
+        late[strategy] = statistics.mean(each.time for each in records(folder)[24:])
+    assert task.space.size > 10 * 48
+    # Chance finds one of the best two in 48 trials once in six times.
+    best = sorted(landscape(task, point) for point in task.space.points())[:2]
     assert min(each.time for each in records(tmp_path / "evolutionary")) <= best[-1] * (1 + 1e-5)
-    assert late["evolutionary"] < 0.9 * late["random"], late
+    assert late["evolutionary"] < 0.85 * late["random"], late
 
 
 def test_a_space_smaller_than_the_trials_ends_when_it_is_exhausted(tmp_path):

@@ -11,9 +11,11 @@ from agq_tvm.tvm_seam import tirx
 
 
 def vpdpbusd(total, weights, activations):
-    """Add to int32x16 the products of uint8x64 and int8x64, four to a lane."""
-    # LLVM 22 wants the byte operands as byte vectors, older ones as int32x16.
-    return tirx.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, weights, activations)
+    """Add to int32x16 (or x8) the products of uint8x64 and int8x64 (x32), four to a lane."""
+    dtype = total.ty.dtype
+    # LLVM 22 wants the byte operands as byte vectors, older ones as int32 lanes.
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * dtype.lanes}"
+    return tirx.call_llvm_pure_intrin(dtype, name, total, weights, activations)
 
 
 AVX512VNNI = InstructionSet(

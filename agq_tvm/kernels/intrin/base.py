@@ -1,19 +1,15 @@
-"""What the intrinsics of every instruction set share: their specification, their bounds, their names."""
+"""How an instruction set is described: its layouts, its multiplies, and codes and totals as every kernel sees them."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from agq_tvm.kernels.intrin.assembly import Assembly
 from agq_tvm.kernels.layout import K_BLOCK, Layout
-from agq_tvm.tvm_seam import IRBuilder, T, TensorIntrin, tirx
+from agq_tvm.tvm_seam import T
 
 ACTIVATION_LIMIT = 127
 """Activation codes are -127..127: intrinsics that sum in 16 bits count on it."""
-_LINE = 64
-_WORDS = {2: "int16", 4: "int32", 8: "int64"}
-"""Types that hold so many codes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Multiply:
         Whether activations are read 16 bytes at a time and repeated from a lane: `sdot` does that itself, and
         a broadcast from memory would need an address for each step. Otherwise they are broadcast from memory.
     implement : callable or None
-        Takes the place of `dot_impl`, with the same arguments, where vectors of totals are not those of a row.
+        Takes the place of `tensor_intrin.dot_impl`, with its arguments, where vectors of totals are not those of a row.
     """
 
     instruction: str
@@ -160,268 +156,6 @@ def nibble(byte, half, layout: Layout, center: int = 0):
     return T.shift_right(T.Cast("int8", T.shift_left(byte, T.uint8(4) - shift)), T.int8(4))
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A register tile: some rows by some vectors of columns by one k-block.
-
-    Attributes
-    ----------
-    rows : int
-        R.
-    layout : Layout
-        Its weights, where their vectors stand side by side.
-    packed : bool
-        Whether two 4-bit codes share a byte; unpacked codes have one each.
-    center : int
-        What was subtracted from unpacked codes.
-    shifted : bool
-        Whether totals are shifted left before the k-block's products are added.
-    stored : int
-        Vectors that the packed layout has side by side, where that are more than those of the tile; else 0.
-    ahead : int
-        K-blocks between the one that is multiplied and the one that is fetched from memory; 0 fetches none.
-    """
-
-    rows: int
-    layout: Layout
-    packed: bool
-    center: int = 0
-    shifted: bool = False
-    stored: int = 0
-    ahead: int = 0
-
-    @property
-    def name(self) -> str:
-        """The last words of the intrinsic's name, e.g. ``packed.m1``."""
-        parts = ["packed" if self.packed else "bytes", f"m{self.rows}"]
-        parts += [f"of{self.stored}"] if self.stored else []
-        return ".".join([*parts, *([f"ahead{self.ahead}"] if self.ahead else [])])
-
-
-def tile_signature(tile: Tile):
-    """Declare the operands of a tile: R rows by one tile of columns by one k-block.
-
-    Buffers: x int8 [R, S, 2, D]; w [S, V, L, D] nibbles, or [S, 2, V, L, D] bytes (signed where a center was
-    subtracted); if `shifted` d int32 [1], else None; c int32 [R, V, L].
-    Without the dimension of rows for R = 1: TVM drops loops of one round before it compares.
-    """
-    layout = tile.layout
-    S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
-    lead = () if tile.rows == 1 else (tile.rows,)
-    w_shape, w_dtype = (S, 2, V, L, D), stored_dtype(layout, tile.center)
-    if tile.packed:
-        w_shape, w_dtype = (S, V, L, D), "uint8"
-    forms = {"x": ((*lead, S, 2, D), "int8"), "w": (w_shape, w_dtype)}
-    forms |= {"d": ((1,), "int32")} if tile.shifted else {}
-    forms |= {"c": ((*lead, V, L), "int32")}
-    handles = {name: T.arg(name, T.handle()) for name in forms}
-    strides = {"w": _strides(tile)} if tile.stored else {}
-    buffers = {
-        name: T.match_buffer(handles[name], *form, strides=strides.get(name), offset_factor=1)
-        for name, form in forms.items()
-    }
-    return buffers["x"], buffers["w"], buffers.get("d"), buffers["c"]
-
-
-def _strides(tile: Tile) -> list[int]:
-    """Return the strides of weights some of whose vectors belong to other tiles."""
-    step = tile.stored * tile.layout.lanes * tile.layout.depth
-    inner = [tile.layout.lanes * tile.layout.depth, tile.layout.depth, 1]
-    return [step, *inner] if tile.packed else [2 * step, step, *inner]
-
-
-def whole(buffer):
-    """Return a region of all of a buffer."""
-    return buffer[tuple(slice(0, extent) for extent in buffer.shape)]
-
-
-def tile_reads(x, w, d, c) -> list:
-    """Return what a tile's product reads, in the order in which TVM lists it for the loops of `dot_desc`."""
-    return [whole(buffer) for buffer in (c, d, x, w) if buffer is not None]
-
-
 def shifted_before(total, bits, first):
     """Return what a product is added to: the total, shifted left where the first product of a k-block comes."""
     return T.Select(first, T.shift_left(total, bits), total)
-
-
-def dot_desc(tile: Tile):
-    """Specify the product of a tile as plain loops; `center` was subtracted from unpacked codes.
-
-    c = c + dot or, if `shifted`, c = (c << d) + dot. There are no loops over one row or one vector: TVM drops these
-    before it compares.
-    """
-    layout = tile.layout
-    S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
-    lead = [extent for extent in (tile.rows, V) if extent > 1]
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("desc")
-            x, w, d, c = tile_signature(tile)
-            with T.sblock("root"):
-                T.reads(*tile_reads(x, w, d, c))
-                T.writes(whole(c))
-                with T.grid(*lead, L, S, 2, D) as loops, T.sblock("dot"):
-                    *outer, j, s, h, i = T.axis.remap("S" * len(lead) + "SRRR", loops)
-                    r, v = outer[: tile.rows > 1], outer[-1] if V > 1 else 0
-                    code = nibble(w[s, v, j, i], h, layout) if tile.packed else w[s, h, v, j, i]
-                    product = T.Cast("int32", x[(*r, s, h, i)]) * T.Cast("int32", code)
-                    total = c[(*r, v, j)]
-                    if tile.shifted:
-                        total = shifted_before(total, d[0], T.And(s == 0, T.And(h == 0, i == 0)))
-                    T.buffer_store(c, total + product, [*r, v, j])
-    return builder.get()
-
-
-def broadcast_activations(codes, layout: Layout, offset: int = 0):
-    """Repeat `depth` codes, plus `offset`, in every lane of a vector."""
-    if layout.depth == 1:
-        repeated = T.broadcast(codes, layout.lanes)
-    else:
-        word = _WORDS[layout.depth]
-        words = T.broadcast(tirx.reinterpret(word, codes), layout.lanes)
-        repeated = tirx.reinterpret(f"int8x{layout.lanes * layout.depth}", words)
-    return repeated + T.broadcast(T.int8(offset), layout.lanes * layout.depth) if offset else repeated
-
-
-def vector_nibbles(packed, half: int, layout: Layout):
-    """Extract one nibble of each byte of a vector, as `nibble` does without a center."""
-    lanes = layout.lanes * layout.depth
-    if layout.zero == 0:
-        shifted = T.shift_right(packed, T.broadcast(T.uint8(4), lanes)) if half else packed
-        return T.bitwise_and(shifted, T.broadcast(T.uint8(15), lanes))
-    shifted = packed if half else T.shift_left(packed, T.broadcast(T.uint8(4), lanes))
-    return T.shift_right(tirx.reinterpret(f"int8x{lanes}", shifted), T.broadcast(T.int8(4), lanes))
-
-
-def shift_totals(d, c, rows: int, layout: Layout) -> None:
-    """Emit the shift of a tile's totals, which most k-blocks do without."""
-    with T.If(d[0] != 0), T.Then():
-        for r, v in itertools.product(range(rows), range(layout.vectors)):
-            at = [v] if rows == 1 else [r, v]
-            value = T.shift_left(c.vload([*at, 0], f"int32x{layout.lanes}"), T.broadcast(d[0], layout.lanes))
-            T.buffer_store(c, value, [*at, slice(0, layout.lanes)])
-
-
-def fetch_ahead(w, tile: Tile) -> None:
-    """Emit the fetch of the weights of a later k-block, line by line; beyond the last one it does nothing."""
-    layout = tile.layout
-    block = layout.steps * (tile.stored or layout.vectors) * layout.lanes * layout.depth
-    for line in range(0, block, _LINE):
-        address = w.access_ptr("r", offset=tile.ahead * block + line)
-        T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *map(T.int32, (0, 3, 1))))
-
-
-def dot_impl(tile: Tile, multiply: Multiply):
-    """Implement `dot_desc`: everything unrolled, totals in registers.
-
-    A load of weights feeds R multiplies and a broadcast of activations feeds V; LLVM merges the repeats.
-    """
-    rows, layout, packed = tile.rows, tile.layout, tile.packed
-    S, D, V, L = layout.steps, layout.depth, layout.vectors, layout.lanes
-    lanes = multiply.total_lanes if multiply.fold else L
-    total_type, byte_lanes = f"{multiply.total}x{lanes}", slice(0, L * D)
-
-    def at(r, *rest):
-        return list(rest) if rows == 1 else [r, *rest]
-
-    def weights(w, s, h, v):
-        if packed:
-            return vector_nibbles(w.vload([s, v, 0, 0], f"uint8x{L * D}"), h, layout)
-        return w.vload([s, h, v, 0, 0], f"{w.dtype}x{L * D}")
-
-    def activations(x, r, s, h):
-        if multiply.by_lane:
-            # One load holds the words of several steps.
-            words, dtype = 16 // D, _WORDS[D]
-            word = 2 * s + h
-            loaded = x.vload(at(r, word // words * words // 2, 0, 0), "int8x16")
-            loaded = tirx.reinterpret(f"{dtype}x{words}", loaded)
-            return tirx.reinterpret("int8x16", tirx.Shuffle([loaded], [word % words] * words))
-        codes = x.vload(at(r, s, h, 0), f"int8x{D}" if D > 1 else "int8")
-        return broadcast_activations(codes, layout, multiply.offset)
-
-    places = list(itertools.product(range(rows), range(V)))
-
-    def multiply_tile(x, w, totals, index):
-        if multiply.unroll:
-            for s in range(S):
-                multiply_step(x, w, totals, index, s)
-        else:
-            with T.serial(S) as s:
-                multiply_step(x, w, totals, index, s)
-
-    def multiply_step(x, w, totals, index, s):
-        for first, (r, v) in itertools.product(range(0, 2, multiply.halves), places):
-            halves = range(first, first + multiply.halves)
-            operands = [weights(w, s, h, v) for h in halves], [activations(x, r, s, h) for h in halves]
-            if multiply.halves == 1:
-                operands = [vectors[0] for vectors in operands]
-            value = multiply.accumulate(totals.vload([*index(r, v), 0], total_type), *operands)
-            T.buffer_store(totals, value, [*index(r, v), slice(0, lanes)])
-
-    def sum_weights(w, sums):
-        for v in range(V):
-            total = sum((weights(w, s, h, v) for s in range(S) for h in range(2)), T.broadcast(T.uint8(0), L * D))
-            T.buffer_store(sums, total, [v, byte_lanes])
-
-    def narrow(x, w, c):
-        totals = T.sblock_alloc_buffer((rows, V, lanes), multiply.total)
-        sums = T.sblock_alloc_buffer((V, L * D), "uint8") if multiply.offset else None
-        zero = T.broadcast(tirx.const(0, multiply.total), lanes)
-        for r, v in places:
-            T.buffer_store(totals, zero, [r, v, slice(0, lanes)])
-        multiply_tile(x, w, totals, lambda r, v: [r, v])
-        if multiply.offset:
-            sum_weights(w, sums)
-        for r, v in places:
-            operands = [totals.vload([r, v, 0], total_type)]
-            operands += [sums.vload([v, 0], f"uint8x{L * D}")] if multiply.offset else []
-            value = c.vload(at(r, v, 0), f"int32x{L}") + multiply.fold(*operands)
-            T.buffer_store(c, value, at(r, v, slice(0, L)))
-
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("impl")
-            x, w, d, c = tile_signature(tile)
-            reads = tile_reads(x, w, d, c)
-            with T.sblock("root"):
-                T.reads(*reads)
-                T.writes(whole(c))
-                if tile.ahead:
-                    fetch_ahead(w, tile)
-                if tile.shifted:
-                    shift_totals(d, c, rows, layout)
-                if not multiply.fold:
-                    multiply_tile(x, w, c, at)
-                else:
-                    # A block of its own: tensorize drops what the outer one allocates.
-                    with T.sblock("narrow"):
-                        T.reads(*reads)
-                        T.writes(whole(c))
-                        narrow(x, w, c)
-    return builder.get()
-
-
-def intrinsic(isa: InstructionSet, tile: Tile, activation_bits: int = 8) -> str | None:
-    """Register an intrinsic if need be and return its name, or None where LLVM has the loops.
-
-    Parameters
-    ----------
-    isa : InstructionSet
-    tile : Tile
-        Its center is that of the instruction set.
-    activation_bits : int
-        8 or 4. Where the instruction set has no multiply of its own for 4, the intrinsic is the one for 8.
-    """
-    bits = tile.layout.bits
-    multiply = isa.multiply(bits, activation_bits, tile.packed, tile.rows)
-    if multiply is None:
-        return None
-    activations = ".a4" if multiply is isa.multiply_4x4 else ""
-    operation = "shift_dot" if tile.shifted else "dot"
-    name = f"agq.{operation}.{isa.name}.{tile.layout.name}{activations}.{tile.name}"
-    if TensorIntrin.get(name, allow_missing=True) is None:
-        tile = replace(tile, center=isa.center(bits, activation_bits, tile.packed))
-        TensorIntrin.register(name, dot_desc(tile), (multiply.implement or dot_impl)(tile, multiply))
-    return name

@@ -9,18 +9,11 @@ import itertools
 from dataclasses import replace
 
 from agq_tvm.kernels.intrin.assembly import Form, looped, registers, sums_in_registers
-from agq_tvm.kernels.intrin.base import (
-    InstructionSet,
-    Multiply,
-    Tile,
-    shift_totals,
-    tile_reads,
-    tile_signature,
-    whole,
-)
+from agq_tvm.kernels.intrin.base import InstructionSet, Multiply
 from agq_tvm.kernels.intrin.dotprod import DOTPROD, sdot
+from agq_tvm.kernels.intrin.tensor_intrin import Tile, implementation
 from agq_tvm.kernels.layout import Layout
-from agq_tvm.tvm_seam import IRBuilder, T, tirx
+from agq_tvm.tvm_seam import T, tirx
 
 
 def sdot_pairs(total, weights, activations):
@@ -81,26 +74,14 @@ def matrix_impl(tile: Tile, multiply: Multiply):
                 value = tirx.reinterpret("int32x4", low_and_high(*both, row))
                 T.buffer_store(c, value, [r + row, v, slice(0, 4)])
 
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("impl")
-            x, w, d, c = tile_signature(tile)
-            reads = tile_reads(x, w, d, c)
-            with T.sblock("root"):
-                T.reads(*reads)
-                T.writes(whole(c))
-                if tile.shifted:
-                    shift_totals(d, c, tile.rows, tile.layout)
-                # A block of its own: tensorize drops what the outer one allocates.
-                with T.sblock("pairs"):
-                    T.reads(*reads)
-                    T.writes(whole(c))
-                    totals = T.sblock_alloc_buffer((tile.rows, V, 2, 4), "int32")
-                    load(c, totals)
-                    for s, h in itertools.product(range(S), range(2)):
-                        multiply_step(x, w, totals, s, h)
-                    store(c, totals)
-    return builder.get()
+    def products(x, w, c):
+        totals = T.sblock_alloc_buffer((tile.rows, V, 2, 4), "int32")
+        load(c, totals)
+        for s, h in itertools.product(range(S), range(2)):
+            multiply_step(x, w, totals, s, h)
+        store(c, totals)
+
+    return implementation(tile, products, own_totals=True)
 
 
 def _groups(form: Form) -> list[str]:

@@ -40,6 +40,7 @@ class Product(Product):
         from agq_tvm.kernels import activation, linear
         from agq_tvm.kernels.instruction_sets import instruction_set
         from agq_tvm.runtime.threads import Threads
+        from agq_tvm.runtime.virtual_machine import aligned
         from agq_tvm.targets import load_device
         from agq_tvm.tuning import limits
 
@@ -58,7 +59,7 @@ class Product(Product):
         self._multiply, _ = limits.compiled(linear.build(product, isa), device)
 
         def placed(array: np.ndarray):
-            copy = limits.aligned_empty(array.shape, str(array.dtype))
+            copy = aligned(array.shape, str(array.dtype))
             copy[:] = array
             self._arrays.append(copy)
             return limits.from_numpy(copy)
