@@ -264,13 +264,23 @@ def test_a_missing_tool_is_named(tool, monkeypatch):
     ("device", "words"),
     [
         ("x86-64-avx512vnni", "does not run avx512vnni.*--local"),
-        ("snapdragon-8-gen-1", "no core model for cortex-x2"),
-        ("generic-aarch64", "no core model for generic"),
+        ("generic-aarch64", "no core model for generic.*cortex-a72.*--target.*--tracker"),
     ],
 )
 def test_devices_that_cannot_be_simulated_are_refused(device, words):
     with pytest.raises(AgqError, match=words):
         check_simulation(load_device(device))
+
+
+def test_the_x2_multiplies_matrices_at_the_width_it_has(tmp_path):
+    """Four vector units: more products in a cycle than the two of an A76 can make by `sdot`."""
+    products = {}
+    for device in ("snapdragon-8-gen-1", ARM):
+        task = task_of(device, rows=16)
+        simulated = simulate_candidate(library_of(task, tmp_path), task)
+        assert simulated.covered > 0.9
+        products[device] = task.kernel.rows * task.kernel.columns * task.kernel.channels / simulated.cycles
+    assert products[ARM] < 32 and products["snapdragon-8-gen-1"] > 1.5 * products[ARM]
 
 
 def test_without_a_clock_it_is_1_ghz():
