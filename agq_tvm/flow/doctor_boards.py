@@ -165,7 +165,7 @@ def _condition(session) -> Iterator[dict]:
     if status is None:
         yield _check("condition", "note", "this server does not tell: use that of `agq boards server`")
         return
-    skew = status["time"] - (before + after) / 2
+    skew = round(status["time"] - (before + after) / 2, 1) + 0.0  # no -0.0
     state = "wrong" if abs(skew) > _SKEW else "ok"
     yield _check("clock", state, f"{skew:+.1f} s from ours", "set it, or have it set: timedatectl set-ntp true")
     for what, limit, advice in (

@@ -6,9 +6,9 @@ The tracker is the queue: each worker process asks it for a board, measures one 
 import contextlib
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
-from agq_tvm.boards.fleet import check_fleet
+from agq_tvm.boards.fleet import Fleet, check_fleet
 from agq_tvm.boards.tracker import parse_tracker, tracker_summary
 from agq_tvm.errors import AgqError
 from agq_tvm.progress import say
@@ -46,8 +46,7 @@ class TrackerMeasurer(WorkerMeasurer):
     Raises
     ------
     AgqError
-        If there is no tracker, nobody has the key, or a board under it cannot run what is compiled for the device; only
-        for the first task in this process, since boards may come and go later.
+        If `fleet_of` does.
     """
 
     def __init__(
@@ -59,14 +58,15 @@ class TrackerMeasurer(WorkerMeasurer):
         timeout: float = TIMEOUT,
         patience: float = PATIENCE,
     ) -> None:
-        boards = _boards(tracker, key, task.device)
-        super().__init__(task, effort, timeout, boards, "board")
-        self._tracker, self._key, self._patience = tracker, key, patience
+        fleet = fleet_of(tracker, key, task.device)
+        super().__init__(task, effort, timeout, fleet.boards, "board")
+        self._emulated, self._tracker, self._key, self._patience = fleet.emulated, tracker, key, patience
         self._lock, self._said = threading.Lock(), ""
 
     def _ask(self, worker: Worker, job: dict) -> dict:
         """Measure on whatever board comes; once more on another one if the board goes away."""
         job |= {"tracker": self._tracker, "key": self._key, "device": asdict(self.task.device)}
+        job["emulated"] = self._emulated
         losses, deadline = 0, time.monotonic() + self._patience
         while True:
             board: list[str] = []
@@ -106,20 +106,25 @@ class TrackerMeasurer(WorkerMeasurer):
         say(f"{text}: what it measured is measured again, on the next board")
 
 
-_checked: dict[tuple, int] = {}
-"""Boards of the keys that this process has used already."""
+_checked: dict[tuple, Fleet] = {}
+"""The boards of the keys that this process has used already."""
 
 
-def _boards(tracker: str, key: str, device: Device) -> int:
-    """Return how many boards a key has.
+def fleet_of(tracker: str, key: str, device: Device) -> Fleet:
+    """Return the boards of a key.
 
     They are checked the first time. A task that begins when they have gone waits for them as one that is being measured
     does, and each board is looked at again before a candidate.
+
+    Raises
+    ------
+    AgqError
+        If `check_fleet` does, the first time in this process.
     """
     name = tracker, key, device.name
     if name not in _checked:
         _checked[name] = check_fleet(tracker, key, device)
     with contextlib.suppress(AgqError):
         registered = tracker_summary(*parse_tracker(tracker)).get(key, {"boards": []})["boards"]
-        _checked[name] = max(1, len(registered))
+        _checked[name] = replace(_checked[name], boards=max(1, len(registered)))
     return _checked[name]

@@ -78,7 +78,7 @@ def test_no_tracker_is_told_in_a_sentence_and_exit_code_2(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "wrong   tracker: no tracker answers at 127.0.0.1:1" in shown
     assert "do: start one with `agq tracker`" in shown
-    assert shown.endswith("1 of 7 are wrong\n")
+    assert shown.endswith("1 of 7 is wrong\n")
 
 
 def test_a_pair_that_crashes_is_found(monkeypatch):

@@ -92,7 +92,16 @@ def test_other_versions_are_ignored_with_a_word(tmp_path):
     library.append(replace(old, task=old.task.rpartition(".")[0] + ".v0"))
     choose = Chooser(library, ISA, 2)
     assert choose(KERNEL) is None
-    assert "1 records are for other versions" in summary(choose.report())
+    assert summary(choose.report()).endswith("; records ignored: 1 for other versions of the kernels")
+
+
+def test_emulated_boards_are_ignored_with_a_word(tmp_path):
+    library = Library(tmp_path, device=DEVICE.name)
+    made = record(KERNEL, 1e-9)
+    library.append(replace(made, provenance=made.provenance | {"emulated": True}))
+    choose = Chooser(library, ISA, 2)
+    assert choose(KERNEL) is None
+    assert "records ignored: 1 of emulated boards" in summary(choose.report())
 
 
 class Terminal(io.StringIO):
