@@ -90,6 +90,9 @@ def _free_boards(tracker: str, key: str, entry: dict, device: Device | None) -> 
                     "session", "wrong", str(error), "look at the board's log, and whether its port is reachable"
                 )
                 return
+        if len({board_is_emulated(session) for session in sessions}) > 1:
+            found = f"some boards under the key {key!r} are emulated and others are not: their times do not compare"
+            yield _check("fleet", "wrong", found, "give emulated boards a key of their own")
         for session in sessions:
             yield from (check | {"name": f"{session.board} {check['name']}"} for check in _board(session, device))
     finally:

@@ -11,6 +11,7 @@ import pytest
 from agq_tvm.boards import processes
 from agq_tvm.boards.tracker import parse_tracker, tracker_summary
 from agq_tvm.errors import AgqError
+from agq_tvm.flow.doctor_boards import look_at_boards
 from agq_tvm.targets import load_device
 from agq_tvm.tuning.tracker_measurer import TrackerMeasurer, fleet_of
 from tests.tuning.candidates import ARGUMENTS, QUICK, candidate, task_for
@@ -150,6 +151,8 @@ def test_times_of_emulated_boards_and_of_real_ones_are_kept_apart(fleet, folder,
         monkeypatch.setattr("agq_tvm.tuning.tracker_measurer._checked", {})
         with pytest.raises(AgqError, match=rf"under the key '{fleet.key}' .* is emulated and .* is not.*own"):
             fleet_of(fleet.address, fleet.key, BOARD)
+        looked = {check["name"]: check["state"] for check in look_at_boards(fleet.address, fleet.key, BOARD)}
+        assert looked["fleet"] == "wrong"
         fleet.kill(emulated)
         wait_until(lambda: len(tracker_summary(*parse_tracker(fleet.address))[fleet.key]["boards"]) == 1)
         outcome = measurer.submit(candidate("right", BOARD, folder)).result(timeout=LONG)
