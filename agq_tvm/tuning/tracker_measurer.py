@@ -13,7 +13,7 @@ from agq_tvm.boards.tracker import parse_tracker, tracker_summary
 from agq_tvm.errors import AgqError
 from agq_tvm.progress import say
 from agq_tvm.targets import Device
-from agq_tvm.tuning.measure import CRASHED, LOST, NO_VERDICT, Effort
+from agq_tvm.tuning.measure import CRASHED, LOST, NO_VERDICT, UNFIT, Effort
 from agq_tvm.tuning.task import Task
 from agq_tvm.tuning.worker_measurer import TIMEOUT, WorkerMeasurer
 from agq_tvm.tuning.workers import Worker, WorkerEnded, WorkerLate
@@ -23,6 +23,7 @@ PATIENCE = 600.0
 _LOSSES = 3
 """Boards that a candidate may lose before it is taken for the reason."""
 _PAUSE = 1.0
+_LEAST_WAIT = 5.0
 _MARGIN = 20.0
 """Seconds after which a board that should have ended a session itself counts as lost."""
 
@@ -41,7 +42,7 @@ class TrackerMeasurer(WorkerMeasurer):
         Seconds for a candidate, on the board.
     patience : float
         Seconds for which a board is waited for, while all are gone or busy. A candidate that finds none is ``"lost"``:
-        not measured, and no worse for it.
+        not measured, and no worse for it. Those after it wait no longer, until there is a board again.
 
     Raises
     ------
@@ -62,25 +63,45 @@ class TrackerMeasurer(WorkerMeasurer):
         super().__init__(task, effort, timeout, fleet.boards, "board")
         self._emulated, self._tracker, self._key, self._patience = fleet.emulated, tracker, key, patience
         self._lock, self._said = threading.Lock(), ""
+        self._gone_since: float | None = None
 
     def _ask(self, worker: Worker, job: dict) -> dict:
         """Measure on whatever board comes; once more on another one if the board goes away."""
         job |= {"tracker": self._tracker, "key": self._key, "device": asdict(self.task.device)}
         job["emulated"] = self._emulated
-        losses, deadline = 0, time.monotonic() + self._patience
+        losses = 0
         while True:
             board: list[str] = []
-            answer = self._once(worker, job, max(deadline - time.monotonic(), 1.0), board)
+            begun = time.monotonic()
+            answer = self._once(worker, job, max(self._patience_left(), _LEAST_WAIT), board)
+            found = bool(board) and answer.get("kind") != UNFIT
+            self._note(found, begun)
             if answer.get("kind") not in NO_VERDICT or self.crew.stopped:
                 return answer
-            if board and answer["kind"] == LOST:  # it was there when the candidate began
-                losses, deadline = losses + 1, time.monotonic() + self._patience
+            if found:  # it was there when the candidate began
+                losses += 1
                 if losses >= _LOSSES:
                     return {"kind": CRASHED, "text": f"{losses} boards were lost while it ran: {answer['text']}"}
-            if time.monotonic() >= deadline:
+                self._say(f"{answer['text']}: what it measured is measured again, on the next board")
+            elif self._patience_left() <= 0:
                 return answer
-            self._say(answer["text"])
+            else:
+                self._say(f"{answer['text']}; waiting for a board, {self._patience / 60:.0f} minutes at most")
             self.crew.rest(_PAUSE)
+
+    def _patience_left(self) -> float:
+        """Return the seconds for which a board is still waited for, all candidates together."""
+        with self._lock:
+            gone = self._gone_since
+        return self._patience if gone is None else gone + self._patience - time.monotonic()
+
+    def _note(self, found: bool, begun: float) -> None:
+        """Note whether a candidate that asked at a time found a board, and say when there is one again."""
+        with self._lock:
+            back = found and self._gone_since is not None
+            self._gone_since = None if found else min(self._gone_since or begun, begun)
+        if back:
+            self._say("there is a board again")
 
     def _once(self, worker: Worker, job: dict, wait: float, board: list[str]) -> dict:
         """Ask for a board once; its name is put into `board`."""
@@ -103,7 +124,7 @@ class TrackerMeasurer(WorkerMeasurer):
             if text == self._said:
                 return
             self._said = text
-        say(f"{text}: what it measured is measured again, on the next board")
+        say(text)
 
 
 _checked: dict[tuple, Fleet] = {}

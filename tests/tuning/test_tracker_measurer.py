@@ -103,6 +103,22 @@ def test_without_boards_a_candidate_is_lost_and_not_failed(fleet, folder):
         assert measurer.submit(path).result(timeout=LONG).kind == ""
 
 
+def test_candidates_do_not_wait_for_boards_one_after_the_other(fleet, folder, capsys):
+    """A tuner gives up after three of them: boards that are gone would cost it three times its patience."""
+    board = fleet.add()
+    path = candidate("right", BOARD, folder)
+    with measurer_of(fleet, patience=5) as measurer:
+        fleet.kill(board)
+        wait_until(lambda: fleet.key not in tracker_summary(*parse_tracker(fleet.address)))
+        begun = time.monotonic()
+        assert [measurer.submit(path).result(timeout=LONG).kind for _ in range(3)] == ["lost"] * 3
+        assert 5 <= time.monotonic() - begun < 12
+        fleet.add()
+        assert measurer.submit(path).result(timeout=LONG).kind == ""
+    said = capsys.readouterr().err.splitlines()
+    assert "waiting for a board" in said[0] and said[-1] == "there is a board again"
+
+
 def test_a_board_that_freezes_costs_no_more_than_its_limit(fleet, folder, monkeypatch):
     monkeypatch.setattr("agq_tvm.tuning.tracker_measurer._MARGIN", 1.0)
     frozen = fleet.add()
