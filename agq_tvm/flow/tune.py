@@ -94,7 +94,10 @@ def tune(request: TuneRequest) -> dict:
     tuner = Tuner(library, tasks, boards.runner, settings, boards.display(device))
     done = [progress for progress in tuner.progress.values() if not tuner.lacks(progress.task)]
     path = library.files[0].path
-    say(f"{len(tasks)} tasks, {len(done)} of them have their trials; records go to {path}")
+    count = "1 task" if len(tasks) == 1 else f"{len(tasks)} tasks"
+    say(f"{count}, {len(done)} of them with all trials; records go to {path}")
+    if request.simulate:
+        say("simulated times leave out caches and memory, and so does their ranking: any measured record comes first")
     if boards.emulated:
         say("the boards are emulated: candidates are checked there, but their times mean nothing and are not shown")
     for problem in library.problems:

@@ -215,7 +215,7 @@ def test_what_becomes_of_a_candidate_is_told(behaviour, kind, words, tmp_path, m
     assert (outcome.measurement is None) == bool(kind)
 
 
-def test_a_checkpoint_is_tuned_without_a_board(tiny_checkpoint, tmp_path):
+def test_a_checkpoint_is_tuned_without_a_board(tiny_checkpoint, tmp_path, capsys):
     task_of(ARM)
     request = TuneRequest(str(tiny_checkpoint), ARM, 3, simulate=True, only="m1_n96_k160", strategy="random")
     result = tune(replace(request, library=str(tmp_path)))
@@ -225,6 +225,7 @@ def test_a_checkpoint_is_tuned_without_a_board(tiny_checkpoint, tmp_path):
     assert [record.how for record in records] == [SIMULATED] * 3 and not any(record.confirmed for record in records)
     times = [record.time for record in records]
     assert len(set(times)) > 1 and task["best"] == min(times) and task["default"] in times
+    assert "simulated times leave out caches and memory" in capsys.readouterr().err
 
 
 def test_what_is_no_library_is_told(tmp_path):
