@@ -29,7 +29,8 @@ _START_LIMIT = 90.0
 _PORT_LIMIT = 5.0
 """Seconds that a tracker which has just been stopped may still hold its port."""
 _LOOPBACK = "127.0.0.1"
-_EVERYWHERE = ("0.0.0.0", "::")
+EVERYWHERE = ("0.0.0.0", "::")
+"""Addresses to listen on that are none to reach."""
 
 
 def find_emulator() -> str:
@@ -79,7 +80,7 @@ def _start_tracker_at(port: int, host: str = _LOOPBACK) -> Process:
     log = processes.state_directory() / f"tracker-{time.time_ns()}.log"
     command = [sys.executable, "-m", "tvm.exec.rpc_tracker", "--host", host]
     child, started = processes.launch([*command, "--port", str(port), "--port-end", str(port + 1)], log)
-    name, reached = processes.free_name("tracker"), _LOOPBACK if host in _EVERYWHERE else host
+    name, reached = processes.free_name("tracker"), _LOOPBACK if host in EVERYWHERE else host
     tracker = Process(name, "tracker", None, None, f"{reached}:{port}", child.pid, started, str(log))
     return _ready(tracker, child, lambda: _answers(reached, port))
 

@@ -26,14 +26,18 @@ def run_tracker(host: str, port: int) -> int:
     """
     signal.signal(signal.SIGTERM, _stop)  # an end as Ctrl-C makes it: what was started ends, too
     if not _is_loopback(host):
+        place = f"{host}:{port}" if port else host
         say(
-            f"WARNING: whoever reaches {host}:{port} runs code here and on every board: neither tracker nor boards ask "
+            f"WARNING: whoever reaches {place} runs code here and on every board: neither tracker nor boards ask "
             "for a password. Listen on 127.0.0.1 and let boards come through ssh -R, or close the network to others."
         )
     tracker = emulate.start_tracker(host, port)
     try:
         print(f"tracker at {tracker.tracker}", flush=True)
-        print(f"  boards register with   board-server --key KEY --tracker {tracker.tracker}", flush=True)
+        # What listens everywhere is reached by other machines under an address that only they know.
+        reached = f"ADDRESS:{tracker.tracker.rpartition(':')[2]}" if host in emulate.EVERYWHERE else tracker.tracker
+        where = ", ADDRESS being this machine's" if reached != tracker.tracker else ""
+        print(f"  boards register with   board-server --key KEY --tracker {reached}{where}", flush=True)
         print(f"  look at them with      agq doctor --tracker {tracker.tracker}", flush=True)
         while tracker.alive():
             time.sleep(0.2)

@@ -30,7 +30,8 @@ def _doctor(subparsers) -> None:
             print(json.dumps(result))
         else:
             wrong = sum(check.state == "wrong" for check in checks)
-            print(f"{wrong} of {len(checks)} are wrong" if wrong else "nothing is wrong")
+            verb = "is" if wrong == 1 else "are"
+            print(f"{wrong} of {len(checks)} {verb} wrong" if wrong else "nothing is wrong")
         return 0 if result["ok"] else 2
 
     parser = command(subparsers, "doctor", "look for what is wrong, here and on the way to boards", run)

@@ -1,6 +1,8 @@
 """The command `agq`: parses, calls, prints."""
 
 import argparse
+import os
+import select
 import sys
 
 from agq_tvm import __version__
@@ -28,7 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0, or 2 after one sentence about what is wrong."""
     args = build_parser().parse_args(arguments)
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _output_has_gone():
+            raise
+        return 141  # as a shell says of what SIGPIPE ended
     except AgqError as error:
         print(f"agq: {error}", file=sys.stderr)
         return 2
@@ -38,6 +46,16 @@ def main(arguments: list[str] | None = None) -> int:
     except MemoryError:
         print("agq: out of memory: take a smaller model or a shorter --context", file=sys.stderr)
         return 2
+
+
+def _output_has_gone() -> bool:
+    """Tell whether nobody reads standard output any more, as after `| head`; if so, what remains goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors and hang-ups are always told
+    gone = bool(poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 if __name__ == "__main__":

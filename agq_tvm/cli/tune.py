@@ -1,6 +1,7 @@
 """`agq tune` and `agq schedules`."""
 
 from agq_tvm.cli.options import command, json_option, positive, print_result, seconds, some_seconds
+from agq_tvm.progress import say
 
 
 def register(subparsers) -> None:
@@ -11,6 +12,7 @@ def register(subparsers) -> None:
 
 def _tune(subparsers) -> None:
     def run(args) -> None:
+        say(f"tuning {args.checkpoint} for {args.target}")  # before TVM is loaded, which takes seconds
         from agq_tvm.flow.tune import TuneRequest, tune
         from agq_tvm.tuning.display import clock, readable
 
@@ -40,7 +42,7 @@ def _tune(subparsers) -> None:
             rows.append((task["task"], trials, str(task["failures"]), *times, speedup))
         print_result(args, result, rows)
         if not args.json:
-            print(f"\n{result['measured']} measured in {clock(result['seconds'])}; records: {result['library']}")
+            print(f"\n{result['measured']} {result['how']} in {clock(result['seconds'])}; records: {result['library']}")
 
     parser = command(subparsers, "tune", "look for faster schedules of a checkpoint's kernels", run)
     parser.add_argument("checkpoint", metavar="CKPT")
@@ -98,7 +100,13 @@ def _list(actions) -> None:
                 when = str(task["provenance"].get("when", "-"))
                 rows.append((device, task["task"], readable(task["seconds"]), how, when))
         print_result(args, result, rows)
-        if result["left_out"] and not args.json:
+        if args.json:
+            return
+        for device, found in result["devices"].items():
+            if found["emulated"]:
+                count = "a record" if found["emulated"] == 1 else f"{found['emulated']} records"
+                print(f"\n{device} has {count} of emulated boards, whose times mean nothing: never used, not shown")
+        if result["left_out"]:
             print("\nleft out:\n  " + "\n  ".join(result["left_out"]))
 
     parser = command(actions, "list", "show the best record of each task", run)

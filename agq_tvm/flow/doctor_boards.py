@@ -90,6 +90,9 @@ def _free_boards(tracker: str, key: str, entry: dict, device: Device | None) -> 
                     "session", "wrong", str(error), "look at the board's log, and whether its port is reachable"
                 )
                 return
+        if len({board_is_emulated(session) for session in sessions}) > 1:
+            found = f"some boards under the key {key!r} are emulated and others are not: their times do not compare"
+            yield _check("fleet", "wrong", found, "give emulated boards a key of their own")
         for session in sessions:
             yield from (check | {"name": f"{session.board} {check['name']}"} for check in _board(session, device))
     finally:
@@ -165,7 +168,7 @@ def _condition(session) -> Iterator[dict]:
     if status is None:
         yield _check("condition", "note", "this server does not tell: use that of `agq boards server`")
         return
-    skew = status["time"] - (before + after) / 2
+    skew = round(status["time"] - (before + after) / 2, 1) + 0.0  # no -0.0
     state = "wrong" if abs(skew) > _SKEW else "ok"
     yield _check("clock", state, f"{skew:+.1f} s from ours", "set it, or have it set: timedatectl set-ntp true")
     for what, limit, advice in (

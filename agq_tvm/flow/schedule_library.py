@@ -22,8 +22,9 @@ def list_schedules(directory: str | None, device: str | None) -> dict:
     Returns
     -------
     dict
-        ``libraries``, ``left_out`` (damaged lines), and ``devices``: for each its ``trials``, ``failures`` and
-        ``tasks``, where a task has ``task``, ``seconds``, ``how``, ``confirmed``, ``decisions`` and ``provenance``.
+        ``libraries``, ``left_out`` (damaged lines), and ``devices``: for each its ``trials``, ``failures``,
+        ``emulated`` (trials on emulated boards, of which none is the best) and ``tasks``, where a task has ``task``,
+        ``seconds``, ``how``, ``confirmed``, ``decisions`` and ``provenance``.
 
     Raises
     ------
@@ -45,6 +46,7 @@ def list_schedules(directory: str | None, device: str | None) -> dict:
         found[name] = {
             "trials": len(records),
             "failures": sum(record.seconds is None for record in records),
+            "emulated": sum(record.emulated for record in records),
             "tasks": [_as_row(record) for _, record in sorted(best_of(records).items())],
         }
     return {"libraries": [str(each) for each in directories], "devices": found, "left_out": left_out}

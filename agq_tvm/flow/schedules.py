@@ -71,6 +71,7 @@ class Chooser:
             **{kind: counts[kind] for kind in (TUNED, NEAREST, DEFAULT)},
             "simulated": sum(found.get("how") == "simulated" for found in self.kernels.values()),
             "other_version": other,
+            "emulated": sum(record.emulated for record in self._records),
             "left_out": self.library.problems,
             "kernels": self.kernels,
         }
@@ -86,8 +87,10 @@ def summary(report: dict) -> str:
     text = ", ".join(parts)
     if report["simulated"]:
         text += f" ({report['simulated']} by simulation)"
-    if report["other_version"]:
-        text += f"; {report['other_version']} records are for other versions of the kernels and were ignored"
-    if report["left_out"]:
-        text += f"; {len(report['left_out'])} damaged records were left out"
-    return text
+    ignored = {
+        "for other versions of the kernels": report["other_version"],
+        "of emulated boards, whose times mean nothing": report["emulated"],
+        "damaged": len(report["left_out"]),
+    }
+    words = [f"{count} {what}" for what, count in ignored.items() if count]
+    return f"{text}; records ignored: {'; '.join(words)}" if words else text

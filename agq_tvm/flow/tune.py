@@ -1,6 +1,6 @@
 """Tune a checkpoint's kernels: on this machine, on boards, or simulated."""
 
-import difflib
+import re
 import time
 from dataclasses import dataclass
 
@@ -94,7 +94,12 @@ def tune(request: TuneRequest) -> dict:
     tuner = Tuner(library, tasks, boards.runner, settings, boards.display(device))
     done = [progress for progress in tuner.progress.values() if not tuner.lacks(progress.task)]
     path = library.files[0].path
-    say(f"{len(tasks)} tasks, {len(done)} of them have their trials; records go to {path}")
+    count = "1 task" if len(tasks) == 1 else f"{len(tasks)} tasks"
+    say(f"{count}, {len(done)} of them with all trials; records go to {path}")
+    if request.simulate:
+        say("simulated times leave out caches and memory, and so does their ranking: any measured record comes first")
+    if boards.emulated:
+        say("the boards are emulated: candidates are checked there, but their times mean nothing and are not shown")
     for problem in library.problems:
         say(f"left out: {problem}")
     try:
@@ -102,6 +107,9 @@ def tune(request: TuneRequest) -> dict:
     except KeyboardInterrupt:
         say(f"interrupted: every measurement is in {path}, and the same command goes on from there")
         raise
+    missing = sum(each.missing for each in progress)
+    if missing:
+        say(f"time is up with {missing} trials to go: the same command goes on from there")
     return _result(request, device, library, progress, time.monotonic() - begun)
 
 
@@ -109,9 +117,9 @@ def chosen(tasks: list[Task], only: str | None) -> list[Task]:
     """Return the tasks whose names have `only` in them."""
     found = [task for task in tasks if only is None or only in task.name]
     if not found:
-        names = sorted(task.name for task in tasks)
-        like = difflib.get_close_matches(only, names, 3, 0) or names[:3]
-        raise AgqError(f"{only} is in the name of none of the {len(names)} tasks: choose a part of {', '.join(like)}")
+        # Without what differs between kernels of a kind: sizes, instruction set, version.
+        kinds = sorted({re.split(r"_m\d+_|\.", task.name)[0] for task in tasks})
+        raise AgqError(f"{only} is in the name of none of the {len(tasks)} tasks, which begin with {', '.join(kinds)}")
     return found
 
 
@@ -200,7 +208,9 @@ def _boards(request: TuneRequest, device: Device) -> _Boards:
     if bool(request.tracker) != bool(request.key):
         raise AgqError("--tracker and --key go together: where the tracker is, and what the boards are called there")
     if request.tracker:
-        return _Boards(request, _is_emulated(request, device))
+        from agq_tvm.tuning.tracker_measurer import fleet_of
+
+        return _Boards(request, fleet_of(request.tracker, request.key, device).emulated)
     if request.simulate:
         from agq_tvm.tuning.simulate import check_simulation
 
@@ -213,12 +223,3 @@ def _boards(request: TuneRequest, device: Device) -> _Boards:
             "(--tracker, --key) or take --simulate"
         )
     return _Boards(request)
-
-
-def _is_emulated(request: TuneRequest, device: Device) -> bool:
-    """Look at the boards before any work is done; return whether they are emulated."""
-    from agq_tvm.boards.fleet import check_fleet
-    from agq_tvm.boards.tracker import board_is_emulated, connect
-
-    check_fleet(request.tracker, request.key, device)
-    return board_is_emulated(connect(request.tracker, request.key, timeout=60.0))

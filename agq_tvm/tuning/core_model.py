@@ -21,9 +21,14 @@ CORES = {
     "cortex-a72": "cortex-a72",
     "cortex-a76": "neoverse-n1",
     "cortex-a77": "neoverse-n1",
+    "cortex-x2": "cortex-x2",
     "x86-64-v3": "haswell",
 }
-"""By the device's core: LLVM's model of it. Under the name of the A76 and A77 it has the tables of the older A57."""
+"""By the device's core: LLVM's model of it.
+
+Under the name of the A76 and A77 it has the tables of the older A57; under that of the X2, in LLVM 22, those of the
+Neoverse V2, which has its four vector units.
+"""
 
 _OLDEST, _NEWEST = 17, 40
 _ITERATIONS = 100
@@ -112,7 +117,11 @@ def core_of(device: Device) -> str:
         If there is none.
     """
     if device.cpu not in CORES:
-        raise AgqError(f"there is no core model for {device.cpu}: there are some for {', '.join(CORES)}")
+        known = ", ".join(CORES)
+        raise AgqError(
+            f"there is no core model for {device.cpu}, only for {known}: take a device with one of these as --target "
+            "(`agq targets`), or measure (--local, or --tracker and --key)"
+        )
     return CORES[device.cpu]
 
 

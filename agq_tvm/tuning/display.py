@@ -1,5 +1,6 @@
 """What a person sees of tuning: one line for each task, which moves on a terminal."""
 
+import shutil
 import sys
 import time
 
@@ -7,6 +8,8 @@ from agq_tvm.tuning.progress import Progress
 
 _EVERY = 0.2
 _SELDOM = 30.0
+_SHORTEST = 12
+"""Letters of a name that stay, however narrow the terminal is."""
 
 
 class Lines:
@@ -42,8 +45,10 @@ class Lines:
         self._write(progress, "\n")
 
     def _write(self, progress: Progress, end: str) -> None:
-        start = "\r\x1b[2K" if self._moves else ""
-        self._stream.write(f"{start}{self.line(progress)}{end}")
+        start, line = "\r\x1b[2K" if self._moves else "", self.line(progress)
+        if not end:  # what wraps would not be overwritten
+            line = _fitted(line, progress.task.name, shutil.get_terminal_size().columns - 1)
+        self._stream.write(f"{start}{line}{end}")
         self._stream.flush()
 
     def line(self, progress: Progress) -> str:
@@ -56,8 +61,16 @@ class Lines:
             parts += [f"default {readable(progress.default)}"] if progress.default else []
         parts.append(f"{progress.failures} failed")
         if progress.time_left is not None:
-            parts.append(f"{clock(progress.time_left)} left")
+            parts.append(f"{clock(progress.time_left)} left in all")
         return ", ".join(parts)
+
+
+def _fitted(line: str, name: str, width: int) -> str:
+    """Shorten a line to a width, first the name that it begins with."""
+    excess = len(line) - width
+    if excess > 0:
+        line = f"{name[: max(_SHORTEST, len(name) - excess - 1)]}…{line[len(name) :]}"
+    return line[:width]
 
 
 def rate(progress: Progress) -> str:

@@ -1,9 +1,10 @@
 """Where each task is while it is tuned, for whoever shows it."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from agq_tvm.tuning.task import Task
+if TYPE_CHECKING:
+    from agq_tvm.tuning.task import Task  # which loads TVM: what only shows results need not wait for it
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Progress:
         Seconds until all tasks are done, as far as one can tell.
     """
 
-    task: Task
+    task: "Task"
     wanted: int
     known: int = 0
     failures: int = 0

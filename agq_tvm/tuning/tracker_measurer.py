@@ -6,14 +6,14 @@ The tracker is the queue: each worker process asks it for a board, measures one 
 import contextlib
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
-from agq_tvm.boards.fleet import check_fleet
+from agq_tvm.boards.fleet import Fleet, check_fleet
 from agq_tvm.boards.tracker import parse_tracker, tracker_summary
 from agq_tvm.errors import AgqError
 from agq_tvm.progress import say
 from agq_tvm.targets import Device
-from agq_tvm.tuning.measure import CRASHED, LOST, NO_VERDICT, Effort
+from agq_tvm.tuning.measure import CRASHED, LOST, NO_VERDICT, UNFIT, Effort
 from agq_tvm.tuning.task import Task
 from agq_tvm.tuning.worker_measurer import TIMEOUT, WorkerMeasurer
 from agq_tvm.tuning.workers import Worker, WorkerEnded, WorkerLate
@@ -23,6 +23,7 @@ PATIENCE = 600.0
 _LOSSES = 3
 """Boards that a candidate may lose before it is taken for the reason."""
 _PAUSE = 1.0
+_LEAST_WAIT = 5.0
 _MARGIN = 20.0
 """Seconds after which a board that should have ended a session itself counts as lost."""
 
@@ -41,13 +42,12 @@ class TrackerMeasurer(WorkerMeasurer):
         Seconds for a candidate, on the board.
     patience : float
         Seconds for which a board is waited for, while all are gone or busy. A candidate that finds none is ``"lost"``:
-        not measured, and no worse for it.
+        not measured, and no worse for it. Those after it wait no longer, until there is a board again.
 
     Raises
     ------
     AgqError
-        If there is no tracker, nobody has the key, or a board under it cannot run what is compiled for the device; only
-        for the first task in this process, since boards may come and go later.
+        If `fleet_of` does.
     """
 
     def __init__(
@@ -59,28 +59,49 @@ class TrackerMeasurer(WorkerMeasurer):
         timeout: float = TIMEOUT,
         patience: float = PATIENCE,
     ) -> None:
-        boards = _boards(tracker, key, task.device)
-        super().__init__(task, effort, timeout, boards, "board")
-        self._tracker, self._key, self._patience = tracker, key, patience
+        fleet = fleet_of(tracker, key, task.device)
+        super().__init__(task, effort, timeout, fleet.boards, "board")
+        self._emulated, self._tracker, self._key, self._patience = fleet.emulated, tracker, key, patience
         self._lock, self._said = threading.Lock(), ""
+        self._gone_since: float | None = None
 
     def _ask(self, worker: Worker, job: dict) -> dict:
         """Measure on whatever board comes; once more on another one if the board goes away."""
         job |= {"tracker": self._tracker, "key": self._key, "device": asdict(self.task.device)}
-        losses, deadline = 0, time.monotonic() + self._patience
+        job["emulated"] = self._emulated
+        losses = 0
         while True:
             board: list[str] = []
-            answer = self._once(worker, job, max(deadline - time.monotonic(), 1.0), board)
+            begun = time.monotonic()
+            answer = self._once(worker, job, max(self._patience_left(), _LEAST_WAIT), board)
+            found = bool(board) and answer.get("kind") != UNFIT
+            self._note(found, begun)
             if answer.get("kind") not in NO_VERDICT or self.crew.stopped:
                 return answer
-            if board and answer["kind"] == LOST:  # it was there when the candidate began
-                losses, deadline = losses + 1, time.monotonic() + self._patience
+            if found:  # it was there when the candidate began
+                losses += 1
                 if losses >= _LOSSES:
                     return {"kind": CRASHED, "text": f"{losses} boards were lost while it ran: {answer['text']}"}
-            if time.monotonic() >= deadline:
+                self._say(f"{answer['text']}: what it measured is measured again, on the next board")
+            elif self._patience_left() <= 0:
                 return answer
-            self._say(answer["text"])
+            else:
+                self._say(f"{answer['text']}; waiting for a board, {self._patience / 60:.0f} minutes at most")
             self.crew.rest(_PAUSE)
+
+    def _patience_left(self) -> float:
+        """Return the seconds for which a board is still waited for, all candidates together."""
+        with self._lock:
+            gone = self._gone_since
+        return self._patience if gone is None else gone + self._patience - time.monotonic()
+
+    def _note(self, found: bool, begun: float) -> None:
+        """Note whether a candidate that asked at a time found a board, and say when there is one again."""
+        with self._lock:
+            back = found and self._gone_since is not None
+            self._gone_since = None if found else min(self._gone_since or begun, begun)
+        if back:
+            self._say("there is a board again")
 
     def _once(self, worker: Worker, job: dict, wait: float, board: list[str]) -> dict:
         """Ask for a board once; its name is put into `board`."""
@@ -103,23 +124,28 @@ class TrackerMeasurer(WorkerMeasurer):
             if text == self._said:
                 return
             self._said = text
-        say(f"{text}: what it measured is measured again, on the next board")
+        say(text)
 
 
-_checked: dict[tuple, int] = {}
-"""Boards of the keys that this process has used already."""
+_checked: dict[tuple, Fleet] = {}
+"""The boards of the keys that this process has used already."""
 
 
-def _boards(tracker: str, key: str, device: Device) -> int:
-    """Return how many boards a key has.
+def fleet_of(tracker: str, key: str, device: Device) -> Fleet:
+    """Return the boards of a key.
 
     They are checked the first time. A task that begins when they have gone waits for them as one that is being measured
     does, and each board is looked at again before a candidate.
+
+    Raises
+    ------
+    AgqError
+        If `check_fleet` does, the first time in this process.
     """
     name = tracker, key, device.name
     if name not in _checked:
         _checked[name] = check_fleet(tracker, key, device)
     with contextlib.suppress(AgqError):
         registered = tracker_summary(*parse_tracker(tracker)).get(key, {"boards": []})["boards"]
-        _checked[name] = max(1, len(registered))
+        _checked[name] = replace(_checked[name], boards=max(1, len(registered)))
     return _checked[name]

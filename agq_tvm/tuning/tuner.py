@@ -309,7 +309,7 @@ class Tuner:
         self._lost += 1
         text = error.partition(": ")[2]
         if kind_of(error) == UNFIT:
-            raise AgqError(f"{text}: take the board's own device as --target")
+            raise AgqError(text)
         if self._lost >= _MOST_LOST:
             raise AgqError(f"no board measures any more ({text}): look at them, then run the same command again")
 

@@ -143,8 +143,11 @@ class _OnBoard:
         try:
             complaint = unfit(session, Device(**job["device"]))
             if complaint:
-                raise MeasureError(UNFIT, f"{board} {complaint}")
+                raise MeasureError(UNFIT, f"{board} {complaint}: take the board's own device as --target")
             place = Board(session)
+            if place.keeps_time == job["emulated"]:
+                kinds = ("real", "emulated") if place.keeps_time else ("emulated", "real")
+                raise MeasureError(UNFIT, f"{board} is {kinds[0]} and others are {kinds[1]}: give it a key of its own")
             answer = _measured(place, job, job["fixed"].get(board))
             if "measurement" in answer:
                 told = {"board": board, "emulated": not place.keeps_time, "status": board_status(session) or {}}

@@ -78,7 +78,7 @@ def test_no_tracker_is_told_in_a_sentence_and_exit_code_2(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "wrong   tracker: no tracker answers at 127.0.0.1:1" in shown
     assert "do: start one with `agq tracker`" in shown
-    assert shown.endswith("1 of 7 are wrong\n")
+    assert shown.endswith("1 of 7 is wrong\n")
 
 
 def test_a_pair_that_crashes_is_found(monkeypatch):
@@ -144,3 +144,6 @@ def test_tracker_warns_where_others_reach_it_and_says_when_the_port_is_taken(com
     assert process.returncode == 2
     assert f"WARNING: whoever reaches 0.0.0.0:{port} runs code" in told
     assert f"cannot listen on 0.0.0.0:{port}: another program does" in told
+    process = command("--host", "0.0.0.0", "--port", "0")
+    port = process.stdout.readline().split(":")[-1].strip()  # here it is reached at 127.0.0.1, from boards it is not
+    assert f"--tracker ADDRESS:{port}, ADDRESS being this machine's" in process.stdout.readline()

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from agq_tvm.boards.fleet import check_fleet
+from agq_tvm.boards.fleet import Fleet, check_fleet
 from agq_tvm.boards.status import board_status, unfit
 from agq_tvm.boards.tracker import parse_tracker, tracker_summary
 from agq_tvm.errors import AgqError
@@ -48,7 +48,7 @@ def test_the_tracker_tells_whom_a_board_serves(boards):
 
 
 def test_boards_are_checked_before_they_are_used(boards):
-    assert check_fleet(boards.tracker, "raspberry-pi-4", load_device("raspberry-pi-4")) == 1
+    assert check_fleet(boards.tracker, "raspberry-pi-4", load_device("raspberry-pi-4")) == Fleet(1, True)
     with pytest.raises(
         AgqError, match=r"under the key 'raspberry-pi-4' lacks asimddp.*, which code for snapdragon-870"
     ):
@@ -57,4 +57,5 @@ def test_boards_are_checked_before_they_are_used(boards):
         check_fleet(boards.tracker, "raspberry-pi-4", load_device("x86-64-avx2"))
     with pytest.raises(AgqError, match=r"no board 'pi' at the tracker .*; registered: raspberry-pi-4"):
         check_fleet(boards.tracker, "pi", load_device("raspberry-pi-4"))
-    assert check_fleet(boards.tracker, "raspberry-pi-4", load_device("raspberry-pi-4")) == 1  # and given back
+    # What was refused was given back.
+    assert check_fleet(boards.tracker, "raspberry-pi-4", load_device("raspberry-pi-4")) == Fleet(1, True)

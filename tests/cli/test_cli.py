@@ -139,6 +139,19 @@ def test_full_disk(tiny_checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", (["schedules", "list"], ["targets"]))
+def test_a_reader_who_has_enough_is_no_error(command):
+    """`| head` closes the pipe, before a long output is whole, and before a short one is flushed."""
+    read, write = os.pipe()
+    os.close(read)
+    script = f"import sys; from agq_tvm.cli.main import main; sys.exit(main({command!r}))"
+    process = subprocess.run(
+        [sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(write)
+    assert (process.returncode, process.stderr) == (141, "")
+
+
 def test_bundle_for_another_machine(agq, tiny_checkpoint, tmp_path):
     bundle = tmp_path / "b"
     assert agq("compile", tiny_checkpoint, "--target", "generic-aarch64", "-o", bundle).returncode == 0

@@ -92,7 +92,16 @@ def test_other_versions_are_ignored_with_a_word(tmp_path):
     library.append(replace(old, task=old.task.rpartition(".")[0] + ".v0"))
     choose = Chooser(library, ISA, 2)
     assert choose(KERNEL) is None
-    assert "1 records are for other versions" in summary(choose.report())
+    assert summary(choose.report()).endswith("; records ignored: 1 for other versions of the kernels")
+
+
+def test_emulated_boards_are_ignored_with_a_word(tmp_path):
+    library = Library(tmp_path, device=DEVICE.name)
+    made = record(KERNEL, 1e-9)
+    library.append(replace(made, provenance=made.provenance | {"emulated": True}))
+    choose = Chooser(library, ISA, 2)
+    assert choose(KERNEL) is None
+    assert "records ignored: 1 of emulated boards" in summary(choose.report())
 
 
 class Terminal(io.StringIO):
@@ -108,7 +117,21 @@ def test_the_line_of_a_task_says_where_it_is():
     lines.update(progress)
     lines.finish(progress)
     shown = stream.getvalue()
-    words = ("7/20", "best 2 µs", "262.1 GOP/s", "50 % of the limit", "default 3 µs", "2 failed", "1:02:05 left")
+    words = ("7/20", "best 2 µs", "262.1 GOP/s", "50 % of the limit", "default 3 µs", "2 failed", "1:02:05 left in all")
     assert all(word in shown for word in words)
     assert shown.count("\n") == 1 and shown.startswith("\r\x1b[2K")
     assert "µs" not in Lines(meaningful=False).line(progress)
+
+
+@pytest.mark.parametrize("columns", [40, 120, 300])
+def test_a_line_that_moves_does_not_wrap(columns, monkeypatch):
+    """Only the row where the cursor stands is overwritten."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    progress = Progress(make_task(KERNEL, "avx512vnni", DEVICE, 2), 20, known=7, best=2e-6, default=3e-6, time_left=9)
+    Lines(lambda _: 1e-6, stream=stream).update(progress)
+    shown = stream.getvalue().removeprefix("\r\x1b[2K")
+    assert shown.startswith("linear_w4a8g") and len(shown) < columns
+    assert shown.endswith("0:09 left in all") == (columns > 40)
+    Lines(lambda _: 1e-6, stream=stream).finish(progress)
+    assert progress.task.name in stream.getvalue()

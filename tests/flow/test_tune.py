@@ -124,6 +124,15 @@ def test_what_cannot_be_tuned_is_said(agq, tiny_checkpoint, tmp_path):
     for options, word in (
         (("--target", "raspberry-pi-4"), "cannot run code for raspberry-pi-4"),
         (("--target", "host", "--tracker", "127.0.0.1:1"), "--key"),
+        (("--target", "host", "--only", "gemm"), "tasks, which begin with add_rms_norm_quantize_per_token"),
     ):
         done = agq("tune", tiny_checkpoint, "--library", tmp_path, *options)
         assert done.returncode == 2 and word in done.stderr.splitlines()[-1]
+
+
+def test_where_the_time_was_too_short_it_is_said(tiny_checkpoint, tmp_path):
+    process = start(tiny_checkpoint, tmp_path, "--time-limit", "0.001", "--json")
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert json.loads(out)["measured"] == 0
+    assert "time is up with 8 trials to go: the same command goes on from there" in errors.splitlines()

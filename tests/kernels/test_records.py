@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from agq_tvm.cli.main import main
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.schedule_library import list_schedules, merge_schedules, prune_schedules
 from agq_tvm.kernels.record import Record, parse_record
@@ -253,6 +254,16 @@ def test_pruning_leaves_the_best_of_each_task(tmp_path):
     assert [task["task"] for task in listed["tasks"]] == ["another", "task"]
     with pytest.raises(AgqError, match="no schedules for 'x86-64', only for x86-64-avx2"):
         list_schedules(str(tmp_path), "x86-64")
+
+
+def test_a_list_tells_of_emulated_boards(tmp_path, capsys):
+    """They have no row: without a word they would seem to be lost."""
+    library(tmp_path).append(record(1, emulated=True))
+    main(["schedules", "list", "--library", str(tmp_path)])
+    assert "x86-64-avx2 has a record of emulated boards" in capsys.readouterr().out
+    library(tmp_path).append(record(2, emulated=True))
+    main(["schedules", "list", "--library", str(tmp_path)])
+    assert "x86-64-avx2 has 2 records of emulated boards" in capsys.readouterr().out
 
 
 def append_later(folder, begun) -> None:

@@ -215,7 +215,7 @@ def test_what_becomes_of_a_candidate_is_told(behaviour, kind, words, tmp_path, m
     assert (outcome.measurement is None) == bool(kind)
 
 
-def test_a_checkpoint_is_tuned_without_a_board(tiny_checkpoint, tmp_path):
+def test_a_checkpoint_is_tuned_without_a_board(tiny_checkpoint, tmp_path, capsys):
     task_of(ARM)
     request = TuneRequest(str(tiny_checkpoint), ARM, 3, simulate=True, only="m1_n96_k160", strategy="random")
     result = tune(replace(request, library=str(tmp_path)))
@@ -225,6 +225,7 @@ def test_a_checkpoint_is_tuned_without_a_board(tiny_checkpoint, tmp_path):
     assert [record.how for record in records] == [SIMULATED] * 3 and not any(record.confirmed for record in records)
     times = [record.time for record in records]
     assert len(set(times)) > 1 and task["best"] == min(times) and task["default"] in times
+    assert "simulated times leave out caches and memory" in capsys.readouterr().err
 
 
 def test_what_is_no_library_is_told(tmp_path):
@@ -264,13 +265,23 @@ def test_a_missing_tool_is_named(tool, monkeypatch):
     ("device", "words"),
     [
         ("x86-64-avx512vnni", "does not run avx512vnni.*--local"),
-        ("snapdragon-8-gen-1", "no core model for cortex-x2"),
-        ("generic-aarch64", "no core model for generic"),
+        ("generic-aarch64", "no core model for generic.*cortex-a72.*--target.*--tracker"),
     ],
 )
 def test_devices_that_cannot_be_simulated_are_refused(device, words):
     with pytest.raises(AgqError, match=words):
         check_simulation(load_device(device))
+
+
+def test_the_x2_multiplies_matrices_at_the_width_it_has(tmp_path):
+    """Four vector units: more products in a cycle than the two of an A76 can make by `sdot`."""
+    products = {}
+    for device in ("snapdragon-8-gen-1", ARM):
+        task = task_of(device, rows=16)
+        simulated = simulate_candidate(library_of(task, tmp_path), task)
+        assert simulated.covered > 0.9
+        products[device] = task.kernel.rows * task.kernel.columns * task.kernel.channels / simulated.cycles
+    assert products[ARM] < 32 and products["snapdragon-8-gen-1"] > 1.5 * products[ARM]
 
 
 def test_without_a_clock_it_is_1_ghz():

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from agq_tvm.boards import processes
+from agq_tvm.boards.tracker import parse_tracker, tracker_summary
 from agq_tvm.errors import AgqError
+from agq_tvm.flow.doctor_boards import look_at_boards
 from agq_tvm.targets import load_device
-from agq_tvm.tuning.tracker_measurer import TrackerMeasurer
+from agq_tvm.tuning.tracker_measurer import TrackerMeasurer, fleet_of
 from tests.tuning.candidates import ARGUMENTS, QUICK, candidate, task_for
 from tests.tuning.conftest import BOARD
 
@@ -100,6 +103,22 @@ def test_without_boards_a_candidate_is_lost_and_not_failed(fleet, folder):
         assert measurer.submit(path).result(timeout=LONG).kind == ""
 
 
+def test_candidates_do_not_wait_for_boards_one_after_the_other(fleet, folder, capsys):
+    """A tuner gives up after three of them: boards that are gone would cost it three times its patience."""
+    board = fleet.add()
+    path = candidate("right", BOARD, folder)
+    with measurer_of(fleet, patience=5) as measurer:
+        fleet.kill(board)
+        wait_until(lambda: fleet.key not in tracker_summary(*parse_tracker(fleet.address)))
+        begun = time.monotonic()
+        assert [measurer.submit(path).result(timeout=LONG).kind for _ in range(3)] == ["lost"] * 3
+        assert 5 <= time.monotonic() - begun < 12
+        fleet.add()
+        assert measurer.submit(path).result(timeout=LONG).kind == ""
+    said = capsys.readouterr().err.splitlines()
+    assert "waiting for a board" in said[0] and said[-1] == "there is a board again"
+
+
 def test_a_board_that_freezes_costs_no_more_than_its_limit(fleet, folder, monkeypatch):
     monkeypatch.setattr("agq_tvm.tuning.tracker_measurer._MARGIN", 1.0)
     frozen = fleet.add()
@@ -134,3 +153,23 @@ def test_one_board_of_another_kind_under_the_key_is_enough_to_refuse(fleet, monk
     port = Path(wrong.log).read_text().split("port ")[1].split()[0]
     with pytest.raises(AgqError, match=rf"board 127\.0\.0\.1:{port} under the key '{fleet.key}' lacks asimddp"):
         TrackerMeasurer(task_for(device), fleet.address, fleet.key)
+
+
+def test_times_of_emulated_boards_and_of_real_ones_are_kept_apart(fleet, folder, monkeypatch):
+    """Neither at the start nor when a board of the other sort comes later, whichever it is."""
+    emulated = fleet.add()
+    with measurer_of(fleet, patience=1) as measurer:
+        launch = processes.launch
+        plain = [lambda command, log: launch([word for word in command if word != "--emulated"], log), launch]
+        monkeypatch.setattr(processes, "launch", plain[0])
+        fleet.add()  # as a real board's server is started
+        monkeypatch.setattr(processes, "launch", plain[1])
+        monkeypatch.setattr("agq_tvm.tuning.tracker_measurer._checked", {})
+        with pytest.raises(AgqError, match=rf"under the key '{fleet.key}' .* is emulated and .* is not.*own"):
+            fleet_of(fleet.address, fleet.key, BOARD)
+        looked = {check["name"]: check["state"] for check in look_at_boards(fleet.address, fleet.key, BOARD)}
+        assert looked["fleet"] == "wrong"
+        fleet.kill(emulated)
+        wait_until(lambda: len(tracker_summary(*parse_tracker(fleet.address))[fleet.key]["boards"]) == 1)
+        outcome = measurer.submit(candidate("right", BOARD, folder)).result(timeout=LONG)
+        assert outcome.kind == "unfit" and "is real and others are emulated" in outcome.text
