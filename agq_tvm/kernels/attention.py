@@ -7,9 +7,10 @@ give unused results and are never cached.
 from agq_tvm.kernels.attention_form import AttentionKernel
 from agq_tvm.kernels.attention_int8 import scale_weights, store_query_offsets
 from agq_tvm.kernels.attention_log2 import round_probabilities
-from agq_tvm.kernels.attention_products import MASKED, Pairs, store_scores, store_weighted_values
+from agq_tvm.kernels.attention_products import Pairs, store_scores, store_weighted_values
+from agq_tvm.kernels.attention_softmax import store_softmax
 from agq_tvm.kernels.attention_space import default
-from agq_tvm.kernels.emit import LANES, exp, float32, reduce_lanes, task_loop
+from agq_tvm.kernels.emit import LANES, task_loop
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
 
@@ -42,13 +43,13 @@ def build_attention(kernel: AttentionKernel, decisions: dict[str, int] | None = 
             with task_loop("tile", tasks, reads, outputs, 1 if decisions["parallel"] else tasks) as task:
                 pairs = Pairs(kernel, decisions, task // tiles, _spread(task % tiles, tiles) * R)
                 cached = tirx.const(kernel.context - M, "int32") if kernel.fixed else lengths[0]
-                scores = T.sblock_alloc_buffer((len(pairs.at), kernel.context), "float32")
+                scores = T.sblock_alloc_buffer((len(pairs.at), pairs.row_length), "float32")
                 norm = T.sblock_alloc_buffer((len(pairs.at), 1), "float32")
                 end = tirx.min(cached + pairs.row + R, tirx.const(kernel.context, "int32"))
                 blocks = (end + (LANES - 1)) // LANES
                 pairs.offsets = store_query_offsets(pairs, queries[0])
                 store_scores(pairs, blocks, queries, caches, cached, alibi, scores)
-                _softmax(len(pairs.at), blocks, scores, norm)
+                store_softmax(len(pairs.at), kernel.form.sums, blocks, scores, norm)
                 for importance in outputs[1:]:
                     for p, (m, h) in enumerate(pairs.at):
                         T.buffer_store(importance, scores[p, 0] * norm[p, 0], [m, h])
@@ -75,29 +76,3 @@ def _alibi_arguments(kernel: AttentionKernel) -> list:
         arguments.append(T.arg("positions", T.buffer((kernel.rows,), "int32")))
         arguments.append(T.arg("key_positions", T.buffer((kernel.context,), "int32")))
     return arguments
-
-
-def _softmax(pairs: int, blocks, scores, norm) -> None:
-    """Turn scores into e^(score - maximum), and store one over their sum."""
-    for p in range(pairs):
-        with T.sblock("softmax"):
-            T.reads()
-            T.writes()
-            partial = T.sblock_alloc_buffer((LANES,), "float32")
-            result = T.sblock_alloc_buffer((1,), "float32")
-            with T.vectorized(LANES) as j:
-                T.buffer_store(partial, float32(MASKED), [j])
-            with T.serial(blocks) as block, T.vectorized(LANES) as j:
-                T.buffer_store(partial, tirx.max(partial[j], scores[p, block * LANES + j]), [j])
-            reduce_lanes(partial, tirx.max, result)
-            with T.vectorized(LANES) as j:
-                T.buffer_store(partial, float32(0), [j])
-            with T.serial(blocks) as block, T.vectorized(LANES) as j:
-                where = [p, block * LANES + j]
-                # Masked scores give e^-87: taken out by hand, since p · v must not see them.
-                score = scores[p, block * LANES + j]
-                weight = T.Select(score > float32(MASKED), exp(score - result[0]), float32(0))
-                T.buffer_store(scores, weight, where)
-                T.buffer_store(partial, partial[j] + scores[p, block * LANES + j], [j])
-            reduce_lanes(partial, lambda a, b: a + b, result)
-            T.buffer_store(norm, float32(1) / result[0], [p, 0])

@@ -56,6 +56,14 @@ class AttentionForm:
     sums: int = 96
     dot: ByteDot | None = None
 
+    @property
+    def pairs(self) -> int:
+        """(row, head) pairs whose scores of a vector of keys stay in registers.
+
+        Keys that become floats do so in parts, which leaves room for one more.
+        """
+        return self.sums // LANES + (self.dot is None)
+
     def describe(self) -> dict:
         """Return what `described_form` makes the form from."""
         book = next((name for name, book in CODE_BOOKS.items() if book == self.book), None)
@@ -114,12 +122,6 @@ class AttentionKernel:
     def shared(self) -> int:
         """Query heads that share a KV head."""
         return self.heads // self.kv_heads
-
-    @property
-    def query_rows(self) -> int:
-        """Rows of the batch that a task takes, so that about six (row, head) pairs run together."""
-        limit = max(1, 6 // self.shared)
-        return next(r for r in range(min(limit, self.rows), 0, -1) if self.rows % r == 0)
 
     @property
     def name(self) -> str:

@@ -1,11 +1,15 @@
 """The two products of attention, for the (row, head) pairs of a task: queries by keys, and weights by values."""
 
+from math import gcd
+
 from agq_tvm.kernels.attention_form import AttentionKernel
 from agq_tvm.kernels.attention_int8 import store_byte_sums, store_code_sums, store_int8_values
 from agq_tvm.kernels.emit import LANES, float32
 from agq_tvm.tvm_seam import T
 
 MASKED = -1.0e30
+_UNROLLED = 4
+"""Channels of a key in one step of the loop over them."""
 
 
 class Pairs:
@@ -31,6 +35,13 @@ class Pairs:
         self.kv = group if heads == kernel.shared else group // (kernel.shared // heads)
         self.at = [(row + p // heads, group * heads + p % heads) for p in range(decisions["rows"] * heads)]
         self.offsets = None
+
+    @property
+    def row_length(self) -> int:
+        """Floats of a row of scores: an odd number of vectors, since rows that a power of two lies between share a
+        cache's few places for it.
+        """
+        return (self.kernel.context // LANES | 1) * LANES
 
 
 def store_scores(pairs: Pairs, blocks, queries: list, caches: dict, cached, alibi: list, scores) -> None:
@@ -62,9 +73,11 @@ def _float16_sums(pairs: Pairs, block, queries: list, caches: dict):
         for c in range(chains):
             with T.vectorized(LANES) as j:
                 T.buffer_store(sums, float32(0), [p, c, j])
-    with T.serial(kernel.head_dim // chains) as step:
-        for c in range(chains):
-            d = step * chains + c
+    # Too many short steps for a processor to foresee the last one: it would start each block of keys anew.
+    steps = gcd(kernel.head_dim, _UNROLLED)
+    with T.serial(kernel.head_dim // steps) as step:
+        for i in range(steps):
+            d, c = step * steps + i, i % chains
             for p, m, h in each:
                 with T.vectorized(LANES) as j:
                     key = T.Cast("float32", keys[pairs.kv, block, d, j])

@@ -12,16 +12,20 @@ from agq_tvm.kernels.space import Space, divisors
 
 _MOST_PAIRS = 12
 _MOST_ROWS = 8
+_BUSY = 6 * LANES
+"""Sums that are enough for multiply-adds, each of which waits for the one before in its sum."""
 
 
 def default(kernel: AttentionKernel) -> dict[str, int]:
     """Return the decisions made by hand."""
-    rows, heads = kernel.query_rows, kernel.shared
+    fitting = kernel.form.pairs
+    heads = max(divisors(kernel.shared, min(fitting, _MOST_PAIRS)))
+    rows = max(divisors(kernel.rows, max(1, min(fitting, _MOST_ROWS) // heads)))
     return {
         "rows": rows,
         "heads": heads,
         "chains": _chains(kernel, rows * heads),
-        "lanes": max(lanes for lanes in _lanes(kernel) if _in_registers(kernel, rows * heads, lanes)),
+        "lanes": _default_lanes(kernel, rows * heads),
         "parallel": 1,
     }
 
@@ -38,9 +42,8 @@ def space(kernel: AttentionKernel, threads: int = 1) -> Space:
     parallel
         Whether threads share the tasks.
     """
-    made = default(kernel)
     choices = {
-        "rows": tuple(sorted({made["rows"], *divisors(kernel.rows, _MOST_ROWS)})),
+        "rows": divisors(kernel.rows, _MOST_ROWS),
         "heads": divisors(kernel.shared, kernel.shared),
         "chains": (1,) if kernel.int8 else tuple(sorted({gcd(kernel.head_dim, n) for n in (1, 2, 4)})),
         "lanes": _lanes(kernel),
@@ -49,16 +52,17 @@ def space(kernel: AttentionKernel, threads: int = 1) -> Space:
 
     def rule(d: dict[str, int]) -> bool:
         pairs = d["rows"] * d["heads"]
-        return d == made or (pairs <= _MOST_PAIRS and _in_registers(kernel, pairs, d["lanes"]))
+        return pairs <= _MOST_PAIRS and _in_registers(kernel, pairs, d["lanes"])
 
-    return Space(choices, made, rule)
+    return Space(choices, default(kernel), rule)
 
 
 def _chains(kernel: AttentionKernel, pairs: int) -> int:
-    """Keep sums apart where few pairs share a key: a multiply-add waits for the one before."""
+    """Keep sums apart where few pairs share a key and registers hold them: a multiply-add waits for the one before."""
     if kernel.int8:
         return 1
-    return gcd(kernel.head_dim, 4) if pairs <= 2 else gcd(kernel.head_dim, 2) if pairs <= 4 else 1
+    chains = gcd(kernel.head_dim, 4 if pairs <= 2 else 2 if pairs <= 4 else 1)
+    return max(n for n in divisors(chains, chains) if n == 1 or n * pairs <= kernel.form.pairs)
 
 
 def _lanes(kernel: AttentionKernel) -> tuple[int, ...]:
@@ -70,6 +74,17 @@ def _lanes(kernel: AttentionKernel) -> tuple[int, ...]:
     else:
         return (LANES,)
     return tuple(lanes for lanes in range(vector, channels + 1, vector) if channels % lanes == 0)
+
+
+def _default_lanes(kernel: AttentionKernel, pairs: int) -> int:
+    """Choose the most channels whose sums fit; of several rows' float sums, no more than keep multiply-adds busy.
+
+    A single row's values come from memory, and are read in one go; those of several rows are next to the core, and a
+    weight that one multiply-add takes needs no register.
+    """
+    fitting = [lanes for lanes in _lanes(kernel) if _in_registers(kernel, pairs, lanes)]
+    enough = [lanes for lanes in fitting if pairs * lanes >= _BUSY and kernel.rows > 1 and not kernel.int8_values]
+    return min(enough, default=max(fitting))
 
 
 def _in_registers(kernel: AttentionKernel, pairs: int, lanes: int) -> bool:

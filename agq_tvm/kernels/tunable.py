@@ -85,7 +85,7 @@ _ALL = (
         AttentionKernel,
         lambda kernel, isa, threads: attention_space.space(kernel, threads),
         lambda kernel, isa, decisions: attention.build_attention(kernel, decisions),
-        1,
+        2,
     ),
 )
 _KINDS = {kind.description.__name__: kind for kind in _ALL}

@@ -7,8 +7,10 @@ import tvm
 from agq_tvm.kernels.attention import build_attention
 from agq_tvm.kernels.attention_append import build_append
 from agq_tvm.kernels.attention_form import AttentionKernel, attention_form
+from agq_tvm.kernels.attention_products import Pairs
+from agq_tvm.kernels.attention_space import default
 from agq_tvm.kernels.emit import LANES
-from agq_tvm.kernels.instruction_sets import instruction_set
+from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS, instruction_set
 from tests.kernels.operands import compiled, runs_here
 
 CASES = [  # rows, heads, kv heads, head dim, context, cached, valid
@@ -126,3 +128,48 @@ def test_scores_far_apart_stay_finite():
     lengths = tvm.runtime.tensor(np.array([21, 8], "int32"))
     compiled(build_attention(kernel), "generic")(q, keys, values, lengths, out)
     np.testing.assert_allclose(out.numpy(), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 8])
+@pytest.mark.parametrize("isa", ["generic", "avx512vnni"])
+def test_every_start(isa, kv_heads):
+    """Rows at every place of the caches, so that masks end at each lane of a block; what lies behind is never read."""
+    if not runs_here(isa):
+        pytest.skip(f"this processor lacks what {isa} needs")
+    rows, heads, dim, context = 12, 8, 16, 48
+    kernel = AttentionKernel(rows, heads, kv_heads, dim, context, attention_form(instruction_set(isa)))
+    function, rng = compiled(build_attention(kernel), isa), np.random.default_rng(0)
+    q = rng.standard_normal((rows, heads, dim)).astype("float32")
+    for start in range(context - rows + 1):
+        keys, values = (rng.standard_normal((kv_heads, context, dim)).astype("float16") for _ in range(2))
+        keys[:, start + rows :], values[:, start + rows :] = np.nan, np.nan
+        blocks = np.ascontiguousarray(keys.reshape(kv_heads, -1, LANES, dim).transpose(0, 1, 3, 2))
+        lengths = np.array([start, rows], "int32")
+        out = tvm.runtime.tensor(np.full((rows, heads * dim), np.nan, "float32"))
+        function(*map(tvm.runtime.tensor, (q, blocks, values, lengths)), out)
+        expected = np.zeros((rows, heads, dim))
+        for m, h in np.ndindex(rows, heads):
+            g, seen = h // kernel.shared, start + m + 1
+            p = np.exp(keys[g, :seen].astype("float64") @ q[m, h])
+            expected[m, h] = (p / p.sum()) @ values[g, :seen]
+        np.testing.assert_allclose(out.numpy().reshape(expected.shape), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_default_stays_in_registers(isa):
+    """Whatever number of query heads share one of keys: sums of scores, and of values, are not spilled."""
+    form = attention_form(instruction_set(isa))
+    for shared in (1, 2, 3, 4, 7, 8, 12, 16, 71):
+        for rows in (8, 128):
+            decisions = default(AttentionKernel(rows, 2 * shared, 2, 64, 64, form))
+            pairs = decisions["rows"] * decisions["heads"]
+            assert pairs * decisions["chains"] <= form.pairs
+            assert pairs * decisions["lanes"] <= form.pairs * LANES
+            assert pairs >= 4
+
+
+def test_rows_of_scores_do_not_share_places_in_a_cache():
+    for context in (16, 48, 1008, 4096):
+        kernel = AttentionKernel(1, 8, 1, 64, context)
+        length = Pairs(kernel, default(kernel), 0, 0).row_length
+        assert length >= context and length // LANES % 2 == 1 and length % LANES == 0

@@ -29,7 +29,7 @@ CHECKSUMS = {
     "DenseKernel": {1: "ad9210409ab75aff"},
     "QuantizeKernel": {1: "29ca96dab7898711"},
     "LayerNormKernel": {1: "5640ab85c1713516"},
-    "AttentionKernel": {1: "c2ae9fb4d88c69f0"},
+    "AttentionKernel": {1: "c2ae9fb4d88c69f0", 2: "27b96433ddc9ec3c"},
 }
 """Of the spaces of `_examples`, by version: a line is added when a version is raised, none is changed."""
 
