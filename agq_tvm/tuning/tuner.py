@@ -157,6 +157,7 @@ class Tuner:
 
     def _next(self) -> Task | None:
         """Claim the weightiest task that lacks trials; wait while other tuners have all of these."""
+        told = False
         while not self._late():
             left = [task for task in self.tasks if self.lacks(task)]
             if not left:
@@ -166,6 +167,9 @@ class Tuner:
                     if self.lacks(task):
                         return task
                     self._claims.release(task.name)
+            if not told:
+                say(f"other tuners of this library have what is left ({len(left)} of the tasks): waiting for them")
+                told = True
             time.sleep(0.5)
         return None
 
