@@ -327,7 +327,9 @@ class Tuner:
 
     def _provenance(self, task: Task, told: dict) -> dict:
         told = {"emulated": self.settings.emulated} | told
-        return provenance_of(task, told, local=self.settings.how == MEASURED and not told.get("board"))
+        # Nothing is told of what failed; but where builds overlap, nothing is measured on this machine.
+        here = self.settings.how == MEASURED and not self.settings.overlap and not told.get("board")
+        return provenance_of(task, told, local=here)
 
     def _confirm(self, task: Task, runner) -> None:
         """Measure the best again, in turns with the default; what fails then is left as it was."""

@@ -281,6 +281,14 @@ def test_a_build_that_finds_no_room_is_no_verdict(tmp_path):
     assert records(tmp_path) == []
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_failed_on_a_board_did_not_fail_on_this_machine(tmp_path, overlap):
+    made = tuner(tmp_path, tasks(16), Settings(3, "random", overlap=overlap))
+    made.runner_of = lambda task: Lost("crashed: signal 11")
+    made.run()
+    assert {each.provenance["cpu"] == made.tasks[0].device.cpu for each in records(tmp_path)} == {overlap}
+
+
 def test_waiting_for_another_tuner_is_said(tmp_path, capsys):
     made = tuner(tmp_path, tasks(16), Settings(20, "random", time_limit=1.5))
     other = Claims(made.library.files[0].path.parent)
