@@ -23,7 +23,8 @@ PATIENCE = 600.0
 _LOSSES = 3
 """Boards that a candidate may lose before it is taken for the reason."""
 _PAUSE = 1.0
-_LEAST_WAIT = 5.0
+_WAIT = 10.0
+"""Seconds for which the tracker is asked at a time: it does not tell who waits that the boards have gone."""
 _MARGIN = 20.0
 """Seconds after which a board that should have ended a session itself counts as lost."""
 
@@ -73,7 +74,7 @@ class TrackerMeasurer(WorkerMeasurer):
         while True:
             board: list[str] = []
             begun = time.monotonic()
-            answer = self._once(worker, job, max(self._patience_left(), _LEAST_WAIT), board)
+            answer = self._once(worker, job, _WAIT, board)
             found = bool(board) and answer.get("kind") != UNFIT
             self._note(found, begun)
             if answer.get("kind") not in NO_VERDICT or self.crew.stopped:

@@ -157,6 +157,7 @@ class Tuner:
 
     def _next(self) -> Task | None:
         """Claim the weightiest task that lacks trials; wait while other tuners have all of these."""
+        told = False
         while not self._late():
             left = [task for task in self.tasks if self.lacks(task)]
             if not left:
@@ -166,6 +167,9 @@ class Tuner:
                     if self.lacks(task):
                         return task
                     self._claims.release(task.name)
+            if not told:
+                say(f"other tuners of this library have what is left ({len(left)} of the tasks): waiting for them")
+                told = True
             time.sleep(0.5)
         return None
 
@@ -323,7 +327,9 @@ class Tuner:
 
     def _provenance(self, task: Task, told: dict) -> dict:
         told = {"emulated": self.settings.emulated} | told
-        return provenance_of(task, told, local=self.settings.how == MEASURED and not told.get("board"))
+        # Nothing is told of what failed; but where builds overlap, nothing is measured on this machine.
+        here = self.settings.how == MEASURED and not self.settings.overlap and not told.get("board")
+        return provenance_of(task, told, local=here)
 
     def _confirm(self, task: Task, runner) -> None:
         """Measure the best again, in turns with the default; what fails then is left as it was."""

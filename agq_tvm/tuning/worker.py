@@ -6,6 +6,7 @@ It reads a job in JSON from each line of its input and answers with a line of JS
 import gc
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -161,7 +162,7 @@ class _OnBoard:
 
 def _verdict(error: Exception) -> dict:
     """Say whether an error over RPC speaks of the candidate or of the board, by the words of its server."""
-    text = str(error)
+    text = re.sub(r"\bcode=1\b", "code=kShutdown", str(error))  # some of TVM's messages have the number
     kinds = [kind for words, kind in _WORDS if words in text]
     kind = kinds[0] if kinds else FAILED
     told = next((line.strip() for line in text.splitlines() if any(words in line for words, _ in _WORDS)), "")

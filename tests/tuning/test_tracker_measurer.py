@@ -14,6 +14,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.flow.doctor_boards import look_at_boards
 from agq_tvm.targets import load_device
 from agq_tvm.tuning.tracker_measurer import TrackerMeasurer, fleet_of
+from agq_tvm.tuning.worker import _verdict
 from tests.tuning.candidates import ARGUMENTS, QUICK, candidate, task_for
 from tests.tuning.conftest import BOARD
 
@@ -173,3 +174,9 @@ def test_times_of_emulated_boards_and_of_real_ones_are_kept_apart(fleet, folder,
         wait_until(lambda: len(tracker_summary(*parse_tracker(fleet.address))[fleet.key]["boards"]) == 1)
         outcome = measurer.submit(candidate("right", BOARD, folder)).result(timeout=LONG)
         assert outcome.kind == "unfit" and "is real and others are emulated" in outcome.text
+
+
+@pytest.mark.parametrize(("code", "kind"), [("kShutdown", "lost"), ("1", "lost"), ("13", "failed")])
+def test_a_connection_that_ends_in_a_call_is_no_verdict(code, kind):
+    message = f"Check failed: (code == RPCCode::kReturn) is false: code={code}"
+    assert _verdict(RuntimeError(message))["kind"] == kind

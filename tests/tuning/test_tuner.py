@@ -19,6 +19,7 @@ from tvm.s_tir.meta_schedule.runner import RunnerResult
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels.record_library import Library
 from agq_tvm.tuning.allotment import allot
+from agq_tvm.tuning.claims import Claims
 from agq_tvm.tuning.measure import Measurement
 from agq_tvm.tuning.measurer import Outcome
 from agq_tvm.tuning.tuner import Settings
@@ -280,9 +281,25 @@ def test_a_build_that_finds_no_room_is_no_verdict(tmp_path):
     assert records(tmp_path) == []
 
 
-def test_claims_end_with_their_process(tmp_path):
-    from agq_tvm.tuning.claims import Claims
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_failed_on_a_board_did_not_fail_on_this_machine(tmp_path, overlap):
+    made = tuner(tmp_path, tasks(16), Settings(3, "random", overlap=overlap))
+    made.runner_of = lambda task: Lost("crashed: signal 11")
+    made.run()
+    assert {each.provenance["cpu"] == made.tasks[0].device.cpu for each in records(tmp_path)} == {overlap}
 
+
+def test_waiting_for_another_tuner_is_said(tmp_path, capsys):
+    made = tuner(tmp_path, tasks(16), Settings(20, "random", time_limit=1.5))
+    other = Claims(made.library.files[0].path.parent)
+    assert all(other.claim(task.name) for task in made.tasks)
+    made.run()
+    words = f"other tuners of this library have what is left ({len(made.tasks)} of the tasks): waiting for them"
+    assert capsys.readouterr().err.splitlines().count(words) == 1
+    assert records(tmp_path) == []
+
+
+def test_claims_end_with_their_process(tmp_path):
     script = f"from pathlib import Path; from agq_tvm.tuning.claims import Claims; c = Claims(Path({str(tmp_path)!r}))"
     script += "; print(c.claim('task'), flush=True); input()"
     other = subprocess.Popen(
