@@ -11,7 +11,7 @@ from agq_tvm.kernels.attention_products import Pairs
 from agq_tvm.kernels.attention_space import default
 from agq_tvm.kernels.emit import LANES
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS, instruction_set
-from tests.kernels.operands import compiled, runs_here
+from tests.kernels.operands import compiled, native
 
 CASES = [  # rows, heads, kv heads, head dim, context, cached, valid
     (1, 9, 3, 64, 64, 0, 1),
@@ -92,8 +92,7 @@ class Case:
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512vnni"])
 @pytest.mark.parametrize("shape", CASES, ids=str)
 def test_attention(shape, isa):
-    if not runs_here(isa):
-        pytest.skip(f"this processor lacks what {isa} needs")
+    native(isa)
     case = Case(shape, isa)
     keys, values, out = case.expected()
     np.testing.assert_allclose(keys_of(case.new_keys), keys, rtol=2e-3, atol=1e-6)  # a float16 tie apart
@@ -134,8 +133,7 @@ def test_scores_far_apart_stay_finite():
 @pytest.mark.parametrize("isa", ["generic", "avx512vnni"])
 def test_every_start(isa, kv_heads):
     """Rows at every place of the caches, so that masks end at each lane of a block; what lies behind is never read."""
-    if not runs_here(isa):
-        pytest.skip(f"this processor lacks what {isa} needs")
+    native(isa)
     rows, heads, dim, context = 12, 8, 16, 48
     kernel = AttentionKernel(rows, heads, kv_heads, dim, context, attention_form(instruction_set(isa)))
     function, rng = compiled(build_attention(kernel), isa), np.random.default_rng(0)

@@ -11,7 +11,7 @@ from agq_tvm.kernels.attention_form import AttentionKernel, attention_form
 from agq_tvm.kernels.emit import LANES
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.quantize.int8_cache import attend_int8
-from tests.kernels.operands import compiled, runs_here
+from tests.kernels.operands import compiled, native
 
 CASES = [  # rows, heads, kv heads, head dim, context, cached, valid
     (1, 9, 3, 64, 96, 80, 1),
@@ -104,8 +104,7 @@ class Case:
 @ISAS
 @pytest.mark.parametrize("shape", CASES, ids=str)
 def test_codes_and_result(shape, isa):
-    if not runs_here(isa):
-        pytest.skip(f"this processor lacks what {isa} needs")
+    native(isa)
     case = Case(shape, isa)
     case.append()
     for found, expected in zip(case.caches, (*case.packed(), *case.scales), strict=True):
@@ -120,8 +119,7 @@ def test_codes_and_result(shape, isa):
 
 @ISAS
 def test_alibi_and_importance(isa):
-    if not runs_here(isa):
-        pytest.skip(f"this processor lacks what {isa} needs")
+    native(isa)
     case = Case((8, 6, 2, 16, 48, 21, 8), isa, alibi=True, importance=True)
     case.append()
     out, first = case.expected()
@@ -133,8 +131,7 @@ def test_alibi_and_importance(isa):
 @pytest.mark.parametrize("spread", [0.0, 1e-20, 1e15])
 def test_sizes_at_the_ends(isa, spread):
     """Zeros give zeros, and neither tiny nor huge values anything that is not finite."""
-    if not runs_here(isa):
-        pytest.skip(f"this processor lacks what {isa} needs")
+    native(isa)
     case = Case((8, 6, 2, 16, 48, 0, 8), isa, spread=spread)
     case.append()
     assert np.isfinite(case.out).all()
@@ -145,8 +142,7 @@ def test_sizes_at_the_ends(isa, spread):
 @pytest.mark.parametrize("isa", ["generic", "avx512vnni"])
 def test_sums_at_the_ends_of_their_range(isa):
     """Codes of 127 everywhere, of either sign: a head of 128 channels sums to 127 * 127 * 128, exactly."""
-    if not runs_here(isa):
-        pytest.skip(f"this processor lacks what {isa} needs")
+    native(isa)
     form = attention_form(instruction_set(isa), "int8")
     kernel = AttentionKernel(1, 2, 1, 128, 32, form)
     q = np.full(kernel.queries[0][0], 127, kernel.queries[0][1])

@@ -14,7 +14,7 @@ from agq_tvm.kernels.emit import LANES
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.quantize.codebooks import CODE_BOOKS
 from agq_tvm.quantize.log2 import Log2Attention, log2_codes, to_output, value_codes, weighted_sums
-from tests.kernels.operands import compiled, runs_here
+from tests.kernels.operands import compiled, native
 
 BOOKS = pytest.mark.parametrize("book", CODE_BOOKS.values(), ids=CODE_BOOKS.keys())
 CASES = [  # rows, heads, kv heads, head dim, context, cached, valid
@@ -94,8 +94,7 @@ def exponents(scores: np.ndarray, relative: bool) -> tuple[np.ndarray, np.ndarra
 @pytest.mark.parametrize(("isa", "alibi"), [("generic", True), ("avx2", False), ("avx512vnni", False)])
 @pytest.mark.parametrize("shape", CASES, ids=str)
 def test_codes_and_sums_of_the_paper(shape, isa, alibi):
-    if not runs_here(isa):
-        pytest.skip(f"this processor lacks what {isa} needs")
+    native(isa)
     book = CODE_BOOKS["log2-paper"]
     case = Case(shape, book, isa, alibi)
     powers = case.powers()

@@ -8,7 +8,7 @@ from agq_tvm.kernels.attention_products import MASKED
 from agq_tvm.kernels.attention_softmax import store_softmax
 from agq_tvm.kernels.emit import LANES
 from agq_tvm.tvm_seam import IRBuilder, T
-from tests.kernels.operands import compiled, runs_here
+from tests.kernels.operands import compiled, native
 
 
 def softmax_function(pairs: int, sums: int, length: int):
@@ -36,8 +36,7 @@ def run(function, scores: np.ndarray, blocks: int) -> tuple[np.ndarray, np.ndarr
 @pytest.mark.parametrize(("isa", "sums"), [("generic", 96), ("avx2", 96), ("avx512vnni", 384)])
 def test_weights(isa, sums):
     """Of five rows, which four do not divide; from equal scores to those that differ by more than floats can show."""
-    if not runs_here(isa):
-        pytest.skip(f"this processor lacks what {isa} needs")
+    native(isa)
     rng, length = np.random.default_rng(0), 16 * LANES
     function = compiled(softmax_function(5, sums, length), isa)
     for blocks in (1, 2, 15):
