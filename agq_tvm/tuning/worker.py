@@ -166,6 +166,8 @@ def _verdict(error: Exception) -> dict:
     kinds = [kind for words, kind in _WORDS if words in text]
     kind = kinds[0] if kinds else FAILED
     told = next((line.strip() for line in text.splitlines() if any(words in line for words, _ in _WORDS)), "")
+    if "kShutdown" in told:
+        told = "the connection to the board was lost"
     return {"kind": kind, "text": told.rpartition("RPCError: ")[2] or _first_line(error)}
 
 
