@@ -93,7 +93,7 @@ def _batch(run: Run, found: fleet.Fleet, subject: Subject, batch: list, seconds:
         _ask(found, name, "load", source=str(subject.path.absolute()), context=CONTEXT)
     prompt = prompt_of(subject.vocab_size)
     steps = {name: _step(found, name, prompt) for name in found.workers}
-    times = fleet.rounds_of(steps, run.rounds, seconds, FEWEST_ROUNDS)
+    times = fleet.rounds_of(steps, found.threads, run.rounds, seconds, FEWEST_ROUNDS)
     rows = [row_of(forms[name], subject, found.threads, found_times) for name, found_times in times.items()]
     logits = {}
     if subject.kept:

@@ -110,7 +110,7 @@ def _case(run: Run, found: fleet.Fleet, forms: dict, case: tuple, seconds: float
                 prepared[name] = found.workers[name].ask("prepare", **request)
     ready = time.monotonic()
     steps = {name: _step(found, name) for name in prepared}
-    times = fleet.rounds_of({LIMITS: _limits_step(found)} | steps, run.rounds, seconds)
+    times = fleet.rounds_of({LIMITS: _limits_step(found)} | steps, found.threads, run.rounds, seconds)
     for limits in times.pop(LIMITS):
         for unit, value in limits.items():
             measured.setdefault(unit, []).append(value)

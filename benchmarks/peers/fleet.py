@@ -14,8 +14,8 @@ from benchmarks.peers.host import Worker
 
 WORKER = "benchmarks.peers.worker"
 FEWEST_ROUNDS = 3
-PAUSE = 0.005
-"""Seconds between two engines: some leave threads spinning for a moment after their work."""
+PAUSES = 0.005, 0.25
+"""Seconds between two engines, with one thread and with more: the others of some go on spinning after their work."""
 
 
 @dataclass
@@ -138,13 +138,15 @@ def cores(count: int) -> list[int]:
     return available[-count:]
 
 
-def rounds_of(steps: dict, rounds: int, seconds: float, fewest: int = FEWEST_ROUNDS) -> dict[str, list]:
+def rounds_of(steps: dict, threads: int, rounds: int, seconds: float, fewest: int = FEWEST_ROUNDS) -> dict[str, list]:
     """Go through steps in turn, round after round; the first round is not counted.
 
     Parameters
     ----------
     steps : dict of str to callable
         Returns what is kept, or None to be left out from then on.
+    threads : int
+        That each of them uses.
     rounds : int
         That are counted, at most.
     seconds : float
@@ -163,7 +165,7 @@ def rounds_of(steps: dict, rounds: int, seconds: float, fewest: int = FEWEST_ROU
             break
         for name, step in list(alive.items()):
             value = step()
-            time.sleep(PAUSE)
+            time.sleep(PAUSES[threads > 1])
             if value is None:
                 del alive[name]
             elif number:

@@ -113,20 +113,20 @@ def test_a_product_and_a_model_may_have_one_name(tmp_path, operands):
 def test_rounds_go_through_all_steps_in_turn():
     order = []
     steps = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
-    kept = fleet.rounds_of(steps, 2, 100)
+    kept = fleet.rounds_of(steps, 1, 2, 100)
     assert order == ["a", "b"] * 3
     assert kept == {"a": [3, 5], "b": [4, 6]}
 
 
 def test_rounds_end_when_time_is_up_but_not_before_the_fewest():
-    assert len(fleet.rounds_of({"a": lambda: 1}, 50, 0)["a"]) == fleet.FEWEST_ROUNDS
-    assert len(fleet.rounds_of({"a": lambda: 1}, 50, 0, fewest=2)["a"]) == 2
-    assert len(fleet.rounds_of({"a": lambda: 1}, 1, 0)["a"]) == 1
+    assert len(fleet.rounds_of({"a": lambda: 1}, 1, 50, 0)["a"]) == fleet.FEWEST_ROUNDS
+    assert len(fleet.rounds_of({"a": lambda: 1}, 1, 50, 0, fewest=2)["a"]) == 2
+    assert len(fleet.rounds_of({"a": lambda: 1}, 1, 1, 0)["a"]) == 1
 
 
 def test_a_step_without_a_result_is_not_asked_again():
     calls = []
-    kept = fleet.rounds_of({"a": lambda: calls.append(0), "b": lambda: 1}, 3, 100)
+    kept = fleet.rounds_of({"a": lambda: calls.append(0), "b": lambda: 1}, 1, 3, 100)
     assert kept == {"a": [], "b": [1, 1, 1]} and len(calls) == 1
 
 
