@@ -89,7 +89,7 @@ class Fleet:
     def leave_out(self, form: str, reason: str) -> None:
         """Note, loudly, that a form is not measured any further."""
         print(f"NOT MEASURED: {form}: {reason}", file=sys.stderr)
-        self.missing[form] = reason
+        self.missing[form] = reason.replace(f"{self.work}/", "DIR/")  # reports are published
         if form in self.workers:
             self.workers.pop(form).stop()
 

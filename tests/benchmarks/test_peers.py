@@ -93,6 +93,13 @@ def test_a_worker_that_fails_says_why(tmp_path, operands):
         process.ask("prepare", operands=str(operands), rows=2, copies=1)
 
 
+def test_reports_have_no_path_of_this_machine(tmp_path, capsys):
+    found = fleet.Fleet(tmp_path, 1)
+    found.leave_out("fake", f"it failed: see {tmp_path}/logs/fake.txt")
+    assert str(tmp_path) in capsys.readouterr().err
+    assert found.missing == {"fake": "it failed: see DIR/logs/fake.txt"}
+
+
 def test_a_worker_that_dies_is_named(tmp_path, operands):
     with worker(tmp_path, "fake dying") as process:
         process.ask("prepare", operands=str(operands), rows=1, copies=1)
