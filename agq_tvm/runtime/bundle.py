@@ -14,6 +14,7 @@ import numpy as np
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json, sha256_file
+from agq_tvm.runtime.huge_pages import collapse
 from agq_tvm.runtime.virtual_machine import ALIGNMENT, aligned
 
 FORMAT_VERSION = 1
@@ -188,8 +189,8 @@ class Bundle:
     def arrays(self) -> dict[str, np.ndarray]:
         """Read ``params.bin`` and check every parameter.
 
-        The file could be mapped, but then its pages are of 4 KB: read into one large buffer, which Linux gives huge
-        pages, the same weights stream an eighth faster.
+        The file could be mapped, but then its pages are of 4 KB: read into one large buffer with huge pages, the same
+        weights stream faster, see docs/design.md.
 
         Returns
         -------
@@ -210,6 +211,7 @@ class Bundle:
             raise AgqError(f"cannot read {self.path / PARAMETERS}: {error.strerror}") from error
         if count != size:
             raise self._damaged(f"{PARAMETERS} has {count} bytes instead of {size}")
+        collapse(data)
         arrays = {}
         for p in self.parameters:
             part = data[p.offset : p.offset + p.nbytes]

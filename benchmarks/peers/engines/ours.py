@@ -39,6 +39,7 @@ class Product(Product):
         """See `Product.prepare`."""
         from agq_tvm.kernels import activation, linear
         from agq_tvm.kernels.instruction_sets import instruction_set
+        from agq_tvm.runtime.huge_pages import collapse
         from agq_tvm.runtime.threads import Threads
         from agq_tvm.runtime.virtual_machine import aligned
         from agq_tvm.targets import load_device
@@ -61,6 +62,7 @@ class Product(Product):
         def placed(array: np.ndarray):
             copy = aligned(array.shape, str(array.dtype))
             copy[:] = array
+            collapse(copy)  # as bundles do
             self._arrays.append(copy)
             return limits.from_numpy(copy)
 
