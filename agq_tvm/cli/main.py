@@ -38,14 +38,20 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return 141  # as a shell says of what SIGPIPE ended
     except AgqError as error:
-        print(f"agq: {error}", file=sys.stderr)
+        _say_why(str(error))
         return 2
     except KeyboardInterrupt:
-        print("agq: interrupted", file=sys.stderr)
+        _say_why("interrupted")
         return 130
     except MemoryError:
-        print("agq: out of memory: take a smaller model or a shorter --context", file=sys.stderr)
+        _say_why("out of memory: take a smaller model or a shorter --context")
         return 2
+
+
+def _say_why(text: str) -> None:
+    from agq_tvm.progress import say_why  # not every command shows progress
+
+    say_why(text)
 
 
 def _output_has_gone() -> bool:

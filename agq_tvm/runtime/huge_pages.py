@@ -2,8 +2,11 @@
 
 import ctypes
 import sys
+from collections.abc import Sequence
 
 import numpy as np
+
+from agq_tvm.runtime.virtual_machine import ALIGNMENT, aligned
 
 _COLLAPSE = 25  # MADV_COLLAPSE, since Linux 6.1
 _HUGE = 2 << 20
@@ -33,3 +36,22 @@ def collapse(array: np.ndarray) -> bool:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return madvise(begin, end - begin, _COLLAPSE) == 0
+
+
+def one_block(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Copy arrays to where they are read as a bundle's weights are: one behind the other, on huge pages.
+
+    Returns
+    -------
+    list of array
+        Views of one block, each at a multiple of 64 bytes.
+    """
+    sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
+    block, begin, copies = aligned((sum(sizes),), "uint8"), 0, []
+    for array, size in zip(arrays, sizes, strict=True):
+        copy = block[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        copies.append(copy)
+        begin += size
+    collapse(block)
+    return copies

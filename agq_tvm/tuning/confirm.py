@@ -1,15 +1,20 @@
 """Which candidates are measured again, in turns with the default: the fastest of many is partly luck."""
 
+import statistics
 from collections.abc import Callable, Sequence
 
 from agq_tvm.kernels.record import Record
 from agq_tvm.tuning.task import Task
 
 _BEST = 3
+_SHARE, _MOST = 16, 12
+"""Of all candidates one in so many may be the best, up to so many; these are measured once more to find the `_BEST`."""
 _ROUNDS = 3
 
 
-def to_confirm(task: Task, known: Sequence[Record], all_records: Sequence[Record]) -> list[Record]:
+def to_confirm(
+    task: Task, known: Sequence[Record], all_records: Sequence[Record], with_default: bool = True
+) -> list[Record | None]:
     """Return the default and the best candidates; nothing if the default is best, or the best is confirmed.
 
     Parameters
@@ -19,31 +24,55 @@ def to_confirm(task: Task, known: Sequence[Record], all_records: Sequence[Record
         What was measured, confirmations not among them.
     all_records : sequence of Record
         Of the task, with confirmations.
+    with_default : bool
+        Whether the default is one of the candidates. Otherwise it is None here, a yardstick only.
     """
     default = task.space.default
     good = sorted((record for record in known if record.usable), key=lambda record: record.time)
     own = next((record for record in good if record.decisions == default), None)
-    if own is None or good[0] is own:
+    if not good or good[0] is own or (with_default and own is None):
         return []
     done = {record.key[1] for record in all_records if record.confirmed and record.usable}
     if good[0].key[1] in done:
         return []
-    return [own, *[record for record in good[:_BEST] if record is not own]]
+    count = min(_MOST, max(_BEST, len(good) // _SHARE))
+    return [own, *[record for record in good[:count] if record is not own]]
 
 
-def in_turns(count: int, measure: Callable[[int], list[float] | None]) -> list[list[float]] | None:
-    """Measure candidates in turns, every other turn backwards; return the seconds of each.
+def in_turns(count: int, measure: Callable[[int], list[float] | None]) -> dict[int, list[float]] | None:
+    """Measure the default and the best candidates in turns, every other turn backwards.
+
+    Where there are many candidates, all of them are measured once before, to find the best. The first is always among
+    these: as long as it is not confirmed, `to_confirm` asks for it.
 
     Parameters
     ----------
     count : int
-        Candidates.
+        Of them all; the default has number 0, then come the candidates as `to_confirm` has them.
     measure : callable
-        ``f(number) -> seconds``; None if it failed, which ends all: then None is returned.
+        ``f(number) -> seconds``; None if it failed, which ends all.
+
+    Returns
+    -------
+    dict of int to list of float, or None
+        Seconds by number; None if a measurement failed.
     """
-    found: list[list[float]] = [[] for _ in range(count)]
-    for turn in range(_ROUNDS):
-        for number in range(count) if turn % 2 == 0 else reversed(range(count)):
+    best = list(range(1, count))
+    if len(best) > _BEST:
+        again = _rounds(best, 1, measure)
+        if again is None:
+            return None
+        others = sorted(best[1:], key=lambda number: statistics.median(again[number]))
+        best = [best[0], *others[: _BEST - 1]]
+    return _rounds([0, *best], _ROUNDS, measure)
+
+
+def _rounds(
+    numbers: list[int], rounds: int, measure: Callable[[int], list[float] | None]
+) -> dict[int, list[float]] | None:
+    found: dict[int, list[float]] = {number: [] for number in numbers}
+    for turn in range(rounds):
+        for number in numbers if turn % 2 == 0 else reversed(numbers):
             seconds = measure(number)
             if seconds is None:
                 return None

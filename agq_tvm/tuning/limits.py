@@ -13,6 +13,7 @@ import numpy as np
 from agq_tvm.kernels.emit import task_loop
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.runtime.huge_pages import collapse
 from agq_tvm.runtime.threads import Threads
 from agq_tvm.runtime.virtual_machine import aligned
 from agq_tvm.targets import Device, load_device
@@ -135,7 +136,7 @@ class Limit:
 
 
 def from_numpy(array: np.ndarray):
-    """Give TVM a view of an array; numpy asks for huge pages, TVM's own allocator does not."""
+    """Give TVM a view of an array."""
     return tvm.runtime.from_dlpack(array)
 
 
@@ -145,6 +146,7 @@ def memory_limit(threads: int = 1, size: int = READ_BYTES, device: Device | None
     shape = (threads, size // (threads * STREAMS * LANES * 4), STREAMS, LANES)
     data = aligned(shape, "int32")
     data.reshape(-1)[:] = np.arange(data.size, dtype="int32")
+    collapse(data)
     tensors = from_numpy(data), from_numpy(aligned((threads, STREAMS, LANES), "int32"))
     return Limit(lambda: function(*tensors), data.nbytes)
 

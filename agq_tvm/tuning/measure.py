@@ -176,8 +176,8 @@ class Place(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Return a tensor there."""
 
-    def copy(self, tensor: Any) -> Any:
-        """Return a copy of a tensor there, made there."""
+    def copies(self, tensor: Any, count: int) -> list:
+        """Return copies of a tensor there, made there, in memory like that of a model's weights."""
 
     def array(self, tensor: Any) -> np.ndarray:
         """Return a tensor's contents."""
@@ -294,11 +294,11 @@ def _sweep(place: Place, operands: list, arguments: Sequence[Argument], effort: 
     """Return the arguments of `SWEEP`: the operands of each call, where cold ones are copies of the first."""
     size = sum(argument.nbytes for argument in arguments if argument.role == "cold")
     calls = min(_COPIES, max(1, math.ceil(effort.cold_bytes / size))) if size else 1
-    sets = list(operands)
-    for _ in range(calls - 1):
-        pairs = zip(operands, arguments, strict=True)
-        sets += [place.copy(operand) if argument.role == "cold" else operand for operand, argument in pairs]
-    return [len(operands), *sets]
+    columns = [
+        [operand, *place.copies(operand, calls - 1)] if argument.role == "cold" else [operand] * calls
+        for operand, argument in zip(operands, arguments, strict=True)
+    ]
+    return [len(operands), *(operand for call in zip(*columns, strict=True) for operand in call)]
 
 
 def _timed(place: Place, sweep: list, effort: Effort, best: float | None) -> tuple[list[float], float, float | None]:

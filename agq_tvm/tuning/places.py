@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from agq_tvm.boards.tracker import board_is_emulated
+from agq_tvm.runtime.huge_pages import one_block
 from agq_tvm.runtime.threads import Threads, configure_board
 from agq_tvm.runtime.virtual_machine import aligned
 from agq_tvm.tvm_runtime import tvm_ffi
@@ -48,11 +49,9 @@ class Here:
         """See `Place`."""
         return aligned(shape, dtype)
 
-    def copy(self, tensor: np.ndarray) -> np.ndarray:
+    def copies(self, tensor: np.ndarray, count: int) -> list[np.ndarray]:
         """See `Place`."""
-        copy = aligned(tensor.shape, str(tensor.dtype))
-        copy[...] = tensor
-        return copy
+        return one_block([tensor] * count)
 
     def array(self, tensor: np.ndarray) -> np.ndarray:
         """See `Place`."""
@@ -91,9 +90,9 @@ class Board:
         """See `Place`."""
         return self._empty(shape, dtype, self._device)
 
-    def copy(self, tensor):
+    def copies(self, tensor, count: int) -> list:
         """See `Place`."""
-        return tensor.copyto(self._device)
+        return [tensor.copyto(self._device) for _ in range(count)]
 
     def array(self, tensor) -> np.ndarray:
         """See `Place`."""

@@ -56,7 +56,7 @@ class Settings:
     batch : int
         Candidates that the search proposes at a time.
     default : bool
-        Whether the hand-made schedule is measured, too.
+        Whether the hand-made schedule is a candidate; if not, it is only what the best are held against in the end.
     builders : int or None
         Processes that build; by default one for each processor.
     seed : int
@@ -183,8 +183,8 @@ class Tuner:
     def _confirms(self) -> bool:
         return self.settings.how == MEASURED and not self.settings.emulated
 
-    def _chosen(self, task: Task) -> list[Record]:
-        return to_confirm(task, self._known(task), self.library.of_task(task.name))
+    def _chosen(self, task: Task) -> list[Record | None]:
+        return to_confirm(task, self._known(task), self.library.of_task(task.name), self.settings.default)
 
     def _late(self) -> bool:
         limit = self.settings.time_limit
@@ -335,9 +335,11 @@ class Tuner:
         """Measure the best again, in turns with the default; what fails then is left as it was."""
         self._confirmed.add(task.name)
         chosen = self._chosen(task)
+        if not chosen:
+            return
         paths = [self._new_path() for _ in chosen]
-        pairs = zip(chosen, paths, strict=True)
-        builds = [self._builder.submit(task, record.decisions, path) for record, path in pairs]
+        points = [record.decisions if record else task.space.default for record in chosen]
+        builds = [self._builder.submit(task, point, path) for point, path in zip(points, paths, strict=True)]
         if any([build.result() is not None for build in builds]):
             return
         told: list[list[dict]] = [[] for _ in chosen]
@@ -355,7 +357,10 @@ class Tuner:
             if errors:
                 say(f"{task.name}: its best candidate is not confirmed, {errors[0]}")
             return
-        for record, seconds, rounds in zip(chosen, found, told, strict=True):  # the first is the default
+        for number, seconds in found.items():
+            record, rounds = chosen[number], told[number]
+            if record is None:
+                continue
             about = rounds[-1] | {"hot": any(each.get("hot") for each in rounds)}
             provenance = self._provenance(task, about) | {"default_seconds": statistics.median(found[0])}
             self.library.append(replace(record, seconds=tuple(seconds), provenance=provenance))

@@ -20,6 +20,7 @@ from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.layout import K_BLOCK, Layout
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
+from agq_tvm.runtime.huge_pages import collapse
 from agq_tvm.runtime.threads import Threads
 from agq_tvm.runtime.virtual_machine import aligned
 from agq_tvm.targets import load_device
@@ -98,6 +99,7 @@ class Weights:
         self.all[0] = rng.integers(0, 256, shape, "uint8")
         for i in range(1, copies):  # all distinct, and no two tiles of a copy alike
             np.add(self.all[0], np.uint8(37 * i % 256), out=self.all[i])
+        collapse(self.all)
 
 
 def prepare(kernel: LinearKernel | ShiftedKernel, weights: Weights, isa: InstructionSet, device, copies: int) -> Case:
@@ -120,6 +122,7 @@ def prepare(kernel: LinearKernel | ShiftedKernel, weights: Weights, isa: Instruc
     per_group = (layout.tiles(kernel.columns), groups, layout.vectors, layout.lanes)
     scales = aligned((copies, *per_group), "float16")
     scales[:] = rng.uniform(0.5, 1, scales.shape[1:])
+    collapse(scales)
     out = aligned((kernel.rows, layout.tiles(kernel.columns) * layout.width), "float32")
     out[:] = np.nan
     module = linear_shifted if shifted else linear

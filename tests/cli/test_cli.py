@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,27 @@ def test_a_reader_who_has_enough_is_no_error(command):
     )
     os.close(write)
     assert (process.returncode, process.stderr) == (141, "")
+
+
+def test_a_mistake_is_told_where_a_bar_stood():
+    """An error leaves the bar of the loop that raised it; the sentence must not go on where that ends."""
+    script = (
+        "import sys, time\n"
+        "from agq_tvm.cli import main\n"
+        "from agq_tvm.errors import AgqError\n"
+        "from agq_tvm.progress import progress\n"
+        "def run(_):\n"
+        "    for number in progress(range(9), 'counting'):\n"
+        "        time.sleep(1.1)\n"
+        "        if number: raise AgqError('it is lost')\n"
+        "parsed = type('Parser', (), {'parse_args': lambda self, _: type('Arguments', (), {'run': run})})\n"
+        "main.build_parser = parsed\n"
+        "sys.exit(main.main([]))\n"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 2, process.stderr
+    lines = [line for line in re.split(r"[\r\n]", process.stderr) if line.strip()]
+    assert lines[-1] == "agq: it is lost" and lines[-2].startswith("counting:")
 
 
 def test_bundle_for_another_machine(agq, tiny_checkpoint, tmp_path):

@@ -15,6 +15,7 @@ from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.record import Record
 from agq_tvm.kernels.record_library import Library
+from agq_tvm.progress import say
 from agq_tvm.targets import load_device
 from agq_tvm.tuning.display import Lines
 from agq_tvm.tuning.progress import Progress
@@ -135,3 +136,11 @@ def test_a_line_that_moves_does_not_wrap(columns, monkeypatch):
     assert shown.endswith("0:09 left in all") == (columns > 40)
     Lines(lambda _: 1e-6, stream=stream).finish(progress)
     assert progress.task.name in stream.getvalue()
+
+
+def test_a_word_takes_the_place_of_the_line_that_moves(monkeypatch):
+    """Otherwise it would go on where that ends."""
+    for stream, shown in ((Terminal(), "\r\x1b[2Ka word\n"), (io.StringIO(), "a word\n")):
+        monkeypatch.setattr("sys.stderr", stream)
+        say("a word")
+        assert stream.getvalue() == shown

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agq_tvm.runtime.huge_pages import collapse
+from agq_tvm.runtime.huge_pages import collapse, one_block
+from agq_tvm.runtime.virtual_machine import ALIGNMENT
 
 HUGE = 2 << 20
 
@@ -53,3 +54,19 @@ def test_less_than_a_huge_page_is_left_alone():
     array = np.arange(1000)
     assert not collapse(array)
     np.testing.assert_array_equal(array, np.arange(1000))
+
+
+def test_arrays_in_one_block_are_equal_apart_and_aligned():
+    rng = np.random.default_rng(0)
+    arrays = [
+        rng.integers(0, 100, shape).astype(dtype) for shape, dtype in (((3, 5), "f2"), ((), "i8"), ((HUGE,), "u1"))
+    ]
+    arrays += arrays[:1] + [np.zeros((0, 4), "f4")]
+    copies = one_block(arrays)
+    for copy, array in zip(copies, arrays, strict=True):
+        assert copy.ctypes.data % ALIGNMENT == 0 and copy.dtype == array.dtype
+        np.testing.assert_array_equal(copy, array)
+    for number, copy in enumerate(copies):
+        copy[...] = number  # would show in the others, if they shared memory
+    assert [int(copy.flat[0]) for copy in copies[:-1]] == [0, 1, 2, 3]
+    assert one_block([]) == []

@@ -39,9 +39,8 @@ class Product(Product):
         """See `Product.prepare`."""
         from agq_tvm.kernels import activation, linear
         from agq_tvm.kernels.instruction_sets import instruction_set
-        from agq_tvm.runtime.huge_pages import collapse
+        from agq_tvm.runtime.huge_pages import one_block
         from agq_tvm.runtime.threads import Threads
-        from agq_tvm.runtime.virtual_machine import aligned
         from agq_tvm.targets import load_device
         from agq_tvm.tuning import limits
 
@@ -59,20 +58,18 @@ class Product(Product):
         self._quantize, _ = limits.compiled(activation.build(quantizing, layout), device)
         self._multiply, _ = limits.compiled(linear.build(product, isa), device)
 
-        def placed(array: np.ndarray):
-            copy = aligned(array.shape, str(array.dtype))
-            copy[:] = array
-            collapse(copy)  # as bundles do
-            self._arrays.append(copy)
-            return limits.from_numpy(copy)
+        def placed(*arrays: np.ndarray) -> list:
+            self._arrays += one_block(arrays)
+            return [limits.from_numpy(array) for array in self._arrays[-len(arrays) :]]
 
         self._arrays: list[np.ndarray] = []
         made = [np.zeros(shape, kind) for shape, kind in quantizing.output_shapes(layout)]
-        self._x, self._made = placed(x), [placed(array) for array in made]
+        self._x, *self._made = placed(x, *made)
         w, s = layout.pack(codes), layout.pack_columns(scales.astype("float16"))
-        self._weights = [(placed(copy_of(w, i)), placed(copy_of(s, i))) for i in range(operands.copies)]
+        weights = placed(*(copy_of(array, i) for i in range(operands.copies) for array in (w, s)))
+        self._weights = list(zip(weights[::2], weights[1::2], strict=True))
         self.stored_bytes = w.nbytes + s.nbytes
-        self._out = placed(np.zeros((rows, layout.tiles(columns) * layout.width), "float32"))
+        (self._out,) = placed(np.zeros((rows, layout.tiles(columns) * layout.width), "float32"))
         self._y, self._columns = self._arrays[-1], columns
 
     def run(self) -> None:
