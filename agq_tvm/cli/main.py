@@ -5,7 +5,7 @@ import os
 import select
 import sys
 
-from agq_tvm import __version__
+from agq_tvm import __version__, interrupt
 from agq_tvm.cli import boards, commands, doctor, tune
 from agq_tvm.errors import AgqError
 
@@ -29,8 +29,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0, or 2 after one sentence about what is wrong."""
     args = build_parser().parse_args(arguments)
+    interrupt.watch()
     try:
-        code = args.run(args) or 0
+        with interrupt.kept():
+            code = args.run(args) or 0
         sys.stdout.flush()
         return code
     except BrokenPipeError:

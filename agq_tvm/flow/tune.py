@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.tasks import extract_tasks
+from agq_tvm.interrupt import kept
 from agq_tvm.kernels.record import MEASURED, SIMULATED, Record
 from agq_tvm.kernels.record_library import Library, open_library
 from agq_tvm.progress import say
@@ -103,7 +104,8 @@ def tune(request: TuneRequest) -> dict:
     for problem in library.problems:
         say(f"left out: {problem}")
     try:
-        progress = tuner.run()
+        with kept():
+            progress = tuner.run()
     except KeyboardInterrupt:
         say(f"interrupted: every measurement is in {path}, and the same command goes on from there")
         raise

@@ -11,6 +11,7 @@ from typing import Any
 
 from tvm.s_tir.meta_schedule.runner import RunnerInput
 
+from agq_tvm import interrupt
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.attrs import describe
@@ -146,7 +147,8 @@ class Tuner:
         self._begun = time.monotonic()
         for task in self.tasks:
             self._refresh(task)
-        with self._make_builder() as self._builder, tempfile.TemporaryDirectory(prefix="agq-tune-") as folder:
+        # The builders end first: a folder that is written to cannot be removed.
+        with tempfile.TemporaryDirectory(prefix="agq-tune-") as folder, self._make_builder() as self._builder:
             self._folder = Path(folder)
             while not self._late() and (task := self._next()):
                 try:
@@ -187,6 +189,8 @@ class Tuner:
         return to_confirm(task, self._known(task), self.library.of_task(task.name), self.settings.default)
 
     def _late(self) -> bool:
+        """Tell whether time is up; every loop asks, so that Ctrl-C ends it."""
+        interrupt.check()
         limit = self.settings.time_limit
         return limit is not None and time.monotonic() - self._begun >= limit
 

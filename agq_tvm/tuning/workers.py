@@ -81,15 +81,16 @@ class Worker:
         return answer
 
     def kill(self) -> None:
-        """End the process, from any thread; whoever asks it is told."""
+        """End the process and what it started, a linker say, from any thread; whoever asks it is told."""
         process = self._process
-        if process:
-            process.kill()
+        if process and process.poll() is None:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End the process, if there is one."""
         if self._process:
-            self._process.kill()
+            self.kill()
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
                 with suppress(BrokenPipeError):  # a job that it ended before

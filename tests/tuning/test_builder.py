@@ -1,7 +1,11 @@
 """Candidates are built in processes of their own, to which tasks travel as plain values."""
 
+import contextlib
 import json
+import subprocess
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +37,23 @@ def test_whatever_becomes_of_a_build_the_next_is_made(tmp_path, monkeypatch):
         monkeypatch.setattr(Worker, "ask", ask)
         assert builder.submit(task, task.space.default, path).result(300) is None
     assert path.stat().st_size > 0
+
+
+def test_what_a_worker_started_ends_with_it():
+    worker, script = Worker("build"), "sleep 300 & echo $!; wait"
+    worker._process = subprocess.Popen(
+        ["sh", "-c", script], stdout=subprocess.PIPE, stdin=subprocess.PIPE, start_new_session=True
+    )
+    child = int(worker._process.stdout.readline())
+    assert _runs(child)
+    worker.close()
+    deadline = time.monotonic() + 30
+    while _runs(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _runs(process: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    return False

@@ -86,7 +86,7 @@ def test_ctrl_c_leaves_no_process(fleet, tune, tmp_path):
     workers = [int(word) for word in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, told
     assert told.strip().splitlines()[-1].startswith("agq: interrupted")
     deadline = time.monotonic() + 30
     while living := [pid for pid in workers if os.path.exists(f"/proc/{pid}")]:
