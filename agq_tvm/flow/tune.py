@@ -156,12 +156,12 @@ def _seconds_of_default(library: Library, task: Task, best: Record) -> float | N
     """Return the time of the hand-made schedule, measured beside the best where that was confirmed."""
     if best.gain:
         return best.gain * best.time
-    default = task.space.default
-    alike = [
-        record.time
-        for record in library.of_task(task.name)
-        if record.usable and record.decisions == default and (record.how, record.confirmed) == (best.how, False)
-    ]
+
+    def origin(record: Record) -> tuple:
+        return record.how, record.provenance.get("cpu")
+
+    own = [record for record in library.of_task(task.name) if record.decisions == task.space.default]
+    alike = [each.time for each in own if each.usable and not each.confirmed and origin(each) == origin(best)]
     return min(alike, default=None)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agq_tvm.errors import AgqError
-from agq_tvm.kernels.record import Record, best_of
+from agq_tvm.kernels.record import MEASURED, Record, best_of
 from agq_tvm.kernels.record_file import RECORDS, RecordFile
 
 _DEVICE = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
@@ -59,13 +59,16 @@ class Library:
     def best(self, task: str, allows: Callable[[dict], bool] = _anything) -> Record | None:
         """Return the best record of a task; measured ones come before simulated ones, failures never.
 
+        What the first library has measured comes before anything in the others: it is of one's own devices, and
+        devices of one name may have different processors.
+
         Parameters
         ----------
         task : str
         allows : callable, optional
             ``f(decisions) -> bool``: whether the kernel's space has that point, which a file cannot be trusted with.
         """
-        return best_of(record for record in self.of_task(task) if allows(record.decisions)).get(task)
+        return self._best_of_each(lambda each: each.task == task and allows(each.decisions)).get(task)
 
     def nearest(
         self,
@@ -88,13 +91,18 @@ class Library:
         allows : callable, optional
             As for `best`.
         """
-        near = []
-        for record in self.read():
+
+        def is_near(record: Record) -> bool:
             same = record.instruction_set == instruction_set and record.kernel_version == version
-            if same and distance(record, kernel, threads) <= _FARTHEST and allows(record.decisions):
-                near.append(record)
-        best = best_of(near).values()
+            return same and distance(record, kernel, threads) <= _FARTHEST and allows(record.decisions)
+
+        best = self._best_of_each(is_near).values()
         return sorted(best, key=lambda record: (distance(record, kernel, threads), record.rank))
+
+    def _best_of_each(self, accepts: Callable[[Record], bool]) -> dict[str, Record]:
+        """Return the best of the accepted records of each task; what the first library has measured comes first."""
+        own = best_of(record for record in self.files[0].read() if record.how == MEASURED and accepts(record))
+        return best_of(filter(accepts, self.read())) | own
 
 
 def distance(record: Record, kernel: dict, threads: int) -> float:

@@ -32,7 +32,7 @@ def provenance_of(task: Task, told: dict, local: bool) -> dict:
     return {
         "when": now,
         "device": task.device.name,
-        "cpu": _cpu() if local else task.device.cpu,
+        "cpu": cpu_of(task, local),
         "threads": task.threads,
         "clock_khz": max(clocks, default=None),
         "versions": _versions(),
@@ -40,6 +40,11 @@ def provenance_of(task: Task, told: dict, local: bool) -> dict:
         "commit": _commit(),
         **told,
     }
+
+
+def cpu_of(task: Task, local: bool) -> str:
+    """Return the processor that measures a task: this machine's by its name, a device's by LLVM's."""
+    return _cpu() if local else task.device.cpu
 
 
 def _clocks(status: dict) -> list[int]:

@@ -24,7 +24,7 @@ from agq_tvm.tuning.claims import Claims
 from agq_tvm.tuning.confirm import in_turns, to_confirm
 from agq_tvm.tuning.measure import NO_VERDICT, UNFIT, kind_of
 from agq_tvm.tuning.progress import Display, Progress
-from agq_tvm.tuning.provenance import provenance_of
+from agq_tvm.tuning.provenance import cpu_of, provenance_of
 from agq_tvm.tuning.search import CostModel, Search, tuning_record
 from agq_tvm.tuning.task import Task
 
@@ -186,7 +186,8 @@ class Tuner:
         return self.settings.how == MEASURED and not self.settings.emulated
 
     def _chosen(self, task: Task) -> list[Record | None]:
-        return to_confirm(task, self._known(task), self.library.of_task(task.name), self.settings.default)
+        alike = [record for record in self.library.of_task(task.name) if self._alike(task, record)]
+        return to_confirm(task, self._known(task), alike, self.settings.default)
 
     def _late(self) -> bool:
         """Tell whether time is up; every loop asks, so that Ctrl-C ends it."""
@@ -196,13 +197,22 @@ class Tuner:
 
     def _known(self, task: Task) -> list[Record]:
         """Return what the library has of a task, as this run would measure it."""
-        settings, space = self.settings, task.space
         found = {}
         for record in self.library.of_task(task.name):
-            alike = (record.how, record.emulated) == (settings.how, settings.emulated)
-            if alike and not record.confirmed and space.allows(record.decisions):
+            if self._alike(task, record) and not record.confirmed and task.space.allows(record.decisions):
                 found[record.key] = record
         return list(found.values())
+
+    def _alike(self, task: Task, record: Record) -> bool:
+        """Tell whether a record was made as this run makes them, on such a processor: other times do not compare."""
+        settings = self.settings
+        own = settings.how, settings.emulated, cpu_of(task, self._local)
+        return (record.how, record.emulated, record.provenance.get("cpu")) == own
+
+    @property
+    def _local(self) -> bool:
+        """Whether this machine measures: where builds overlap it does not."""
+        return self.settings.how == MEASURED and not self.settings.overlap
 
     def _refresh(self, task: Task) -> Progress:
         progress, known = self.progress[task.name], self._known(task)
@@ -237,12 +247,13 @@ class Tuner:
             self.display.finish(progress)
 
     def _hints(self, task: Task) -> list[dict[str, int]]:
-        """Return what was best for the kernels most like this one."""
+        """Return what was best for this kernel elsewhere, and for the kernels most like it."""
         if not self.settings.default:
             return []
         kernel, version = describe(task.kernel), tunable.version_of(task.kernel)
         near = self.library.nearest(kernel, task.isa, task.threads, version, task.space.allows)
-        return [record.decisions for record in near if record.task != task.name][:_HINTS]
+        elsewhere = [each for each in near if each.task != task.name or not self._alike(task, each)]
+        return [record.decisions for record in elsewhere[:_HINTS]]
 
     def _search(self, task: Task, search: Search, runner) -> None:
         flow, progress = _Flow(), self.progress[task.name]
@@ -330,10 +341,7 @@ class Tuner:
         self.display.update(self._refresh(task))
 
     def _provenance(self, task: Task, told: dict) -> dict:
-        told = {"emulated": self.settings.emulated} | told
-        # Nothing is told of what failed; but where builds overlap, nothing is measured on this machine.
-        here = self.settings.how == MEASURED and not self.settings.overlap and not told.get("board")
-        return provenance_of(task, told, local=here)
+        return provenance_of(task, {"emulated": self.settings.emulated} | told, self._local)
 
     def _confirm(self, task: Task, runner) -> None:
         """Measure the best again, in turns with the default; what fails then is left as it was."""

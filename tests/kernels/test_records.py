@@ -153,13 +153,19 @@ def test_what_is_no_time_of_the_default_confirms_nothing(seconds):
     assert not record(1, (1e-3,), default_seconds=seconds).confirmed
 
 
-def test_the_best_of_several_libraries_counts_and_only_the_first_is_written(tmp_path):
-    library(tmp_path / "other").append(record(1, (1e-4,)))
+def test_what_one_has_measured_oneself_comes_before_other_libraries_and_only_the_first_is_written(tmp_path):
+    """A device's name does not tell its processor: a faster one would win with what is slow on this one."""
+    other = library(tmp_path / "other")
+    other.append(record(1, (1e-4,)))
     both = Library(tmp_path / "mine", tmp_path / "other", device="x86-64-avx2")
-    both.append(record(2, (1e-3,)))
+    both.append(record(2, (1e-5,), how="simulated"))
     assert both.best("task").decisions == {"rows": 1}
-    assert len(library(tmp_path / "other").read()) == 1
-    assert library(tmp_path / "mine").best("task").decisions == {"rows": 2}
+    both.append(record(3, (1e-3,)))
+    other.append(record(4, (1e-4,), default_seconds=1e-3))
+    assert both.best("task").decisions == {"rows": 3}
+    assert [each.decisions for each in both.nearest(KERNEL, "avx2", 2, 1)] == [{"rows": 3}]
+    assert len(library(tmp_path / "other").read()) == 2
+    assert library(tmp_path / "mine").best("task").decisions == {"rows": 3}
 
 
 def test_the_nearest_is_of_a_like_kernel(tmp_path):

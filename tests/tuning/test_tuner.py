@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,6 @@ def test_the_search_finds_one_of_the_best_of_a_landscape(tmp_path):
 
 
 def test_a_space_smaller_than_the_trials_ends_when_it_is_exhausted(tmp_path):
-    from dataclasses import replace
-
     from agq_tvm.kernels.norm import LayerNormKernel
     from agq_tvm.targets import load_device
     from agq_tvm.tuning.task import make_task
@@ -158,8 +157,6 @@ def test_time_is_up(tmp_path):
 
 
 def test_trials_go_where_time_goes():
-    from dataclasses import replace
-
     light, heavy = tasks(16, 128)
     shares = allot([light, replace(heavy, count=100)], {light.name: 1000, heavy.name: 1000}, 200)
     assert sum(shares.values()) == 200 and shares[heavy.name] > 5 * shares[light.name] >= 10
@@ -356,6 +353,30 @@ def test_what_failed_on_a_board_did_not_fail_on_this_machine(tmp_path, overlap):
     made.runner_of = lambda task: Lost("crashed: signal 11")
     made.run()
     assert {each.provenance["cpu"] == made.tasks[0].device.cpu for each in records(tmp_path)} == {overlap}
+
+
+def test_records_of_another_processor_are_hints_and_no_trials(tmp_path):
+    (task,) = tasks(16)
+    tuner(tmp_path / "shipped", [task], Settings(24, "random")).run()
+    shipped = Library(tmp_path / "shipped", device=DEVICE)
+    shipped.files[0].replace(lambda found: [faster(each) for each in found])
+    best = shipped.best(task.name)
+    assert best.confirmed and best.decisions != task.space.default
+    made = tuner(tmp_path / "own", [task], Settings(6, "random"))
+    made.library = Library(tmp_path / "own", tmp_path / "shipped", device=DEVICE)
+    (progress,) = made.run()
+    found = [each for each in records(tmp_path / "own") if not each.confirmed]
+    assert progress.known == len(found) == 6 and progress.best == min(each.time for each in found)
+    assert [each.decisions for each in found[:2]] == [task.space.default, best.decisions]
+    assert any(each.confirmed for each in records(tmp_path / "own"))
+
+
+def faster(record):
+    """Return a record as another processor might have made it."""
+    origin = record.provenance | {"cpu": "another"}
+    if record.confirmed:
+        origin |= {"default_seconds": origin["default_seconds"] / 1000}
+    return replace(record, seconds=tuple(each / 1000 for each in record.seconds), provenance=origin)
 
 
 def test_waiting_for_another_tuner_is_said(tmp_path, capsys):
