@@ -18,6 +18,8 @@ from agq_tvm.tuning.helpers import FIXED, MAIN, SWEEP, digest_name, fill_name
 
 _COPIES = 512
 """Of cold operands at most: each is named in a call."""
+_LONGEST_SWEEP = 0.1
+"""Seconds of a sweep through the copies of cold operands, about: a call that takes long has read them for little."""
 _OUTLIER = 1.25
 _FIXED_ROUNDS = 400_000
 _FIXED_REPEATS = 3
@@ -294,6 +296,9 @@ def _sweep(place: Place, operands: list, arguments: Sequence[Argument], effort: 
     """Return the arguments of `SWEEP`: the operands of each call, where cold ones are copies of the first."""
     size = sum(argument.nbytes for argument in arguments if argument.role == "cold")
     calls = min(_COPIES, max(1, math.ceil(effort.cold_bytes / size))) if size else 1
+    if calls > 1:
+        (once,) = place.time(SWEEP, [len(operands), *operands], 1, 0)
+        calls = min(calls, max(1, round(_LONGEST_SWEEP / once)))
     columns = [
         [operand, *place.copies(operand, calls - 1)] if argument.role == "cold" else [operand] * calls
         for operand, argument in zip(operands, arguments, strict=True)

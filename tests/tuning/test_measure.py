@@ -18,8 +18,8 @@ ARGUMENTS = [
 class Machine:
     """Adds the operands; the fixed computation takes what `fixed` says, in turn."""
 
-    def __init__(self, fixed=(1.0,), keeps_time: bool = True, add: int = 9):
-        self.keeps_time, self._fixed, self._add = keeps_time, list(fixed), add
+    def __init__(self, fixed=(1.0,), keeps_time: bool = True, add: int = 9, once: float = 1e-6):
+        self.keeps_time, self._fixed, self._add, self._once = keeps_time, list(fixed), add, once
         self.sweeps, self.threads_of = [], None
 
     def threads(self, count):
@@ -47,6 +47,9 @@ class Machine:
     def time(self, name, arguments, repeats, milliseconds):
         if name == "fixed":
             return [self._fixed.pop(0) if len(self._fixed) > 1 else self._fixed[0]] * repeats
+        if milliseconds == 0 and self.keeps_time:
+            assert (len(arguments), repeats) == (4, 1)
+            return [self._once]
         self.sweeps.append(arguments)
         return [float(len(self.sweeps))] * repeats
 
@@ -84,6 +87,14 @@ def test_cold_operands_are_copies_that_together_exceed_the_caches():
     assert all(each[0] is sets[0][0] and each[2] is sets[0][2] for each in sets)
     assert all((each[1] == 2).all() for each in sets)
     assert found.seconds == [0.25, 0.25]  # of one call
+
+
+@pytest.mark.parametrize(("once", "calls"), [(0.01, 4), (0.05, 2), (0.3, 1)])
+def test_what_takes_long_is_not_run_through_all_copies(once, calls):
+    machine = Machine(once=once)
+    measured(machine, Effort(2, 20, 60))
+    (sweep,) = machine.sweeps
+    assert len(sweep) == 1 + 3 * calls
 
 
 def test_a_slow_processor_rests_and_is_measured_again(rests):
