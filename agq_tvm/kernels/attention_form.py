@@ -85,7 +85,7 @@ def attention_form(isa: InstructionSet, cache: str = "float16", book: CodeBook |
     if cache == "int8" and multiply and layout.depth == DEPTH and multiply.total == "int32" and not multiply.fold:
         dot = ByteDot(multiply.accumulate, layout.lanes, layout.zero == 0)
     # Of 32 registers of 16 floats, or of 32 of 4 and 16 of 8, three quarters.
-    return AttentionForm(cache, book, 384 if isa.name == "avx512vnni" else 96, dot)
+    return AttentionForm(cache, book, 384 if isa.family == "avx512vnni" else 96, dot)
 
 
 @dataclass(frozen=True)

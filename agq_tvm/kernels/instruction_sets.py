@@ -1,12 +1,12 @@
 """The instruction sets that kernels are written for.
 
 Those without a `multiply_4x4` run 4-bit activations in their kernels for 8-bit ones, bit for bit; `neon-paper` is
-`neon` with the multiplier of the Agile-Quant paper.
+`neon` with the multiplier of the Agile-Quant paper, `avx512vnni-xeon` is `avx512vnni` in other tiles.
 """
 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels.intrin.avx2 import AVX2
-from agq_tvm.kernels.intrin.avx512vnni import AVX512VNNI
+from agq_tvm.kernels.intrin.avx512vnni import AVX512VNNI, XEON
 from agq_tvm.kernels.intrin.avxvnni import AVXVNNI
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.intrin.dotprod import DOTPROD
@@ -15,7 +15,9 @@ from agq_tvm.kernels.intrin.i8mm import I8MM
 from agq_tvm.kernels.intrin.neon import NEON, NEON_PAPER
 from agq_tvm.kernels.linear_float import float_form
 
-INSTRUCTION_SETS = {isa.name: isa for isa in (AVX512VNNI, AVXVNNI, AVX2, I8MM, DOTPROD, NEON, NEON_PAPER, GENERIC)}
+INSTRUCTION_SETS = {
+    isa.name: isa for isa in (AVX512VNNI, XEON, AVXVNNI, AVX2, I8MM, DOTPROD, NEON, NEON_PAPER, GENERIC)
+}
 
 
 def instruction_set(name: str, activation: str = "") -> InstructionSet:

@@ -69,7 +69,7 @@ def space(kernel: DenseKernel, isa: InstructionSet, threads: int = 1) -> Space:
     parallel
         Whether threads share the tiles of columns.
     """
-    made, sums = default(kernel), _MOST_SUMS if isa.name == "avx512vnni" else _MOST_SUMS // 2
+    made, sums = default(kernel), _MOST_SUMS if isa.family == "avx512vnni" else _MOST_SUMS // 2
     rows = [rows for rows in divisors(kernel.rows, sums) if rows * tile_of(isa)[0] <= sums]
     choices = {
         "rows": tuple(sorted({made["rows"], *rows})),
@@ -110,7 +110,7 @@ def build(kernel: DenseKernel, isa: InstructionSet, decisions: dict[str, int] | 
 
 def tile_of(isa: InstructionSet) -> tuple[int, int]:
     """Return V and L, the vectors of a tile of columns and the floats of a vector: 4 rows fit the registers."""
-    return _TILES.get(isa.name, _ARM_TILE)
+    return _TILES.get(isa.family, _ARM_TILE)
 
 
 def packed_shape(columns: int, channels: int, isa: InstructionSet) -> tuple[int, int, int, int]:

@@ -97,7 +97,7 @@ def define(kernel: ShiftedKernel, isa: InstructionSet):
     between a chunk's codes, unpacked once, and its products.
     """
     layout = isa.layout_4bit
-    less = isa.center(4, kernel.activation_bits, kernel.packed or isa.inline_rows > 0)
+    less = isa.center(4, kernel.activation_bits, _inline(kernel, isa))
     M, KB, NT = kernel.rows, kernel.blocks, layout.tiles(kernel.columns)
     S, V, L, D = layout.steps, layout.vectors, layout.lanes, layout.depth
     GB = next(blocks for blocks in range(_CHUNK, 0, -1) if KB % blocks == 0)
@@ -149,6 +149,10 @@ def define(kernel: ShiftedKernel, isa: InstructionSet):
     return builder.get()
 
 
+def _inline(kernel: ShiftedKernel, isa: InstructionSet) -> bool:
+    return kernel.packed or isa.inlines(kernel.rows)
+
+
 def default(kernel: ShiftedKernel, isa: InstructionSet) -> dict[str, int]:
     """Return the decisions made by hand."""
     return {"rows": row_tile(kernel.rows, isa.product_rows), "parallel": 1}
@@ -164,6 +168,6 @@ def space(kernel: ShiftedKernel, isa: InstructionSet, threads: int = 1) -> Space
 def build(kernel: ShiftedKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
     """Return the scheduled PrimFunc of a matrix product: a chunk of k-blocks takes the place of a group."""
     decisions = decisions or default(kernel, isa)
-    plan = Plan(vectors=isa.layout_4bit.vectors, inline=kernel.packed or isa.inline_rows > 0, **decisions)
+    plan = Plan(vectors=isa.layout_4bit.vectors, inline=_inline(kernel, isa), **decisions)
     scheduled = schedule(define(kernel, isa), kernel, isa, plan, "total", ["unpack"], shifted=True)
     return scheduled.mod["main"].with_attr("global_symbol", kernel.name)

@@ -25,21 +25,26 @@ _MOST_MULTIPLIES = 1024
 
 def default(kernel, isa: InstructionSet) -> dict[str, int]:
     """Return the decisions made by hand."""
-    one_row = kernel.code_rows == 1
-    inline = one_row or isa.inline_rows > 0
+    inline = _inline(kernel, isa)
     rows, vectors = _tile(kernel, isa, inline)
     return {
         "rows": rows,
         "vectors": vectors,
-        "panel": _panel(kernel, isa),
+        "panel": _panel(kernel, isa, inline),
         "inline": int(inline),
         "split": 0,
         "blocks": 1,
         "parallel": 1,
         "unroll": 1,
         "columns_first": 0,
-        "ahead": 0,
+        "ahead": isa.ahead if inline and kernel.bits == 4 else 0,
     }
+
+
+def _inline(kernel, isa: InstructionSet) -> bool:
+    if kernel.code_rows == 1:
+        return True
+    return isa.inline_rows > 0 if kernel.bits == 8 else isa.inlines(kernel.code_rows)
 
 
 def _tile(kernel, isa: InstructionSet, inline: bool) -> tuple[int, int]:
@@ -48,14 +53,14 @@ def _tile(kernel, isa: InstructionSet, inline: bool) -> tuple[int, int]:
         rows = row_tile(kernel.code_rows, isa.inline_sums)
         return rows, row_tile(isa.layout_4bit.vectors, isa.inline_sums // rows)
     # Sums of larger tiles leave registers whenever a group ends, which short groups do too often.
-    short = isa.inline_rows > 0 and kernel.group_size <= _SHORT_GROUP
+    short = kernel.bits == 8 and isa.inline_rows > 0 and kernel.group_size <= _SHORT_GROUP
     return row_tile(kernel.code_rows, isa.rows if short else isa.product_rows), isa.tile(kernel.bits, inline).vectors
 
 
-def _panel(kernel, isa: InstructionSet) -> int:
+def _panel(kernel, isa: InstructionSet, inline: bool) -> int:
     if kernel.code_rows == 1:
         return 1
-    if not isa.inline_rows:
+    if not inline:
         return row_tile(kernel.groups, max(1, isa.panel // kernel.group_size))
     # The first rows fetch a tile's weights from memory, the longer without a pause the better; others find them cached.
     group = kernel.group_size * (kernel.code_rows + isa.layout(kernel.bits).width * kernel.bits // 8)
@@ -65,7 +70,7 @@ def _panel(kernel, isa: InstructionSet) -> int:
 
 def most_sums(isa: InstructionSet) -> int:
     """Return how many vectors of sums stay in registers, next to weights and activations."""
-    return _SUMS.get(isa.name, _OTHER_SUMS)
+    return _SUMS.get(isa.family, _OTHER_SUMS)
 
 
 def space(kernel, isa: InstructionSet, threads: int = 1) -> Space:

@@ -82,7 +82,10 @@ def kernel_table() -> list[KernelRow]:
 def _products(isa: InstructionSet) -> list[KernelRow]:
     rows = []
     for bits, activation_bits in ((4, 8), (4, 4), (8, 8)):
-        for operation, tile_rows in (("gemv", 1), ("gemm", isa.product_rows)):
+        operations = [("gemv", 1), ("gemm", isa.product_rows)]
+        if isa.inline_most and bits == 4:
+            operations.append((f"gemm, up to {isa.inline_most} rows", isa.product_rows))
+        for operation, tile_rows in operations:
             rows.append(_row(isa, bits, activation_bits, operation, tile_rows))
             if bits == 4:
                 rows.append(_row(isa, bits, activation_bits, operation, tile_rows, shifted=True))
@@ -93,15 +96,16 @@ def _products(isa: InstructionSet) -> list[KernelRow]:
 
 
 def _row(isa, bits: int, activation_bits: int, operation: str, rows: int, shifted: bool = False) -> KernelRow:
-    packed = bits == 4 and (operation == "gemv" or isa.inline_rows > 0)
+    packed = bits == 4 and (operation != "gemm" or (isa.inline_rows > 0 and not isa.inline_most))
     layout, stored = isa.layout(bits), 0
     tile = layout if shifted else isa.tile(bits, packed)
     if packed and operation == "gemm" and isa.inline_sums and not shifted:
         rows, tile, stored = isa.inline_sums, replace(layout, vectors=1), layout.vectors
     multiply = isa.multiply(bits, activation_bits, packed, rows)
+    ahead = isa.ahead if packed and not shifted else 0
     loops = f"{'shift_' if shifted else ''}loops.{isa.name}.{layout.name}.m{rows}"
     return KernelRow(
-        name=intrinsic(isa, Tile(rows, tile, packed, shifted=shifted, stored=stored), activation_bits) or loops,
+        name=intrinsic(isa, Tile(rows, tile, packed, 0, shifted, stored, ahead), activation_bits) or loops,
         operation=f"shifted {operation}" if shifted else operation,
         bits=f"w{bits}a{activation_bits}",
         tile=f"{rows}x{tile.width}x32",

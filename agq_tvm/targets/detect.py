@@ -8,9 +8,12 @@ from agq_tvm.errors import AgqError
 
 # Best first. Names of the device files; the features that they need are in the files.
 _CANDIDATES = {
-    "x86_64": ("x86-64-avx512vnni", "x86-64-avxvnni", "x86-64-avx2", "generic-x86-64"),
+    "x86_64": ("x86-64-xeon", "x86-64-avx512vnni", "x86-64-avxvnni", "x86-64-avx2", "generic-x86-64"),
     "aarch64": ("snapdragon-8-gen-1", "raspberry-pi-5", "raspberry-pi-4", "generic-aarch64"),
 }
+
+_VENDORS = {"x86-64-xeon": "GenuineIntel"}
+"""Whose processors a device stands for, where others run its code, but another device's faster."""
 
 
 def machine() -> str:
@@ -43,6 +46,15 @@ def cpu_features() -> frozenset[str]:
         return frozenset()
 
 
+def cpu_vendor() -> str:
+    """Return who made this machine's processor, as ``/proc/cpuinfo`` says; "" if it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
 def missing_features(device, features: Iterable[str], machine: str) -> list[str]:
     """Return what a machine lacks to run code that was compiled for a device.
 
@@ -66,8 +78,17 @@ def missing_features(device, features: Iterable[str], machine: str) -> list[str]
     return sorted(set(device.required_features) - set(features))
 
 
-def best_device(machine: str, features: Iterable[str]) -> str:
+def best_device(machine: str, features: Iterable[str], vendor: str = "") -> str:
     """Return the name of the fastest device whose code runs on a machine.
+
+    Parameters
+    ----------
+    machine : str
+        The machine's architecture.
+    features : iterable of str
+        Its features, in Linux's names.
+    vendor : str
+        Who made its processor, if that is known.
 
     Raises
     ------
@@ -80,6 +101,7 @@ def best_device(machine: str, features: Iterable[str]) -> str:
         raise AgqError(f"this machine's architecture {machine!r} is not supported: only {', '.join(_CANDIDATES)}")
     features = frozenset(features)
     for name in _CANDIDATES[machine]:
-        if not missing_features(load_device(name), features, machine):
+        others = _VENDORS.get(name, vendor) != vendor
+        if not others and not missing_features(load_device(name), features, machine):
             return name
     return _CANDIDATES[machine][-1]

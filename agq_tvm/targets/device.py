@@ -154,7 +154,7 @@ def load_device(name: str | os.PathLike) -> Device:
 
 def _host() -> Device:
     machine = detect.machine()
-    device = load_device(detect.best_device(machine, detect.cpu_features()))
+    device = load_device(detect.best_device(machine, detect.cpu_features(), detect.cpu_vendor()))
     cores = processors.big_cores(processors.usable_processors())
     return dataclasses.replace(
         device,

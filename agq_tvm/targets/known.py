@@ -5,13 +5,14 @@ lists.
 """
 
 INSTRUCTION_SETS = {
-    "x86_64": ("avx512vnni", "avxvnni", "avx2", "generic"),
+    "x86_64": ("avx512vnni", "avx512vnni-xeon", "avxvnni", "avx2", "generic"),
     "aarch64": ("i8mm", "dotprod", "neon", "neon-paper", "generic"),
 }
 
 # The features (Linux names) without which the kernels of an instruction set die on their first instruction.
 INSTRUCTION_SET_NEEDS = {
     "avx512vnni": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c"},
+    "avx512vnni-xeon": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c"},
     "avxvnni": {"avx_vnni", "avx2", "fma", "f16c"},
     "avx2": {"avx2", "fma", "f16c"},
     "i8mm": {"asimd", "asimddp", "i8mm"},

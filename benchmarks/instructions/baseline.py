@@ -21,7 +21,7 @@ from benchmarks.tables import versions
 BASELINE = Path(__file__).with_name("baseline.json")
 RENEW = "python -m benchmarks.instructions --write-baseline"
 TOLERANCE = 0.02
-X86_DEVICES = ("x86-64-avx512vnni", "x86-64-avx2")
+X86_DEVICES = ("x86-64-avx512vnni", "x86-64-xeon", "x86-64-avx2")
 
 _X86_MULTIPLY = re.compile(r"vpdpb\w+|vpmaddubsw")
 

@@ -16,6 +16,7 @@ from tests.missing import leave_out
 
 DEVICES = {
     "avx512vnni": "x86-64-avx512vnni",
+    "avx512vnni-xeon": "x86-64-xeon",
     "avxvnni": "x86-64-avxvnni",
     "avx2": "x86-64-avx2",
     "generic": "generic-x86-64",

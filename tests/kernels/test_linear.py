@@ -17,7 +17,7 @@ from agq_tvm.kernels.linear_schedule import row_tile
 from agq_tvm.kernels.linear_space import default
 from tests.kernels.operands import compiled, corner_operands, native, random_operands, target_of
 
-NATIVE = ("avx512vnni", "avx2", "generic")
+NATIVE = ("avx512vnni", "avx512vnni-xeon", "avx2", "generic")
 # K and N are no multiples of any tile or group.
 FORMS = [
     LinearKernel(1, 100, 150, 4, 32, True, "float16", False),
@@ -150,4 +150,16 @@ def test_panels_are_as_long_as_the_cache_allows(rows, channels, panel):
 def test_other_instruction_sets_unpack_once_for_several_rows():
     kernel = LinearKernel(16, 4096, 4096, 4, 32, True, None, False)
     unpacked = {name for name, isa in INSTRUCTION_SETS.items() if not default(kernel, isa)["inline"]}
-    assert unpacked == set(INSTRUCTION_SETS) - {"avx512vnni"}
+    assert unpacked == set(INSTRUCTION_SETS) - {"avx512vnni", "avx512vnni-xeon"}
+
+
+def test_xeons_unpack_once_for_many_rows_and_fetch_ahead_for_few():
+    made = {}
+    for rows in (1, 2, 16, 17, 128):
+        made[rows] = default(
+            LinearKernel(rows, 4096, 4096, 4, 32, True, None, False), INSTRUCTION_SETS["avx512vnni-xeon"]
+        )
+    assert [each["inline"] for each in made.values()] == [1, 1, 1, 0, 0]
+    assert [each["ahead"] for each in made.values()] == [8, 8, 8, 0, 0]
+    assert [each["rows"] * each["vectors"] for each in made.values()] == [4, 8, 16, 4, 16]
+    assert made[128]["panel"] == 8  # 256 channels

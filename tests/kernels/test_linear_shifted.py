@@ -110,7 +110,7 @@ def test_shifts_and_multiplies_are_in_the_code(isa, rows):
     multiplies = [i for i, line in enumerate(lines) if re.match(rf"\t{vex}{instruction}2?\t", line)]
     # A loop's round is one k-block, with the shift before its multiplies: one for each vector of totals.
     shift = r"\t(vpslld|vpsllvd|ushl|shl)\t.*(%zmm|%ymm|v\d+\.4s)"
-    lanes = {"avx512vnni": 16, "avxvnni": 8, "avx2": 8}.get(isa.name, 4)
+    lanes = {"avx512vnni": 16, "avxvnni": 8, "avx2": 8}.get(isa.family, 4)
     vectors = isa.layout_4bit.width // lanes * (isa.rows if rows > 1 else 1)
     assert sum(bool(re.match(shift, line)) for line in lines) >= vectors
     spilled = r"\t(vmov\w+\t%[zy]mm\d+, .*\(|st[rp]\tq)"

@@ -7,7 +7,7 @@ from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from tests.kernels.multiplies import build_all, check_bounds, check_pairs, tiles_of
 from tests.kernels.operands import device_here, native
 
-X86 = ("avx512vnni", "avxvnni", "avx2")
+X86 = ("avx512vnni", "avx512vnni-xeon", "avxvnni", "avx2")
 
 
 @pytest.mark.parametrize("isa", X86)

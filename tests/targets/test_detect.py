@@ -56,6 +56,19 @@ def test_best_device(machine, features, expected):
     assert detect.best_device(machine, features) == expected
 
 
+@pytest.mark.parametrize(
+    ("features", "vendor", "expected"),
+    [
+        (VNNI, "GenuineIntel", "x86-64-xeon"),
+        (VNNI, "AuthenticAMD", "x86-64-avx512vnni"),
+        (V3, "GenuineIntel", "x86-64-avx2"),
+    ],
+)
+def test_processors_that_run_the_same_code_may_want_other_tiles(features, vendor, expected):
+    assert detect.best_device("x86_64", features, vendor) == expected
+    assert detect.missing_features(load_device("x86-64-xeon"), VNNI, "x86_64") == []
+
+
 def test_other_architectures_are_refused():
     with pytest.raises(AgqError, match="'riscv64' is not supported"):
         detect.best_device("riscv64", [])

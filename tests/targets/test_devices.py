@@ -18,6 +18,7 @@ EXPECTED = {
     "x86-64-avx2": ("avx2", 4),
     "x86-64-avx512vnni": ("avx512vnni", 4),
     "x86-64-avxvnni": ("avxvnni", 4),
+    "x86-64-xeon": ("avx512vnni-xeon", 4),
 }
 
 

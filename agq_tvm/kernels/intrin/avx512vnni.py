@@ -3,7 +3,12 @@
 Sums are int32 from the start: nothing overflows before 2^31 / (255 * 127) channels. Codes are unpacked in registers for
 several rows, too: a shift and two masks take units that multiplies leave free, and nothing is stored. Their tiles have
 8 sums, which stay in registers with as many in float32 when a group ends; 16 would not.
+
+That is for Zen 4. A Xeon multiplies on two units, which shift, mask and convert, too, and each of them waits 5 cycles
+for a sum: it wants 16 sums, codes that many rows share unpacked once, and weights fetched before they are asked for.
 """
+
+from dataclasses import replace
 
 from agq_tvm.kernels.intrin.base import InstructionSet, Multiply
 from agq_tvm.kernels.layout import Layout
@@ -28,3 +33,6 @@ AVX512VNNI = InstructionSet(
     multiply_4bit=Multiply("vpdpbusd", vpdpbusd),
     multiply_8bit=Multiply("vpdpbusd", vpdpbusd),
 )
+
+XEON = replace(AVX512VNNI, name="avx512vnni-xeon", inline_most=16, inline_sums=0, panel=256, ahead=8)
+"""The same weights and instructions in other tiles."""

@@ -74,6 +74,8 @@ class InstructionSet:
     inline_rows : int
         The same for integer products, if these unpack codes in registers wherever they are multiplied, for several
         rows, too; 0 where codes are unpacked once for all rows.
+    inline_most : int
+        Rows up to which 4-bit codes are unpacked like this, where that is not for any number: 0.
     inline_sums : int
         Vectors of sums of 4-bit products in groups that unpack codes like this: as many rows, and more than one vector
         of columns only where rows are fewer. 0 for `inline_rows` and the vectors of the layout.
@@ -93,6 +95,9 @@ class InstructionSet:
         Prefill's inner loop for 4-bit weights and activations -127..127, where it is written in assembly.
     assembly_4x4 : Assembly or None
         That for activations -7..7, where `multiply_4x4` is not None; else they take `assembly`.
+    ahead : int
+        K-blocks between the one that is multiplied and the one that is fetched from memory, by default, where codes are
+        unpacked in registers; 0 leaves that to the processor.
     """
 
     name: str
@@ -108,12 +113,23 @@ class InstructionSet:
     assembly: Assembly | None = None
     assembly_4x4: Assembly | None = None
     inline_rows: int = 0
+    inline_most: int = 0
     inline_sums: int = 0
+    ahead: int = 0
+
+    @property
+    def family(self) -> str:
+        """Name without what follows a dash: sets of a family have the same registers and layouts."""
+        return self.name.partition("-")[0]
 
     @property
     def product_rows(self) -> int:
         """Rows of the register tile of integer products in prefill."""
         return self.inline_rows or self.rows
+
+    def inlines(self, rows: int) -> bool:
+        """Whether so many rows of codes have 4-bit weights unpacked in registers, wherever these are multiplied."""
+        return self.inline_rows > 0 and (not self.inline_most or rows <= self.inline_most)
 
     def layout(self, bits: int) -> Layout:
         """Return the packed layout for 4 or 8 bits."""
