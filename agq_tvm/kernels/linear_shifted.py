@@ -168,6 +168,7 @@ def space(kernel: ShiftedKernel, isa: InstructionSet, threads: int = 1) -> Space
 def build(kernel: ShiftedKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
     """Return the scheduled PrimFunc of a matrix product: a chunk of k-blocks takes the place of a group."""
     decisions = decisions or default(kernel, isa)
-    plan = Plan(vectors=isa.layout_4bit.vectors, inline=_inline(kernel, isa), **decisions)
+    inline = _inline(kernel, isa)
+    plan = Plan(vectors=isa.layout_4bit.vectors, inline=inline, ahead=isa.ahead if inline else 0, **decisions)
     scheduled = schedule(define(kernel, isa), kernel, isa, plan, "total", ["unpack"], shifted=True)
     return scheduled.mod["main"].with_attr("global_symbol", kernel.name)

@@ -102,7 +102,7 @@ def _row(isa, bits: int, activation_bits: int, operation: str, rows: int, shifte
     if packed and operation == "gemm" and isa.inline_sums and not shifted:
         rows, tile, stored = isa.inline_sums, replace(layout, vectors=1), layout.vectors
     multiply = isa.multiply(bits, activation_bits, packed, rows)
-    ahead = isa.ahead if packed and not shifted else 0
+    ahead = isa.ahead if packed else 0
     loops = f"{'shift_' if shifted else ''}loops.{isa.name}.{layout.name}.m{rows}"
     return KernelRow(
         name=intrinsic(isa, Tile(rows, tile, packed, 0, shifted, stored, ahead), activation_bits) or loops,
