@@ -40,19 +40,20 @@ def parse_cpuinfo(text: str) -> frozenset[str]:
 
 def cpu_features() -> frozenset[str]:
     """Return the features of this machine's processor, in Linux's names; none if they cannot be read."""
-    try:
-        return parse_cpuinfo(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return frozenset()
+    return parse_cpuinfo(_cpuinfo())
 
 
 def cpu_vendor() -> str:
     """Return who made this machine's processor, as ``/proc/cpuinfo`` says; "" if it does not."""
+    lines = (line.partition(":") for line in _cpuinfo().splitlines())
+    return next((value.strip() for key, _, value in lines if key.strip() == "vendor_id"), "")
+
+
+def _cpuinfo() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def missing_features(device, features: Iterable[str], machine: str) -> list[str]:

@@ -298,7 +298,8 @@ def _sweep(place: Place, operands: list, arguments: Sequence[Argument], effort: 
     calls = min(_COPIES, max(1, math.ceil(effort.cold_bytes / size))) if size else 1
     if calls > 1:
         (once,) = place.time(SWEEP, [len(operands), *operands], 1, 0)
-        calls = min(calls, max(1, round(_LONGEST_SWEEP / once)))
+        if calls * once > _LONGEST_SWEEP:
+            calls = max(1, round(_LONGEST_SWEEP / once))
     columns = [
         [operand, *place.copies(operand, calls - 1)] if argument.role == "cold" else [operand] * calls
         for operand, argument in zip(operands, arguments, strict=True)

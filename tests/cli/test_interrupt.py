@@ -8,6 +8,8 @@ import threading
 import pytest
 
 from agq_tvm import interrupt
+from agq_tvm.tuning.tuner import Settings
+from tests.tuning.fake_tuning import FakeRunner, tasks, tuner
 
 WITHIN_TVM = """
 import os, signal, sys
@@ -60,3 +62,17 @@ def test_who_ignores_interrupts_goes_on_doing_so(watched):
     interrupt.watch()
     signal.raise_signal(signal.SIGINT)
     interrupt.check()
+
+
+def test_an_interrupt_that_tvm_drops_ends_a_tuner_nevertheless(watched, tmp_path):
+    class Dropping(FakeRunner):
+        def _one(self, each):
+            interrupt._asked.set()  # and no KeyboardInterrupt arrives
+            return super()._one(each)
+
+    (task,) = tasks(16)
+    made = tuner(tmp_path, [task], Settings(60, "random"))
+    made.runner_of = Dropping
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    assert len(made.library.read()) < 60

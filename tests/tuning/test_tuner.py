@@ -10,7 +10,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -19,7 +18,6 @@ from pathlib import Path
 import pytest
 from tvm.s_tir.meta_schedule.runner import RunnerResult
 
-from agq_tvm import interrupt
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels.record_library import Library
 from agq_tvm.tuning.allotment import allot
@@ -181,22 +179,6 @@ def wait_for(condition, process, seconds: float = 180) -> None:
 def finish(process) -> None:
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
-
-
-def test_an_interrupt_that_tvm_drops_ends_it_nevertheless(tmp_path, monkeypatch):
-    monkeypatch.setattr(interrupt, "_asked", threading.Event())
-
-    class Dropping(FakeRunner):
-        def _one(self, each):
-            interrupt._asked.set()  # and no KeyboardInterrupt arrives
-            return super()._one(each)
-
-    (task,) = tasks(16)
-    made = tuner(tmp_path, [task], Settings(TRIALS, "random"))
-    made.runner_of = Dropping
-    with pytest.raises(KeyboardInterrupt):
-        made.run()
-    assert len(records(tmp_path)) < TRIALS
 
 
 def test_killed_at_any_moment_it_goes_on_without_loss_or_repetition(tmp_path):
