@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agq_tvm.kernels.emit import LANES
+from agq_tvm.kernels.intrin.avx512vnni import XEON
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.intrin.dotprod import DOTPROD
 from agq_tvm.quantize.codebooks import CODE_BOOKS, CodeBook
@@ -47,6 +48,8 @@ class AttentionForm:
         What probabilities are rounded to; values are int8 then, with a static scale for each KV head.
     sums : int
         Floats of running sums that stay in registers.
+    busy : int
+        Floats of running sums that are enough for multiply-adds, each of which waits for the one before in its sum.
     dot : ByteDot or None
         What multiplies codes of int8 caches; None for multiply-adds of floats, which hold those integers exactly.
     """
@@ -54,6 +57,7 @@ class AttentionForm:
     cache: str = "float16"
     book: CodeBook | None = None
     sums: int = 96
+    busy: int = 96
     dot: ByteDot | None = None
 
     @property
@@ -85,7 +89,9 @@ def attention_form(isa: InstructionSet, cache: str = "float16", book: CodeBook |
     if cache == "int8" and multiply and layout.depth == DEPTH and multiply.total == "int32" and not multiply.fold:
         dot = ByteDot(multiply.accumulate, layout.lanes, layout.zero == 0)
     # Of 32 registers of 16 floats, or of 32 of 4 and 16 of 8, three quarters.
-    return AttentionForm(cache, book, 384 if isa.family == "avx512vnni" else 96, dot)
+    sums = 384 if isa.family == "avx512vnni" else 96
+    # Two units of 16 floats want twice what one does, or two of 8.
+    return AttentionForm(cache, book, sums, 192 if isa.name == XEON.name else 96, dot)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ from agq_tvm.kernels.space import Space, divisors
 
 _MOST_PAIRS = 12
 _MOST_ROWS = 8
-_BUSY = 6 * LANES
-"""Sums that are enough for multiply-adds, each of which waits for the one before in its sum."""
 
 
 def default(kernel: AttentionKernel) -> dict[str, int]:
@@ -83,8 +81,9 @@ def _default_lanes(kernel: AttentionKernel, pairs: int) -> int:
     weight that one multiply-add takes needs no register.
     """
     fitting = [lanes for lanes in _lanes(kernel) if _in_registers(kernel, pairs, lanes)]
-    enough = [lanes for lanes in fitting if pairs * lanes >= _BUSY and kernel.rows > 1 and not kernel.int8_values]
-    return min(enough, default=max(fitting))
+    if kernel.rows == 1 or kernel.int8_values:
+        return max(fitting)
+    return min((lanes for lanes in fitting if pairs * lanes >= kernel.form.busy), default=max(fitting))
 
 
 def _in_registers(kernel: AttentionKernel, pairs: int, lanes: int) -> bool:

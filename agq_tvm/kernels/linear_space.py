@@ -49,9 +49,9 @@ def _inline(kernel, isa: InstructionSet) -> bool:
 
 def _tile(kernel, isa: InstructionSet, inline: bool) -> tuple[int, int]:
     """Return rows and vectors of a register tile."""
-    if kernel.bits == 4 and isa.inline_sums and kernel.code_rows > 1:
-        rows = row_tile(kernel.code_rows, isa.inline_sums)
-        return rows, row_tile(isa.layout_4bit.vectors, isa.inline_sums // rows)
+    if inline and kernel.bits == 4 and isa.inline_tile and kernel.code_rows > 1:
+        rows = row_tile(kernel.code_rows, isa.inline_tile[0])
+        return rows, row_tile(isa.layout_4bit.vectors, math.prod(isa.inline_tile) // rows)
     # Sums of larger tiles leave registers whenever a group ends, which short groups do too often.
     short = kernel.bits == 8 and isa.inline_rows > 0 and kernel.group_size <= _SHORT_GROUP
     return row_tile(kernel.code_rows, isa.rows if short else isa.product_rows), isa.tile(kernel.bits, inline).vectors
@@ -62,6 +62,8 @@ def _panel(kernel, isa: InstructionSet, inline: bool) -> int:
         return 1
     if not inline:
         return row_tile(kernel.groups, max(1, isa.panel // kernel.group_size))
+    if isa.ahead:
+        return 1
     # The first rows fetch a tile's weights from memory, the longer without a pause the better; others find them cached.
     group = kernel.group_size * (kernel.code_rows + isa.layout(kernel.bits).width * kernel.bits // 8)
     panels = divisors(kernel.groups, kernel.groups)

@@ -99,8 +99,8 @@ def _row(isa, bits: int, activation_bits: int, operation: str, rows: int, shifte
     packed = bits == 4 and (operation != "gemm" or (isa.inline_rows > 0 and not isa.inline_most))
     layout, stored = isa.layout(bits), 0
     tile = layout if shifted else isa.tile(bits, packed)
-    if packed and operation == "gemm" and isa.inline_sums and not shifted:
-        rows, tile, stored = isa.inline_sums, replace(layout, vectors=1), layout.vectors
+    if packed and operation != "gemv" and isa.inline_tile and not shifted:
+        rows, tile, stored = isa.inline_tile[0], replace(layout, vectors=isa.inline_tile[1]), layout.vectors
     multiply = isa.multiply(bits, activation_bits, packed, rows)
     ahead = isa.ahead if packed else 0
     loops = f"{'shift_' if shifted else ''}loops.{isa.name}.{layout.name}.m{rows}"

@@ -132,7 +132,7 @@ def test_accumulators_stay_in_registers():
     lines = assembly_of(kernel, isa).splitlines()
     multiplies = [i for i, line in enumerate(lines) if "vpdpbusd" in line]
     between = [line for line in lines[multiplies[0] : multiplies[-1]] if re.search(r"vmov\w+\s+%zmm\d+, .*\(", line)]
-    assert len(multiplies) == isa.inline_sums * 8
+    assert len(multiplies) == 8 * 8
     assert between == []
 
 
@@ -153,6 +153,13 @@ def test_other_instruction_sets_unpack_once_for_several_rows():
     assert unpacked == set(INSTRUCTION_SETS) - {"avx512vnni", "avx512vnni-xeon"}
 
 
+@pytest.mark.parametrize("rows,vectors", [(4, 4), (16, 2)])
+def test_tiles_fetch_their_own_weights_ahead(rows, vectors):
+    """A line for each vector of each of 4 steps; those of the vectors of other tiles are left to these."""
+    kernel = LinearKernel(rows, 128, 512, 4, 128, True, None, False)
+    assert assembly_of(kernel, INSTRUCTION_SETS["avx512vnni-xeon"]).count("prefetcht0") == 4 * vectors
+
+
 def test_xeons_unpack_once_for_many_rows_and_fetch_ahead_for_few():
     made = {}
     for rows in (1, 2, 16, 17, 128):
@@ -161,5 +168,6 @@ def test_xeons_unpack_once_for_many_rows_and_fetch_ahead_for_few():
         )
     assert [each["inline"] for each in made.values()] == [1, 1, 1, 0, 0]
     assert [each["ahead"] for each in made.values()] == [8, 8, 8, 0, 0]
-    assert [each["rows"] * each["vectors"] for each in made.values()] == [4, 8, 16, 4, 16]
+    assert [(each["rows"], each["vectors"]) for each in made.values()] == [(1, 4), (2, 4), (8, 2), (1, 4), (4, 4)]
+    assert [each["panel"] for each in made.values()][:3] == [1, 1, 1]
     assert made[128]["panel"] == 8  # 256 channels

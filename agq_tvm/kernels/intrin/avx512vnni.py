@@ -29,10 +29,10 @@ AVX512VNNI = InstructionSet(
     layout_8bit=Layout(bits=8, vectors=4, lanes=16, depth=4, zero=0),
     rows=2,
     inline_rows=4,
-    inline_sums=8,
+    inline_tile=(8, 1),
     multiply_4bit=Multiply("vpdpbusd", vpdpbusd),
     multiply_8bit=Multiply("vpdpbusd", vpdpbusd),
 )
 
-XEON = replace(AVX512VNNI, name="avx512vnni-xeon", inline_most=16, inline_sums=0, panel=256, ahead=8)
+XEON = replace(AVX512VNNI, name="avx512vnni-xeon", inline_most=16, inline_tile=(8, 2), panel=256, ahead=8)
 """The same weights and instructions in other tiles."""

@@ -76,9 +76,9 @@ class InstructionSet:
         rows, too; 0 where codes are unpacked once for all rows.
     inline_most : int
         Rows up to which 4-bit codes are unpacked like this, where that is not for any number: 0.
-    inline_sums : int
-        Vectors of sums of 4-bit products in groups that unpack codes like this: as many rows, and more than one vector
-        of columns only where rows are fewer. 0 for `inline_rows` and the vectors of the layout.
+    inline_tile : tuple of int or None
+        Rows and vectors of columns of the register tile of 4-bit products in groups that unpack codes like this; where
+        rows are fewer, vectors are more. None for `inline_rows` and the vectors of the layout.
     multiply_4bit, multiply_8bit : Multiply or None
         For weights of 4 and 8 bits and activations -127..127. None leaves the loops to LLVM.
     multiply_4x4 : Multiply or None
@@ -114,7 +114,7 @@ class InstructionSet:
     assembly_4x4: Assembly | None = None
     inline_rows: int = 0
     inline_most: int = 0
-    inline_sums: int = 0
+    inline_tile: tuple[int, int] | None = None
     ahead: int = 0
 
     @property

@@ -136,12 +136,14 @@ def shift_totals(d, c, tile: Tile) -> None:
 
 
 def fetch_ahead(w, tile: Tile) -> None:
-    """Emit the fetch of the weights of a later k-block, line by line; beyond the last one it does nothing."""
+    """Emit the fetch of the tile's weights of a later k-block, line by line; beyond the last one it does nothing."""
     layout = tile.layout
-    block = layout.steps * (tile.stored or layout.vectors) * layout.lanes * layout.depth
-    for line in range(0, block, _LINE):
-        address = w.access_ptr("r", offset=tile.ahead * block + line)
-        T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *map(T.int32, (0, 3, 1))))
+    vector = layout.lanes * layout.depth
+    step = (tile.stored or layout.vectors) * vector
+    for s in range(layout.steps):
+        for line in range(0, layout.vectors * vector, _LINE):
+            address = w.access_ptr("r", offset=(tile.ahead * layout.steps + s) * step + line)
+            T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *map(T.int32, (0, 3, 1))))
 
 
 def implementation(tile: Tile, products: Callable, own_totals: bool = False):
