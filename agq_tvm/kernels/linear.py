@@ -14,21 +14,22 @@ Weights and their scales come in the tiles of `layout.py`; activation codes come
 
 from dataclasses import dataclass
 
-from tvm import te
-
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels import linear_panels
+from agq_tvm.kernels.emit import fused
+from agq_tvm.kernels.intrin.assembly import MAGIC
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, nibble, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.kernels.linear_schedule import Plan, schedule
 from agq_tvm.kernels.linear_space import default
-from agq_tvm.tvm_seam import T
+from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
 ZERO = {4: 8, 8: 128}
 """The code that stands for 0 in symmetric weights."""
 OPERANDS = ("w", "ws", "wo", "bias")
 """Packed parameters of a linear that are operands of `define`, in order."""
 _INT32_LIMIT = (1 << 31) - 1
+_MAGIC_BITS, _MAGIC_LIMIT = 0x4B400000, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,21 @@ def center_of(layout: Layout, less: int, bits: int, offsets: str | None) -> int:
     return layout.zero + less - (0 if offsets else ZERO[bits])
 
 
+def _started(isa: InstructionSet, plan: Plan) -> bool:
+    """Whether sums of products start at what they end with besides.
+
+    Where codes are unpacked in registers they start at 0: LLVM then leaves activations, which several tiles of columns
+    read, in the loop over these, and does not keep all of them on the stack.
+    """
+    return isa.started and not plan.inline
+
+
+def _sums_become_floats(kernel: LinearKernel, isa: InstructionSet, plan: Plan) -> bool:
+    """Whether sums of products start at the bits of `MAGIC` besides, and are within what that allows."""
+    largest = kernel.group_size * ACTIVATION_LIMIT * ((1 << kernel.bits) - 1)
+    return _started(isa, plan) and kernel.per_group and largest < _MAGIC_LIMIT
+
+
 def define(kernel: LinearKernel, isa: InstructionSet, plan: Plan | None = None):
     """Return the matrix product as unscheduled TIR.
 
@@ -121,79 +137,131 @@ def define(kernel: LinearKernel, isa: InstructionSet, plan: Plan | None = None):
     - ws float16 [NT, G, V, L]; wo the same shape, if any; bias float32 [NT, V, L], if any
     - out float32 [M, NT * V * L]
     """
-    layout = isa.layout(kernel.bits)
     plan = plan or Plan(**default(kernel, isa))
-    less = isa.center(kernel.bits, kernel.activation_bits, plan.inline)
-    M, R, G, GB = kernel.rows, kernel.code_rows, kernel.groups, kernel.group_size // K_BLOCK
-    KB, NT = k_blocks(kernel.channels, kernel.group_size), layout.tiles(kernel.columns)
-    S, V, L, D = layout.steps, layout.vectors, layout.lanes, layout.depth
-    x = te.placeholder((KB, R, S, 2, D), "int8", name="x")
-    sx = te.placeholder((R, G if kernel.per_group else 1), "float32", name="sx")
-    xsum = te.placeholder((R, G), "int32", name="xsum")
-    w_dtype = "uint8" if kernel.bits == 4 else stored_dtype(layout)
-    w = te.placeholder(layout.packed_shape(kernel.columns, KB * K_BLOCK), w_dtype, name="w")
-    ws = te.placeholder((NT, G, V, L), "float16", name="ws")
-    wo = te.placeholder((NT, G, V, L), kernel.offsets, name="wo") if kernel.offsets else None
-    bias = te.placeholder((NT, V, L), "float32", name="bias") if kernel.bias else None
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(kernel.name)
+            T.func_attr({"global_symbol": kernel.name, "tirx.noalias": True})
+            product = _Product(kernel, isa, plan)
+            codes = product.unpack() if kernel.bits == 4 else product.w
+            product.finish(product.total(product.dot(codes)))
+    return builder.get()
 
-    TV = layout.vectors if plan.inline else plan.vectors
 
-    def code(t, kb, s, h, v, j, i):
-        if kernel.bits == 4:
-            return codes[t, v // TV, kb, s, h, v % TV, j, i]
-        return w[t, kb, s, h, v, j, i]
+class _Product:
+    """The parts of one product, as they are emitted."""
 
-    if kernel.bits == 4:
-        codes = te.compute(
-            (NT, V // TV, KB, S, 2, TV, L, D),
-            lambda t, p, kb, s, h, v, j, i: nibble(w[t, kb, s, p * TV + v, j, i], h, layout, less),
-            name="unpack",
-        )
-    axes = [te.reduce_axis((0, extent), name) for extent, name in ((GB, "kb"), (S, "s"), (2, "h"), (D, "i"))]
-    kb, s, h, i = axes
-    dot = te.compute(
-        (NT, G, R, V, L),
-        lambda t, g, m, v, j: te.sum(
-            T.Cast("int32", x[g * GB + kb, m, s, h, i]) * T.Cast("int32", code(t, g * GB + kb, s, h, v, j, i)),
-            axis=axes,
-        ),
-        name="dot",
-    )
+    def __init__(self, kernel: LinearKernel, isa: InstructionSet, plan: Plan):
+        self.kernel, self.layout = kernel, isa.layout(kernel.bits)
+        self.less = isa.center(kernel.bits, kernel.activation_bits, plan.inline)
+        self.center = center_of(self.layout, self.less, kernel.bits, kernel.offsets)
+        self.side_by_side = self.layout.vectors if plan.inline else plan.vectors
+        self.started, self.floats = _started(isa, plan), _sums_become_floats(kernel, isa, plan)
+        self.blocks, self.tiles = k_blocks(kernel.channels, kernel.group_size), self.layout.tiles(kernel.columns)
+        self._args()
 
-    def widened(values, name):
-        return te.compute(values.shape, lambda *at: T.Cast("float32", values(*at)), name=name)
+    def _args(self) -> None:
+        kernel, layout = self.kernel, self.layout
+        per_group = (self.tiles, kernel.groups, layout.vectors, layout.lanes)
+        codes = "uint8" if kernel.bits == 4 else stored_dtype(layout)
+        forms = {
+            "x": ((self.blocks, kernel.code_rows, layout.steps, 2, layout.depth), "int8"),
+            "sx": ((kernel.code_rows, kernel.groups if kernel.per_group else 1), "float32"),
+            "xsum": ((kernel.code_rows, kernel.groups), "int32"),
+            "w": (layout.packed_shape(kernel.columns, self.blocks * K_BLOCK), codes),
+            "ws": (per_group, "float16"),
+        }
+        forms |= {"wo": (per_group, kernel.offsets)} if kernel.offsets else {}
+        forms |= {"bias": ((self.tiles, layout.vectors, layout.lanes), "float32")} if kernel.bias else {}
+        forms |= {"out": ((kernel.rows, self.tiles * layout.width), "float32")}
+        args = {name: T.arg(name, T.buffer(*form)) for name, form in forms.items()}
+        self.x, self.sx, self.xsum, self.w, self.ws = (args[name] for name in ("x", "sx", "xsum", "w", "ws"))
+        self.wo, self.bias, self.out = args.get("wo"), args.get("bias"), args["out"]
 
-    scales = widened(ws, "scales")
-    center = center_of(layout, less, kernel.bits, kernel.offsets)
-    if kernel.offsets:  # which take the center along, once for all rows: s (q - c) + (o + s c)
+    def unpack(self):
+        """Give every 4-bit code a byte, [NT, V // TV, KB, S, 2, TV, L, D] for the TV vectors of a register tile."""
+        layout, TV = self.layout, self.side_by_side
+        shape = (self.tiles, layout.vectors // TV, self.blocks, layout.steps, 2, TV, layout.lanes, layout.depth)
+        codes = T.sblock_alloc_buffer(shape, stored_dtype(layout, self.less))
+        with T.grid(*shape) as loops, T.sblock("unpack"):
+            t, p, kb, s, h, v, j, i = at = T.axis.remap("S" * len(shape), loops)
+            T.buffer_store(codes, nibble(self.w[t, kb, s, p * TV + v, j, i], h, layout, self.less), list(at))
+        return codes
 
-        def offset(*at):
-            value = T.Cast("float32", wo(*at))
-            return value + T.Cast("float32", ws(*at)) * T.float32(center) if center else value
+    def dot(self, codes):
+        """Sum the products of every group, int32 [NT, G, R, V, L]."""
+        kernel, layout = self.kernel, self.layout
+        shape = (self.tiles, kernel.groups, kernel.code_rows, layout.vectors, layout.lanes)
+        dot, GB, TV = T.sblock_alloc_buffer(shape, "int32"), kernel.group_size // K_BLOCK, self.side_by_side
+        with T.grid(*shape, GB, layout.steps, 2, layout.depth) as loops, T.sblock("dot"):
+            t, g, m, v, j, kb, s, h, i = T.axis.remap("SSSSSRRRR", loops)
+            block = g * GB + kb
+            code = codes[t, v // TV, block, s, h, v % TV, j, i] if kernel.bits == 4 else codes[t, block, s, h, v, j, i]
+            # Tensor intrinsics know what they add to a sum; what it starts at is not theirs.
+            T.reads(self.x[block, m, s, h, i], code)
+            T.writes(dot[t, g, m, v, j])
+            with T.init():
+                T.buffer_store(dot, self._start(m, g), [t, g, m, v, j])
+            product = T.Cast("int32", self.x[block, m, s, h, i]) * T.Cast("int32", code)
+            T.buffer_store(dot, dot[t, g, m, v, j] + product, [t, g, m, v, j])
+        return dot
 
-        offsets = te.compute(wo.shape, offset, name="offsets")
+    def _start(self, m, g):
+        """Return what a sum of products starts at: 0, or what it has to end with besides."""
+        start = T.int32(0)
+        if self.started and self.center and not self.kernel.offsets:
+            start = self.xsum[m, g] * self.center
+        return start + _MAGIC_BITS if self.floats else start
 
-    def term(t, m, v, j, g):
-        plain = center == 0 or kernel.offsets
-        total = dot[t, g, m, v, j] if plain else dot[t, g, m, v, j] + xsum[m, g] * center
-        y = T.Cast("float32", total) * scales[t, g, v, j]
+    def _parameter(self, name: str, value):
+        """Compute a parameter of every group and column in floats, [NT, G, V, L]."""
+        buffer = T.sblock_alloc_buffer(self.ws.shape, "float32")
+        with T.grid(*self.ws.shape) as loops, T.sblock(name):
+            at = list(T.axis.remap("SSSS", loops))
+            T.buffer_store(buffer, value(at), at)
+        return buffer
+
+    def _offset(self, at):
+        """Take the center along, once for all rows: s (q - c) + (o + s c)."""
+        value = T.Cast("float32", self.wo[at])
+        return value + T.Cast("float32", self.ws[at]) * T.float32(self.center) if self.center else value
+
+    def total(self, dot):
+        """Sum the groups' products with their scales, float32 [NT, R, V, L]."""
+        kernel, layout = self.kernel, self.layout
+        scales = self._parameter("scales", lambda at: T.Cast("float32", self.ws[at]))
+        starts = offsets = None
+        if self.floats:
+            starts = self._parameter("starts", lambda at: T.Cast("float32", self.ws[at]) * T.float32(-MAGIC))
         if kernel.offsets:
-            y = y + T.Cast("float32", xsum[m, g]) * offsets[t, g, v, j]
-        return y * sx[m, g] if kernel.per_group else y
+            offsets = self._parameter("offsets", self._offset)
+        shape = (self.tiles, kernel.code_rows, layout.vectors, layout.lanes)
+        scaled = T.sblock_alloc_buffer(shape, "float32")
+        with T.grid(*shape, kernel.groups) as loops, T.sblock("scaled"):
+            t, m, v, j, g = T.axis.remap("SSSSR", loops)
+            with T.init():
+                T.buffer_store(scaled, T.float32(0), [t, m, v, j])
+            total, scale = dot[t, g, m, v, j], scales[t, g, v, j]
+            if starts is not None:
+                y = fused(tirx.reinterpret("float32", total), scale, starts[t, g, v, j])
+            else:
+                plain = self.center == 0 or kernel.offsets or self.started
+                y = T.Cast("float32", total if plain else total + self.xsum[m, g] * self.center) * scale
+            if offsets is not None:
+                y = y + T.Cast("float32", self.xsum[m, g]) * offsets[t, g, v, j]
+            y = y * self.sx[m, g] if kernel.per_group else y
+            T.buffer_store(scaled, scaled[t, m, v, j] + y, [t, m, v, j])
+        return scaled
 
-    g = te.reduce_axis((0, G), "g")
-    scaled = te.compute((NT, R, V, L), lambda t, m, v, j: te.sum(term(t, m, v, j, g), axis=[g]), name="scaled")
-
-    def finish(m, n):
-        t, v, j = n // layout.width, n % layout.width // L, n % L
-        rows = [m + term * M for term in range(kernel.terms)]
-        y = sum(scaled[t, r, v, j] if kernel.per_group else scaled[t, r, v, j] * sx[r, 0] for r in rows)
-        return y + bias[t, v, j] if kernel.bias else y
-
-    out = te.compute((M, NT * layout.width), finish, name="out")
-    operands = [x, sx, xsum, w, ws, wo, bias, out]
-    func = te.create_prim_func([operand for operand in operands if operand is not None])
-    return func.with_attr({"global_symbol": kernel.name, "tirx.noalias": True})
+    def finish(self, scaled) -> None:
+        """Add the terms, with the scales of rows and the bias."""
+        kernel, layout = self.kernel, self.layout
+        with T.grid(*self.out.shape) as loops, T.sblock("out"):
+            m, n = T.axis.remap("SS", loops)
+            t, v, j = n // layout.width, n % layout.width // layout.lanes, n % layout.lanes
+            rows = [m + term * kernel.rows for term in range(kernel.terms)]
+            y = sum(scaled[t, r, v, j] if kernel.per_group else scaled[t, r, v, j] * self.sx[r, 0] for r in rows)
+            T.buffer_store(self.out, y + self.bias[t, v, j] if kernel.bias else y, [m, n])
 
 
 def build(kernel: LinearKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
@@ -202,6 +270,7 @@ def build(kernel: LinearKernel, isa: InstructionSet, decisions: dict[str, int] |
         return linear_panels.build(kernel, isa, decisions)
     plan = Plan(**(decisions or default(kernel, isa)))
     conversions = ["unpack"] if kernel.bits == 4 else []
-    conversions += ["scales", "offsets"] if kernel.offsets else ["scales"]
+    conversions += ["scales", "starts"] if _sums_become_floats(kernel, isa, plan) else ["scales"]
+    conversions += ["offsets"] if kernel.offsets else []
     scheduled = schedule(define(kernel, isa, plan), kernel, isa, plan, "scaled", conversions)
     return scheduled.mod["main"].with_attr("global_symbol", kernel.name)

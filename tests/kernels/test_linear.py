@@ -23,6 +23,7 @@ FORMS = [
     LinearKernel(1, 100, 150, 4, 32, True, "float16", False),
     LinearKernel(8, 100, 150, 4, 128, False, None, True),
     LinearKernel(6, 65, 190, 4, 64, True, "float32", False),
+    LinearKernel(12, 97, 130, 4, 32, True, None, False),
     LinearKernel(1, 70, 130, 4, 64, False, None, False),
     LinearKernel(1, 97, 100, 8, 32, True, None, False),
     LinearKernel(8, 97, 100, 8, 32, True, None, False),
@@ -34,7 +35,11 @@ FORMS = [
 
 
 def assembly_of(kernel: LinearKernel, isa) -> str:
-    library = tvm.compile(tvm.IRModule({kernel.name: linear.build(kernel, isa)}), target=target_of(isa.name))
+    return assembly_text(linear.build(kernel, isa), isa)
+
+
+def assembly_text(func, isa) -> str:
+    library = tvm.compile(tvm.IRModule({"main": func}), target=target_of(isa.name))
     return library.mod.inspect_source("asm")
 
 
@@ -48,6 +53,21 @@ def test_exact_in_integers(isa, kernel, form):
     for name, operands in {"random": random_operands(kernel, 1), **corner_operands(kernel)}.items():
         operands = operands.integer_form()
         np.testing.assert_array_equal(operands.run(function, isa), operands.expected(), err_msg=name)
+
+
+@pytest.mark.parametrize("bits,longest", [(4, 2176), (8, 128)])
+@pytest.mark.parametrize("offsets", [None, "float16"])
+def test_sums_are_floats_as_long_as_these_hold_them(bits, longest, offsets):
+    """15 x 127 x 2176 = 4145280 < 2^22, and 255 x 127 x 128 as well: one k-block more has to be converted."""
+    isa = native("avx512vnni-xeon")
+    for channels, floats in ((longest, True), (longest + 32, False)):
+        kernel = LinearKernel(32, 64, channels, bits, channels, True, offsets, False)
+        func = linear.build(kernel, isa, default(kernel, isa) | {"inline": 0})
+        assert ("vcvtdq2ps" not in assembly_text(func, isa)) == floats
+        function = compiled(func, isa.name)
+        for name, operands in corner_operands(kernel).items():
+            operands = operands.integer_form()
+            np.testing.assert_array_equal(operands.run(function, isa), operands.expected(), err_msg=name)
 
 
 @pytest.mark.parametrize("kernel", FORMS, ids=lambda kernel: kernel.name)

@@ -34,5 +34,5 @@ AVX512VNNI = InstructionSet(
     multiply_8bit=Multiply("vpdpbusd", vpdpbusd),
 )
 
-XEON = replace(AVX512VNNI, name="avx512vnni-xeon", inline_most=16, inline_tile=(8, 2), panel=256, ahead=8)
+XEON = replace(AVX512VNNI, name="avx512vnni-xeon", inline_most=16, inline_tile=(8, 2), panel=256, ahead=8, started=True)
 """The same weights and instructions in other tiles."""
