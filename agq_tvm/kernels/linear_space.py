@@ -44,7 +44,7 @@ def default(kernel, isa: InstructionSet) -> dict[str, int]:
 def _inline(kernel, isa: InstructionSet) -> bool:
     if kernel.code_rows == 1:
         return True
-    return isa.inline_rows > 0 if kernel.bits == 8 else isa.inlines(kernel.code_rows)
+    return isa.inlines(kernel.code_rows) and not (kernel.bits == 8 and isa.inline_most)
 
 
 def _tile(kernel, isa: InstructionSet, inline: bool) -> tuple[int, int]:
@@ -53,7 +53,7 @@ def _tile(kernel, isa: InstructionSet, inline: bool) -> tuple[int, int]:
         rows = row_tile(kernel.code_rows, isa.inline_tile[0])
         return rows, row_tile(isa.layout_4bit.vectors, math.prod(isa.inline_tile) // rows)
     # Sums of larger tiles leave registers whenever a group ends, which short groups do too often.
-    short = kernel.bits == 8 and isa.inline_rows > 0 and kernel.group_size <= _SHORT_GROUP
+    short = kernel.bits == 8 and inline and kernel.group_size <= _SHORT_GROUP
     return row_tile(kernel.code_rows, isa.rows if short else isa.product_rows), isa.tile(kernel.bits, inline).vectors
 
 
@@ -62,7 +62,7 @@ def _panel(kernel, isa: InstructionSet, inline: bool) -> int:
         return 1
     if not inline:
         return row_tile(kernel.groups, max(1, isa.panel // kernel.group_size))
-    if isa.ahead:
+    if isa.ahead:  # 4-bit codes, then: see `_inline`
         return 1
     # The first rows fetch a tile's weights from memory, the longer without a pause the better; others find them cached.
     group = kernel.group_size * (kernel.code_rows + isa.layout(kernel.bits).width * kernel.bits // 8)

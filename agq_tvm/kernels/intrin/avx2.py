@@ -40,4 +40,5 @@ AVX2 = InstructionSet(
         fold=widen,
     ),
     multiply_8bit=Multiply("vpmaddubsw", multiply_8bit),
+    ahead=8,
 )

@@ -15,4 +15,5 @@ AVXVNNI = InstructionSet(
     rows=2,
     multiply_4bit=Multiply("vpdpbusd", vpdpbusd),
     multiply_8bit=Multiply("vpdpbusd", vpdpbusd),
+    ahead=8,
 )

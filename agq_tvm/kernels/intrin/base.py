@@ -75,7 +75,7 @@ class InstructionSet:
         The same for integer products, if these unpack codes in registers wherever they are multiplied, for several
         rows, too; 0 where codes are unpacked once for all rows.
     inline_most : int
-        Rows up to which 4-bit codes are unpacked like this, where that is not for any number: 0.
+        Rows up to which 4-bit codes are unpacked like this, and 8-bit ones never, where that is not for any number: 0.
     inline_tile : tuple of int or None
         Rows and vectors of columns of the register tile of 4-bit products in groups that unpack codes like this; where
         rows are fewer, vectors are more. None for `inline_rows` and the vectors of the layout.
