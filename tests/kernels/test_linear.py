@@ -191,3 +191,5 @@ def test_xeons_unpack_once_for_many_rows_and_fetch_ahead_for_few():
     assert [(each["rows"], each["vectors"]) for each in made.values()] == [(1, 4), (2, 4), (8, 2), (1, 4), (4, 4)]
     assert [each["panel"] for each in made.values()][:3] == [1, 1, 1]
     assert made[128]["panel"] == 8  # 256 channels
+    wide = default(LinearKernel(16, 4096, 4096, 8, 32, True, None, False), INSTRUCTION_SETS["avx512vnni-xeon"])
+    assert (wide["rows"], wide["vectors"], wide["panel"], wide["inline"]) == (4, 4, 8, 0)
