@@ -20,6 +20,7 @@ from agq_tvm.kernels.emit import fused
 from agq_tvm.kernels.intrin.assembly import MAGIC
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, nibble, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
+from agq_tvm.kernels.linear_operands import declare_operands
 from agq_tvm.kernels.linear_schedule import Plan, schedule
 from agq_tvm.kernels.linear_space import default
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
@@ -29,7 +30,10 @@ ZERO = {4: 8, 8: 128}
 OPERANDS = ("w", "ws", "wo", "bias")
 """Packed parameters of a linear that are operands of `define`, in order."""
 _INT32_LIMIT = (1 << 31) - 1
-_MAGIC_BITS, _MAGIC_LIMIT = 0x4B400000, 1 << 22
+_MAGIC_BITS = 0x4B400000
+"""Of the float `MAGIC`."""
+_MAGIC_LIMIT = 1 << 22
+"""What sums that start there have to stay below."""
 
 
 @dataclass(frozen=True)
@@ -126,16 +130,8 @@ def _sums_become_floats(kernel: LinearKernel, isa: InstructionSet, plan: Plan) -
 def define(kernel: LinearKernel, isa: InstructionSet, plan: Plan | None = None):
     """Return the matrix product as unscheduled TIR.
 
-    A plan tells whether codes are unpacked, and for how many vectors at a time; by default as by hand.
-
-    Buffers, in order (rows of codes R, M or 2 M; tiles NT, groups G, k-blocks KB; S, V, L, D from the layout):
-
-    - x int8 [KB, R, S, 2, D], activation codes
-    - sx float32 [R, G or 1], activation scales
-    - xsum int32 [R, G], sums of the codes of a group
-    - w uint8 [NT, KB, S, V, L, D] or of 8 bit [NT, KB, S, 2, V, L, D]
-    - ws float16 [NT, G, V, L]; wo the same shape, if any; bias float32 [NT, V, L], if any
-    - out float32 [M, NT * V * L]
+    A plan tells whether codes are unpacked, and for how many vectors at a time; by default as by hand. The buffers are
+    those of `declare_operands`.
     """
     plan = plan or Plan(**default(kernel, isa))
     with IRBuilder() as builder:
@@ -158,23 +154,7 @@ class _Product:
         self.side_by_side = self.layout.vectors if plan.inline else plan.vectors
         self.started, self.floats = _started(isa, plan), _sums_become_floats(kernel, isa, plan)
         self.blocks, self.tiles = k_blocks(kernel.channels, kernel.group_size), self.layout.tiles(kernel.columns)
-        self._args()
-
-    def _args(self) -> None:
-        kernel, layout = self.kernel, self.layout
-        per_group = (self.tiles, kernel.groups, layout.vectors, layout.lanes)
-        codes = "uint8" if kernel.bits == 4 else stored_dtype(layout)
-        forms = {
-            "x": ((self.blocks, kernel.code_rows, layout.steps, 2, layout.depth), "int8"),
-            "sx": ((kernel.code_rows, kernel.groups if kernel.per_group else 1), "float32"),
-            "xsum": ((kernel.code_rows, kernel.groups), "int32"),
-            "w": (layout.packed_shape(kernel.columns, self.blocks * K_BLOCK), codes),
-            "ws": (per_group, "float16"),
-        }
-        forms |= {"wo": (per_group, kernel.offsets)} if kernel.offsets else {}
-        forms |= {"bias": ((self.tiles, layout.vectors, layout.lanes), "float32")} if kernel.bias else {}
-        forms |= {"out": ((kernel.rows, self.tiles * layout.width), "float32")}
-        args = {name: T.arg(name, T.buffer(*form)) for name, form in forms.items()}
+        args = declare_operands(kernel, self.layout)
         self.x, self.sx, self.xsum, self.w, self.ws = (args[name] for name in ("x", "sx", "xsum", "w", "ws"))
         self.wo, self.bias, self.out = args.get("wo"), args.get("bias"), args["out"]
 
@@ -243,6 +223,7 @@ class _Product:
                 T.buffer_store(scaled, T.float32(0), [t, m, v, j])
             total, scale = dot[t, g, m, v, j], scales[t, g, v, j]
             if starts is not None:
+                # s (MAGIC + dot) - s MAGIC: exact before it is rounded once, see `intrin/assembly.py`.
                 y = fused(tirx.reinterpret("float32", total), scale, starts[t, g, v, j])
             else:
                 plain = self.center == 0 or kernel.offsets or self.started

@@ -9,7 +9,8 @@ from agq_tvm.kernels.emit import float32, lane_chunks, task_loop
 from agq_tvm.kernels.intrin import assembly
 from agq_tvm.kernels.intrin.assembly import MAGIC, Assembly, Form, unroll_of
 from agq_tvm.kernels.intrin.base import InstructionSet
-from agq_tvm.kernels.layout import K_BLOCK, k_blocks
+from agq_tvm.kernels.layout import K_BLOCK
+from agq_tvm.kernels.linear_operands import declare_operands
 from agq_tvm.kernels.space import Space
 from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
@@ -92,25 +93,8 @@ class _Product:
         )
 
     def args(self):
-        """Declare the operands, as `linear.define` lists them."""
-        kernel, layout = self.kernel, self.layout
-        R, G, KB = kernel.code_rows, kernel.groups, k_blocks(kernel.channels, kernel.group_size)
-        NT, V, L = layout.tiles(kernel.columns), layout.vectors, layout.lanes
-        forms = {
-            "x": ((KB, R, layout.steps, 2, layout.depth), "int8"),
-            "sx": ((R, G if kernel.per_group else 1), "float32"),
-            "xsum": ((R, G), "int32"),
-            "w": (layout.packed_shape(kernel.columns, KB * K_BLOCK), "uint8"),
-            "ws": ((NT, G, V, L), "float16"),
-            "wo": ((NT, G, V, L), kernel.offsets),
-            "bias": ((NT, V, L), "float32"),
-            "out": ((kernel.rows, NT * layout.width), "float32"),
-        }
-        if not kernel.offsets:
-            del forms["wo"]
-        if not kernel.bias:
-            del forms["bias"]
-        args = {name: T.arg(name, T.buffer(*form)) for name, form in forms.items()}
+        """Declare the operands."""
+        args = declare_operands(self.kernel, self.layout)
         self.x, self.sx, self.xsum, self.w, self.ws = (args[name] for name in ("x", "sx", "xsum", "w", "ws"))
         self.wo, self.bias, self.out = args.get("wo"), args.get("bias"), args["out"]
         return args
@@ -255,7 +239,7 @@ class _Product:
 
 
 def build(kernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
-    """Return the PrimFunc of a matrix product, of the operands of `linear.define`."""
+    """Return the PrimFunc of a matrix product, of the operands of `declare_operands`."""
     decisions = decisions or default(kernel, isa)
     product, tiles = _Product(kernel, isa, decisions), isa.layout_4bit.tiles(kernel.columns)
     with IRBuilder() as builder:

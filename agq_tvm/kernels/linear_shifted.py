@@ -84,7 +84,7 @@ class ShiftedKernel:
 def define(kernel: ShiftedKernel, isa: InstructionSet):
     """Return the matrix product as unscheduled TIR.
 
-    Buffers, in order (names of extents as in `linear.define`):
+    Buffers, in order (names of extents as in `declare_operands`):
 
     - x int8 [KB, M, S, 2, D], activation codes in their order
     - sx float32 [M, 1], activation scale of the last block
