@@ -31,7 +31,7 @@ def task_loop(name: str, tasks: int, reads, writes, each: int = 1):
         yield task
 
 
-def fused(a, b, c):
+def fma(a, b, c):
     """Return a · b + c of floats, rounded once: the target has to have an instruction for it."""
     return tirx.call_llvm_pure_intrin("float32", "llvm.fma", a, b, c)
 

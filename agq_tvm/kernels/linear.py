@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels import linear_panels
-from agq_tvm.kernels.emit import fused
+from agq_tvm.kernels.emit import fma
 from agq_tvm.kernels.intrin.assembly import MAGIC
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, nibble, stored_dtype
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
@@ -112,19 +112,19 @@ def center_of(layout: Layout, less: int, bits: int, offsets: str | None) -> int:
     return layout.zero + less - (0 if offsets else ZERO[bits])
 
 
-def _started(isa: InstructionSet, plan: Plan) -> bool:
+def _seeds_sums(isa: InstructionSet, plan: Plan) -> bool:
     """Whether sums of products start at what they end with besides.
 
     Where codes are unpacked in registers they start at 0: LLVM then leaves activations, which several tiles of columns
     read, in the loop over these, and does not keep all of them on the stack.
     """
-    return isa.started and not plan.inline
+    return isa.seed_sums and not plan.inline
 
 
 def _sums_become_floats(kernel: LinearKernel, isa: InstructionSet, plan: Plan) -> bool:
     """Whether sums of products start at the bits of `MAGIC` besides, and are within what that allows."""
     largest = kernel.group_size * ACTIVATION_LIMIT * ((1 << kernel.bits) - 1)
-    return _started(isa, plan) and kernel.per_group and largest < _MAGIC_LIMIT
+    return _seeds_sums(isa, plan) and kernel.per_group and largest < _MAGIC_LIMIT
 
 
 def define(kernel: LinearKernel, isa: InstructionSet, plan: Plan | None = None):
@@ -152,7 +152,7 @@ class _Product:
         self.less = isa.center(kernel.bits, kernel.activation_bits, plan.inline)
         self.center = center_of(self.layout, self.less, kernel.bits, kernel.offsets)
         self.side_by_side = self.layout.vectors if plan.inline else plan.vectors
-        self.started, self.floats = _started(isa, plan), _sums_become_floats(kernel, isa, plan)
+        self.seeded, self.floats = _seeds_sums(isa, plan), _sums_become_floats(kernel, isa, plan)
         self.blocks, self.tiles = k_blocks(kernel.channels, kernel.group_size), self.layout.tiles(kernel.columns)
         args = declare_operands(kernel, self.layout)
         self.x, self.sx, self.xsum, self.w, self.ws = (args[name] for name in ("x", "sx", "xsum", "w", "ws"))
@@ -189,7 +189,7 @@ class _Product:
     def _start(self, m, g):
         """Return what a sum of products starts at: 0, or what it has to end with besides."""
         start = T.int32(0)
-        if self.started and self.center and not self.kernel.offsets:
+        if self.seeded and self.center and not self.kernel.offsets:
             start = self.xsum[m, g] * self.center
         return start + _MAGIC_BITS if self.floats else start
 
@@ -210,9 +210,9 @@ class _Product:
         """Sum the groups' products with their scales, float32 [NT, R, V, L]."""
         kernel, layout = self.kernel, self.layout
         scales = self._parameter("scales", lambda at: T.Cast("float32", self.ws[at]))
-        starts = offsets = None
+        magic = offsets = None
         if self.floats:
-            starts = self._parameter("starts", lambda at: T.Cast("float32", self.ws[at]) * T.float32(-MAGIC))
+            magic = self._parameter("magic", lambda at: T.Cast("float32", self.ws[at]) * T.float32(-MAGIC))
         if kernel.offsets:
             offsets = self._parameter("offsets", self._offset)
         shape = (self.tiles, kernel.code_rows, layout.vectors, layout.lanes)
@@ -222,11 +222,11 @@ class _Product:
             with T.init():
                 T.buffer_store(scaled, T.float32(0), [t, m, v, j])
             total, scale = dot[t, g, m, v, j], scales[t, g, v, j]
-            if starts is not None:
+            if magic is not None:
                 # s (MAGIC + dot) - s MAGIC: exact before it is rounded once, see `intrin/assembly.py`.
-                y = fused(tirx.reinterpret("float32", total), scale, starts[t, g, v, j])
+                y = fma(tirx.reinterpret("float32", total), scale, magic[t, g, v, j])
             else:
-                plain = self.center == 0 or kernel.offsets or self.started
+                plain = self.center == 0 or kernel.offsets or self.seeded
                 y = T.Cast("float32", total if plain else total + self.xsum[m, g] * self.center) * scale
             if offsets is not None:
                 y = y + T.Cast("float32", self.xsum[m, g]) * offsets[t, g, v, j]
@@ -251,7 +251,7 @@ def build(kernel: LinearKernel, isa: InstructionSet, decisions: dict[str, int] |
         return linear_panels.build(kernel, isa, decisions)
     plan = Plan(**(decisions or default(kernel, isa)))
     conversions = ["unpack"] if kernel.bits == 4 else []
-    conversions += ["scales", "starts"] if _sums_become_floats(kernel, isa, plan) else ["scales"]
+    conversions += ["scales", "magic"] if _sums_become_floats(kernel, isa, plan) else ["scales"]
     conversions += ["offsets"] if kernel.offsets else []
     scheduled = schedule(define(kernel, isa, plan), kernel, isa, plan, "scaled", conversions)
     return scheduled.mod["main"].with_attr("global_symbol", kernel.name)

@@ -166,6 +166,16 @@ def test_default_stays_in_registers(isa):
             assert pairs >= 4
 
 
+@pytest.mark.parametrize("isa,sums", [("avx512vnni", 4), ("avx512vnni-xeon", 8)])
+def test_sums_of_values_keep_multiply_adds_busy(isa, sums):
+    """Each waits 4 cycles for its sum, in one unit or two: vectors of sums that are enough, and not many more."""
+    form = attention_form(instruction_set(isa))
+    for shared in (1, 2, 3, 4, 8):
+        decisions = default(AttentionKernel(128, 2 * shared, 2, 64, 1024, form))
+        vectors = decisions["rows"] * decisions["heads"] * decisions["lanes"] // LANES
+        assert sums <= vectors <= 2 * sums
+
+
 def test_rows_of_scores_do_not_share_places_in_a_cache():
     for context in (16, 48, 1008, 4096):
         kernel = AttentionKernel(1, 8, 1, 64, context)

@@ -34,5 +34,7 @@ AVX512VNNI = InstructionSet(
     multiply_8bit=Multiply("vpdpbusd", vpdpbusd),
 )
 
-XEON = replace(AVX512VNNI, name="avx512vnni-xeon", inline_most=16, inline_tile=(8, 2), panel=256, ahead=8, started=True)
+XEON = replace(
+    AVX512VNNI, name="avx512vnni-xeon", inline_most=16, inline_tile=(8, 2), panel=256, ahead=8, seed_sums=True
+)
 """The same weights and instructions in other tiles."""

@@ -95,7 +95,7 @@ class InstructionSet:
         Prefill's inner loop for 4-bit weights and activations -127..127, where it is written in assembly.
     assembly_4x4 : Assembly or None
         That for activations -7..7, where `multiply_4x4` is not None; else they take `assembly`.
-    started : bool
+    seed_sums : bool
         Whether integer sums of a group of codes that are unpacked once start at what the `center` adds to them and, if
         activations have a scale for each group, at the bits of `assembly.MAGIC`: that saves the additions and
         conversions of its end, where these take the units of multiplies.
@@ -119,7 +119,7 @@ class InstructionSet:
     inline_rows: int = 0
     inline_most: int = 0
     inline_tile: tuple[int, int] | None = None
-    started: bool = False
+    seed_sums: bool = False
     ahead: int = 0
 
     @property
