@@ -4,8 +4,8 @@ from collections import Counter
 
 from agq_tvm.flow.tasks import tuned_variants
 from agq_tvm.kernels import tunable
-from agq_tvm.kernels.attrs import describe
 from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.nearest import nearest
 from agq_tvm.kernels.record import Record
 from agq_tvm.kernels.record_library import Library
 
@@ -39,25 +39,24 @@ class Chooser:
         """Return the decisions of a kernel, None for the default."""
         if tunable.space_of(kernel, self.isa, self.threads) is None:
             return None
-        kind, record = self._find(kernel)
+        kind, record, decisions = self._find(kernel)
         found = {"schedule": kind}
         if record is not None:
-            found |= {"decisions": record.decisions, "task": record.task, "how": record.how, "seconds": record.time}
+            found |= {"decisions": decisions, "task": record.task, "how": record.how, "seconds": record.time}
         self.kernels[kernel.name] = found
-        return dict(record.decisions) if record is not None else None
+        return decisions
 
-    def _find(self, kernel) -> tuple[str, Record | None]:
+    def _find(self, kernel) -> tuple[str, Record | None, dict[str, int] | None]:
         allows = tunable.space_of(kernel, self.isa, self.threads).allows
-        version = tunable.version_of(kernel)
         # Attention: what the longest caches that were tuned for want, up to its own.
         for same in tuned_variants(kernel)[-1:]:
             record = self.library.best(tunable.task_name(same, self.isa, self.threads), allows)
             if record is not None:
-                return TUNED, record
-            near = self.library.nearest(describe(same), self.isa.name, self.threads, version, allows)
+                return TUNED, record, dict(record.decisions)
+            near = nearest(self.library, same, self.isa, self.threads)
             if near:
-                return NEAREST, near[0]
-        return DEFAULT, None
+                return NEAREST, *near[0]
+        return DEFAULT, None, None
 
     def report(self) -> dict:
         """Return how many kernels have which kind of schedule, each of them, and what was left out."""

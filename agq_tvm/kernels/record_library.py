@@ -19,7 +19,7 @@ _SIZES = ("rows", "columns", "channels", "context", "heads", "kv_heads")
 _FARTHEST = 3.0
 
 
-def _anything(_decisions: dict) -> bool:
+def _anything(_) -> bool:
     return True
 
 
@@ -76,7 +76,7 @@ class Library:
         instruction_set: str,
         threads: int,
         version: int,
-        allows: Callable[[dict], bool] = _anything,
+        accepts: Callable[[Record], bool] = _anything,
     ) -> list[Record]:
         """Return the best records of the tasks most like a kernel, the nearest first.
 
@@ -88,13 +88,13 @@ class Library:
         threads : int
         version : int
             Of the kernel's design space.
-        allows : callable, optional
-            As for `best`.
+        accepts : callable, optional
+            ``f(record) -> bool``: asked of those alone that are near.
         """
 
         def is_near(record: Record) -> bool:
             same = record.instruction_set == instruction_set and record.kernel_version == version
-            return same and distance(record, kernel, threads) <= _FARTHEST and allows(record.decisions)
+            return same and distance(record, kernel, threads) <= _FARTHEST and accepts(record)
 
         best = self._best_of_each(is_near).values()
         return sorted(best, key=lambda record: (distance(record, kernel, threads), record.rank))

@@ -13,8 +13,8 @@ from tvm.s_tir.meta_schedule.runner import RunnerInput
 
 from agq_tvm import interrupt
 from agq_tvm.errors import AgqError
-from agq_tvm.kernels import tunable
 from agq_tvm.kernels.attrs import describe
+from agq_tvm.kernels.nearest import nearest
 from agq_tvm.kernels.record import MEASURED, Record
 from agq_tvm.kernels.record_library import Library
 from agq_tvm.progress import say
@@ -247,13 +247,15 @@ class Tuner:
             self.display.finish(progress)
 
     def _hints(self, task: Task) -> list[dict[str, int]]:
-        """Return what was best for this kernel elsewhere, and for the kernels most like it."""
+        """Return what was best for this kernel elsewhere, and what the kernels most like it suggest."""
         if not self.settings.default:
             return []
-        kernel, version = describe(task.kernel), tunable.version_of(task.kernel)
-        near = self.library.nearest(kernel, task.isa, task.threads, version, task.space.allows)
-        elsewhere = [each for each in near if each.task != task.name or not self._alike(task, each)]
-        return [record.decisions for record in elsewhere[:_HINTS]]
+        hints: list[dict[str, int]] = []
+        for record, decisions in nearest(self.library, task.kernel, task.instruction_set, task.threads):
+            elsewhere = record.task != task.name or not self._alike(task, record)
+            if elsewhere and decisions not in [task.space.default, *hints]:
+                hints.append(decisions)
+        return hints[:_HINTS]
 
     def _search(self, task: Task, search: Search, runner) -> None:
         flow, progress = _Flow(), self.progress[task.name]

@@ -9,10 +9,11 @@ from agq_tvm.errors import AgqError
 from agq_tvm.flow.schedules import Chooser, summary
 from agq_tvm.flow.tasks import extract_tasks
 from agq_tvm.flow.tune import chosen
-from agq_tvm.kernels import tunable
+from agq_tvm.kernels import linear_space, tunable
 from agq_tvm.kernels.attrs import describe
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.nearest import nearest
 from agq_tvm.kernels.record import Record
 from agq_tvm.kernels.record_library import Library
 from agq_tvm.progress import say
@@ -60,14 +61,21 @@ def record(kernel, seconds: float, decisions=None, version: int = VERSION, **cha
     return replace(made, **changes)
 
 
+def changed(kernel, **decisions) -> dict[str, int]:
+    """Return the default of a kernel but for some decisions."""
+    return linear_space.default(kernel, ISA) | decisions
+
+
 def test_a_kernel_gets_the_best_record_the_nearest_or_the_default(tmp_path):
     library = Library(tmp_path, device=DEVICE.name)
     choose = Chooser(library, ISA, 2)
     assert choose(KERNEL) is None and choose.report()["default"] == 1
-    near = record(replace(KERNEL, rows=32), 1e-3)
+    near = record(replace(KERNEL, rows=32), 1e-3, changed(replace(KERNEL, rows=32), columns_first=1, vectors=2))
     library.append(near)
     library.append(record(replace(KERNEL, rows=64), 1e-9))
-    assert choose(KERNEL) == near.decisions and choose.kernels[KERNEL.name]["schedule"] == "nearest"
+    assert choose(KERNEL) == changed(KERNEL, columns_first=1, vectors=2)
+    assert choose.kernels[KERNEL.name]["schedule"] == "nearest"
+    assert choose.kernels[KERNEL.name]["decisions"] == choose(KERNEL)
     own = record(KERNEL, 1e-2)
     library.append(own)
     assert choose(KERNEL) == own.decisions and choose.kernels[KERNEL.name]["schedule"] == "tuned"
@@ -80,11 +88,26 @@ def test_decisions_that_the_space_does_not_allow_are_not_used(tmp_path):
     library.append(record(replace(KERNEL, rows=32), 1e-9, {"rows": 3}))
     choose = Chooser(library, ISA, 2)
     assert choose(KERNEL) is None and choose.kernels[KERNEL.name]["schedule"] == "default"
-    near, own = record(replace(KERNEL, rows=32), 1e-3), record(KERNEL, 1e-3)
+    near = record(replace(KERNEL, rows=32), 1e-3, changed(replace(KERNEL, rows=32), unroll=2))
+    own = record(KERNEL, 1e-3)
     library.append(near)
-    assert choose(KERNEL) == near.decisions
+    assert choose(KERNEL) == changed(KERNEL, unroll=2)
     library.append(own)
     assert choose(KERNEL) == own.decisions and choose.kernels[KERNEL.name]["schedule"] == "tuned"
+
+
+def test_of_a_like_kernel_is_taken_what_it_has_otherwise_than_its_own_default(tmp_path):
+    """Codes of many rows are unpacked once by default, those of 16 are not: that stays, where tuning left it so."""
+    isa, many = instruction_set("avx512vnni-xeon"), replace(KERNEL, rows=128)
+    theirs, own = linear_space.default(many, isa), linear_space.default(KERNEL, isa)
+    assert not theirs["inline"] and own["inline"]
+    library = Library(tmp_path, device=DEVICE.name)
+    origin = {"kernel_version": VERSION, "threads": 2}
+    point = theirs | {"vectors": 2, "split": 1}
+    library.append(Record("t", describe(many), isa.name, point, (1e-3,), None, "measured", None, origin))
+    ((found, decisions),) = nearest(library, KERNEL, isa, 2)
+    assert found.decisions == point and decisions == own | {"vectors": 2, "split": 1}
+    assert nearest(library, replace(KERNEL, columns=1 << 20), isa, 2) == []
 
 
 def test_other_versions_are_ignored_with_a_word(tmp_path):
