@@ -8,6 +8,7 @@ process of its own directly under QEMU, in turn.
 """
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -97,21 +98,22 @@ def rates(address: str, boards: int, cooldown: float, trials: int, rounds: int, 
     """Return the median rate of one board and of several, measured in turn."""
     task = task_of(*SMALL)
     paths = [build(task, each, folder / f"{i}.so") for i, each in enumerate(candidates(task, trials))]
-    running = {count: [_board(address, f"fleet-of-{count}") for _ in range(count)] for count in (1, boards)}
+    running: dict[int, list[processes.Process]] = {1: [], boards: []}
     found: dict[int, list[Rate]] = {count: [] for count in running}
     effort = Effort(REPEATS, 0, 0, cooldown)
-    measurers = {count: TrackerMeasurer(task, address, f"fleet-of-{count}", effort) for count in running}
-    try:
+    with contextlib.ExitStack() as stack:
+        for count, group in running.items():
+            for _ in range(count):
+                group.append(_board(address, f"fleet-of-{count}"))
+                stack.callback(processes.stop, group[-1])
+        measurers = {
+            count: stack.enter_context(TrackerMeasurer(task, address, f"fleet-of-{count}", effort)) for count in running
+        }
         for count, measurer in measurers.items():  # starts the workers
             rate(measurer, paths[:1] * count * 2, running[count])
         for _ in range(rounds):
             for count, measurer in measurers.items():
                 found[count].append(rate(measurer, paths, running[count]))
-    finally:
-        for measurer in measurers.values():
-            measurer.close()
-        for board in [board for group in running.values() for board in group]:
-            processes.stop(board)
     return {count: sorted(each, key=lambda one: one.per_minute)[len(each) // 2] for count, each in found.items()}
 
 

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from scipy import stats
+
 from agq_tvm.cli.options import names, numbers
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.tasks import extract_tasks
@@ -40,8 +42,7 @@ ROWS = (1, 16, 128)
 LEAST_GAIN, LEAST_SHARE = 1.10, 0.95
 _CONTEXT = 2048
 _SHAPE, _GROUP = (4096, 4096), 32
-_STUDENT = 1.96
-"""Standard errors on either side of a mean that hold 95 %."""
+_LEAST_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def compare(task: Task, decisions: dict[str, int], measurer: LocalMeasurer, roun
                     raise AgqError(f"{task.name}, {paths[which].stem}: {outcome.message}")
                 found[which].append(outcome.measurement.median)
     logs = [math.log(default / tuned) for default, tuned in zip(*found, strict=True)]
-    error = _STUDENT * statistics.stdev(logs) / math.sqrt(len(logs))
+    error = stats.t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
     mean = statistics.fmean(logs)
     medians = [statistics.median(values) for values in found]
     return Comparison(task.name, *medians, *(math.exp(value) for value in (mean, mean - error, mean + error)))
@@ -136,13 +137,17 @@ def _gains(arguments) -> tuple[dict, bool]:
     for target in arguments.targets:
         device = load_device(target)
         tasks = tasks_of(arguments.checkpoint, device, arguments.rows)
+        if not tasks:
+            raise AgqError(f"{arguments.checkpoint} has no kernel of {arguments.rows} rows: see --rows")
         found = gains(tasks, open_library(device.name, arguments.library), arguments.rounds)
-        mean, of_products = _mean(found), _mean(found[: sum(isinstance(task.kernel, LinearKernel) for task in tasks)])
+        products = found[: sum(isinstance(task.kernel, LinearKernel) for task in tasks)]
+        mean, of_products = _mean(found), _mean(products) if products else None
         slower = [each.task for each in found if each.slower]
         rows = [("task", "default us", "tuned us", "ratio", "low", "high"), *(each.cells() for each in found)]
+        alone = f", of products alone {of_products:.3f}" if products else ""
         print(
-            f"{aligned(rows)}\n\n{device.name}: geometric mean {mean:.3f} (bound {LEAST_GAIN}), of products alone "
-            f"{of_products:.3f}; slower: {len(slower)}\n"
+            f"{aligned(rows)}\n\n{device.name}: geometric mean {mean:.3f} (bound {LEAST_GAIN}){alone}; "
+            f"slower: {len(slower)}\n"
         )
         met &= mean >= LEAST_GAIN and not slower
         means = {"mean": mean, "mean_products": of_products}
@@ -172,6 +177,13 @@ def _runner(task: Task) -> MeasuringRunner:
     return MeasuringRunner(LocalMeasurer(task, effort_here()))
 
 
+def _pairs(text: str) -> int:
+    count = int(text)
+    if count < _LEAST_ROUNDS:
+        raise argparse.ArgumentTypeError(f"an interval takes {_LEAST_ROUNDS} pairs or more")
+    return count
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True, metavar="gains|search")
@@ -187,7 +199,7 @@ def main() -> int:
     from_nothing.add_argument("--trials", type=int, default=200, metavar="N", help="default: %(default)s")
     from_nothing.set_defaults(run=_search, output=RESULTS / "tuning_search.json")
     for each in (of_records, from_nothing):
-        each.add_argument("--rounds", type=int, default=10, metavar="N", help="pairs; default: %(default)s")
+        each.add_argument("--rounds", type=_pairs, default=10, metavar="N", help="pairs; default: %(default)s")
         each.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     try:

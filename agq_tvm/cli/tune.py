@@ -134,7 +134,8 @@ def _prune(actions) -> None:
         from agq_tvm.flow.schedule_library import prune_schedules
 
         result = prune_schedules(args.library, args.keep)
-        print_result(args, result, [(name, str(value)) for name, value in result.items()])
+        rows = [(name, str(result[name])) for name in ("library", "kept", "removed")]
+        print_result(args, result, [*rows, ("left out", str(len(result["left_out"])))])
 
     parser = command(actions, "prune", "leave only the best records of each task", run)
     parser.add_argument("--keep", type=positive, default=1, metavar="N", help="of each task (default: %(default)s)")

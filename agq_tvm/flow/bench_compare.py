@@ -29,13 +29,15 @@ def read_result(path: Path) -> dict:
     try:
         if result["emulated"]:
             raise AgqError(f"{path} is of an emulated board, whose time means nothing: compare results of real ones")
-        samples = [value for test in result["tests"].values() for value in (*test["samples"], test["mean"])]
+        tests = list(result["tests"].values())
+        samples = [value for test in tests for value in (*test["samples"], test["mean"])]
         texts = [result["device"], result["model"]["name"], result["model"]["checkpoint_sha256"]]
         positive = all(isinstance(value, float | int) and 0 < value < math.inf for value in samples)
-        if not (samples and positive and all(isinstance(text, str) for text in texts)):
+        whole = tests and all(test["samples"] for test in tests)
+        if not (whole and positive and all(isinstance(text, str) for text in texts)):
             raise damaged
-        title(result), place(result), [speed_of(test) for test in result["tests"].values()]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        title(result), place(result), [speed_of(test) for test in tests]
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise damaged from error
     return result | {"file": str(path)}
 

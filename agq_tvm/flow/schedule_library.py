@@ -64,7 +64,7 @@ def _as_row(record: Record) -> dict:
 
 
 def merge_schedules(sources: list[str], into: str | None) -> dict:
-    """Add the records of libraries to another; of two of the same candidate the better one stays.
+    """Add the records of libraries to another; of two of the same candidate and processor the better one stays.
 
     Returns
     -------
@@ -108,7 +108,7 @@ def _merge(target: RecordFile, records: list[Record]) -> tuple[int, int]:
 
 
 def prune_schedules(directory: str | None, keep: int) -> dict:
-    """Leave only the best records of each task and way of measuring, of the newest version of its kernel.
+    """Leave only the best records of each task, way of measuring and processor; those of old versions of kernels go.
 
     Parameters
     ----------
@@ -120,26 +120,27 @@ def prune_schedules(directory: str | None, keep: int) -> dict:
     Returns
     -------
     dict
-        ``library``, ``kept`` and ``removed``.
+        ``library``, ``kept``, ``removed`` and ``left_out`` (damaged lines, which stay).
     """
     library = Path(directory) if directory else user_directory()
-    kept = removed = 0
+    kept, removed, left_out = 0, 0, []
     for device in devices_in(library):
         file = RecordFile(library / device / RECORDS)
         removed += file.replace(lambda records: _best(records, keep))
         kept += len(file.read())
-    return {"library": str(library), "kept": kept, "removed": removed}
+        left_out += file.problems
+    return {"library": str(library), "kept": kept, "removed": removed, "left_out": left_out}
 
 
 def _best(records: list[Record], keep: int) -> list[Record]:
-    newest: dict[str, int] = {}
-    for record in records:
-        name = record.kernel["class"]
-        newest[name] = max(newest.get(name, 0), record.kernel_version)
+    """Choose what stays. A version above ours, which a later program wrote, says nothing about ours."""
+    from agq_tvm.kernels.tunable import VERSIONS
+
     groups: dict[tuple, list[Record]] = {}
     for record in records:
-        if record.usable and record.kernel_version == newest[record.kernel["class"]]:
-            groups.setdefault((record.task, record.how, record.confirmed), []).append(record)
+        if record.usable and record.kernel_version >= VERSIONS.get(record.kernel["class"], 0):
+            what = record.task, record.how, record.confirmed, record.cpu, record.kernel_version
+            groups.setdefault(what, []).append(record)
     best = {id(record) for group in groups.values() for record in sorted(group, key=lambda each: each.rank)[:keep]}
     return [record for record in records if id(record) in best]
 
@@ -173,10 +174,9 @@ def export_schedules(directory: str | None, device: str, output: str) -> dict:
         for record in records:
             try:
                 isa = instruction_set(record.instruction_set)
-                kernel = tunable.described(record.kernel, isa)
-                space = tunable.space_of(kernel, isa, _threads(record))
             except AgqError:
                 continue
+            space = tunable.space_described(record.kernel, isa, _threads(record))
             if space is None or not space.allows(record.decisions):
                 continue
             module = carrier(record.task)

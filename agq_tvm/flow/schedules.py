@@ -61,9 +61,9 @@ class Chooser:
     def report(self) -> dict:
         """Return how many kernels have which kind of schedule, each of them, and what was left out."""
         counts = Counter(found["schedule"] for found in self.kernels.values())
-        versions = {kind.__name__: self._version(kind) for kind in tunable.KINDS.values()}
         other = sum(
-            record.instruction_set == self.isa.name and record.kernel_version != versions.get(record.kernel["class"])
+            record.instruction_set == self.isa.name
+            and record.kernel_version != tunable.VERSIONS.get(record.kernel["class"])
             for record in self._records
         )
         return {
@@ -74,10 +74,6 @@ class Chooser:
             "left_out": self.library.problems,
             "kernels": self.kernels,
         }
-
-    @staticmethod
-    def _version(kind: type) -> int:
-        return tunable.version_of(object.__new__(kind))
 
 
 def summary(report: dict) -> str:

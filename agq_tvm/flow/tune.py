@@ -2,7 +2,7 @@
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agq_tvm.errors import AgqError
 from agq_tvm.flow.tasks import extract_tasks
@@ -11,6 +11,7 @@ from agq_tvm.kernels.record import MEASURED, SIMULATED, Record
 from agq_tvm.kernels.record_library import Library, open_library
 from agq_tvm.progress import say
 from agq_tvm.targets import Device, detect, load_device
+from agq_tvm.tuning.drift import Drift
 from agq_tvm.tuning.task import Task
 
 
@@ -171,6 +172,7 @@ class _Boards:
 
     request: TuneRequest
     emulated: bool = False
+    drift: Drift = field(default_factory=Drift)
 
     def display(self, device: Device):
         """Return what shows a line for each task, with times where they mean something."""
@@ -199,10 +201,10 @@ class _Boards:
             from agq_tvm.tuning.tracker_measurer import TrackerMeasurer
 
             effort = Effort(cooldown=request.cooldown)
-            return TrackerMeasurer(task, request.tracker, request.key, effort, request.timeout)
+            return TrackerMeasurer(task, request.tracker, request.key, effort, request.timeout, drift=self.drift)
         from agq_tvm.tuning.local_measurer import LocalMeasurer, effort_here
 
-        return LocalMeasurer(task, effort_here(cooldown=request.cooldown), request.timeout)
+        return LocalMeasurer(task, effort_here(cooldown=request.cooldown), request.timeout, self.drift)
 
 
 def _boards(request: TuneRequest, device: Device) -> _Boards:

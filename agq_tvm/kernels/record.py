@@ -9,6 +9,10 @@ from dataclasses import asdict, dataclass, field
 from agq_tvm.errors import AgqError
 
 MEASURED, SIMULATED = "measured", "simulated"
+_LARGEST_SIZE = 1 << 20
+"""Of anything in the description of a kernel."""
+_DIGITS, _DEEPEST = 18, 64
+"""Of an integer in a line, and of lists and objects in each other: more is none of ours."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Record:
         MetaSchedule's own tuning record.
     provenance : dict
         When, on what, and with which versions. ``"default_seconds"``, what the default took meanwhile, if it was
-        measured again, in turns with that.
+        measured again, in turns with that; ``"doubtful"`` then tells whether it was not faster in every turn.
     """
 
     task: str
@@ -69,7 +73,12 @@ class Record:
     @property
     def key(self) -> tuple:
         """What is never measured twice."""
-        return self.task, tuple(sorted(self.decisions.items())), self.how, self.confirmed, self.emulated
+        return self.task, tuple(sorted(self.decisions.items())), self.how, self.confirmed, self.emulated, self.cpu
+
+    @property
+    def cpu(self) -> str:
+        """The processor that measured it, or that it is simulated for."""
+        return str(self.provenance.get("cpu"))
 
     @property
     def emulated(self) -> bool:
@@ -83,8 +92,12 @@ class Record:
 
     @property
     def rank(self) -> tuple:
-        """Smaller is better: confirmed before measured before simulated, then the gain, or without one the time."""
-        return not self.usable, self.how != MEASURED, not self.confirmed, 1 / self.gain if self.gain else self.time
+        """Smaller is better: confirmed before measured before simulated, then the gain, or without one the time.
+
+        The default, whose gain is 1, comes before those that were not faster than it in every turn.
+        """
+        order = 1 / self.gain if self.gain else self.time
+        return not self.usable, self.how != MEASURED, not self.confirmed, bool(self.provenance.get("doubtful")), order
 
     @property
     def kernel_version(self) -> int:
@@ -106,7 +119,7 @@ def parse_record(line: bytes | str) -> Record:
         That says in a few words what is wrong with it.
     """
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_int=_integer)
     except (ValueError, RecursionError):
         raise AgqError("it is not JSON") from None
     names = {"task", "kernel", "instruction_set", "decisions", "seconds", "error", "how", "record", "provenance"}
@@ -117,15 +130,32 @@ def parse_record(line: bytes | str) -> Record:
     return Record(**value | {"seconds": tuple(map(float, seconds)) if seconds else None})
 
 
+def _integer(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise AgqError(f"a number in it has more than {_DIGITS} digits")
+    return int(text)
+
+
+def _is_flat(value, levels: int = _DEEPEST) -> bool:
+    """Tell whether lists and objects are in each other no deeper than so many levels."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_flat(each, levels - 1) for each in inside)
+
+
 def _check_types(value: dict) -> None:
     def require(condition: bool, what: str) -> None:
         if not condition:
             raise AgqError(what)
 
     for name in ("task", "instruction_set"):
-        require(isinstance(value[name], str) and 0 < len(value[name]) <= 512, f"{name} is not a name")
+        text = value[name]
+        require(isinstance(text, str) and 0 < len(text) <= 512, f"{name} is not a name")
+        require(text.isascii() and text.isprintable(), f"{name} has letters that no name has")
+    require(_is_flat(value), "it is too deep")
     kernel, decisions, seconds = value["kernel"], value["decisions"], value["seconds"]
     require(isinstance(kernel, dict) and isinstance(kernel.get("class"), str), "kernel is no description")
+    sizes = [each for each in kernel.values() if type(each) in (int, float)]
+    require(all(abs(each) <= _LARGEST_SIZE for each in sizes), "kernel has sizes that no kernel has")
     pairs = decisions.items() if isinstance(decisions, dict) else [(0, 0)]
     require(all(isinstance(key, str) and type(number) is int for key, number in pairs), "decisions are no integers")
     require(value["how"] in (MEASURED, SIMULATED), f"how is neither {MEASURED} nor {SIMULATED}")

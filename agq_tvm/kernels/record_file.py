@@ -5,6 +5,7 @@ was killed stays. A last line that was torn is not read, and cut off before the 
 """
 
 import fcntl
+import io
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agq_tvm.errors import AgqError
-from agq_tvm.files import write_error, write_text
+from agq_tvm.files import write_bytes, write_error
 from agq_tvm.kernels.record import Record, parse_record
 
 RECORDS = "records.jsonl"
@@ -36,6 +37,7 @@ class RecordFile:
     def __init__(self, path: str | os.PathLike):
         self.path, self.problems = Path(path), []
         self._records: list[Record] = []
+        self._others: list[bytes] = []
         self._read_to, self._inode, self._lines = 0, None, 0
         self._let_go: Callable[[], object] = lambda: None
 
@@ -48,7 +50,7 @@ class RecordFile:
             If there is a file that cannot be read.
         """
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", buffering=0) as file:
                 self._read_on(file)
         except FileNotFoundError:
             self._forget()
@@ -57,7 +59,8 @@ class RecordFile:
         return self._records
 
     def _forget(self) -> None:
-        self._records, self.problems, self._read_to, self._inode, self._lines = [], [], 0, None, 0
+        self._records, self._others, self.problems = [], [], []
+        self._read_to, self._inode, self._lines = 0, None, 0
         self._let_go()
 
     def _hold(self, file) -> None:
@@ -72,7 +75,14 @@ class RecordFile:
             self._forget()
             self._hold(file)
         file.seek(self._read_to)
-        while line := file.readline(_LONGEST_LINE + 1):
+        lines = io.BufferedReader(file)
+        try:
+            self._read_lines(lines)
+        finally:
+            lines.detach()
+
+    def _read_lines(self, lines: io.BufferedReader) -> None:
+        while line := lines.readline(_LONGEST_LINE + 1):
             whole = line.endswith(b"\n")
             if not whole and len(line) > _LONGEST_LINE:
                 raise AgqError(f"{self.path} has a line that is too long: it is none of ours")
@@ -88,6 +98,7 @@ class RecordFile:
                 self._records.append(parse_record(line))
         except AgqError as error:
             self.problems.append(f"{self.path}, line {self._lines}: {error}")
+            self._others.append(line.rstrip(b"\n") + b"\n")
 
     def append(self, record: Record) -> bool:
         """Add a record and return whether it was: one that is there already is not added again.
@@ -110,7 +121,9 @@ class RecordFile:
             raise write_error(error, self.path) from error
 
     def replace(self, choose) -> int:
-        """Let `choose` say which records stay, and return how many went; lines that are no records go, too.
+        """Let `choose` say which records stay, and return how many went.
+
+        Lines that are no records stay, at the end: a later version of this program may have written them.
 
         Parameters
         ----------
@@ -123,7 +136,7 @@ class RecordFile:
                 self._read_on(file)
                 stay = list(choose(list(self._records)))
                 gone = len(self._records) - len(stay)
-                write_text(self.path, b"".join(record.line() for record in stay).decode())
+                write_bytes(self.path, b"".join([*(record.line() for record in stay), *self._others]))
         except OSError as error:
             raise write_error(error, self.path) from error
         self.read()

@@ -59,8 +59,8 @@ class Library:
     def best(self, task: str, allows: Callable[[dict], bool] = _anything) -> Record | None:
         """Return the best record of a task; measured ones come before simulated ones, failures never.
 
-        What the first library has measured comes before anything in the others: it is of one's own devices, and
-        devices of one name may have different processors.
+        What was measured on a processor that the first library has measurements of comes before the rest: it is of
+        one's own devices, and devices of one name may have different processors.
 
         Parameters
         ----------
@@ -100,9 +100,10 @@ class Library:
         return sorted(best, key=lambda record: (distance(record, kernel, threads), record.rank))
 
     def _best_of_each(self, accepts: Callable[[Record], bool]) -> dict[str, Record]:
-        """Return the best of the accepted records of each task; what the first library has measured comes first."""
-        own = best_of(record for record in self.files[0].read() if record.how == MEASURED and accepts(record))
-        return best_of(filter(accepts, self.read())) | own
+        """Return the best of the accepted records of each task; what one's own processors have measured comes first."""
+        own = {record.cpu for record in self.files[0].read() if record.how == MEASURED}
+        accepted = [record for record in self.read() if record.usable and accepts(record)]
+        return best_of(accepted) | best_of(each for each in accepted if each.how == MEASURED and each.cpu in own)
 
 
 def distance(record: Record, kernel: dict, threads: int) -> float:
@@ -111,7 +112,9 @@ def distance(record: Record, kernel: dict, threads: int) -> float:
     if other.keys() != kernel.keys():
         return math.inf
     for name, value in kernel.items():
-        if name not in _SIZES or type(value) is not int or type(other[name]) is not int:
+        if type(value) is not type(other[name]):
+            return math.inf
+        if name not in _SIZES or type(value) is not int:
             if other[name] != value:
                 return math.inf
         elif min(value, other[name]) < 1 or (name == "rows" and (value == 1) != (other[name] == 1)):

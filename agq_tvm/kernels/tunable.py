@@ -91,6 +91,8 @@ _ALL = (
 _KINDS = {kind.description.__name__: kind for kind in _ALL}
 KINDS = {name: kind.description for name, kind in _KINDS.items()}
 """Descriptions of kernels, by the name of their class."""
+VERSIONS = {name: kind.version for name, kind in _KINDS.items()}
+"""Of their design spaces."""
 
 
 def space_of(kernel, isa: InstructionSet, threads: int = 1) -> Space | None:
@@ -108,6 +110,14 @@ def space_of(kernel, isa: InstructionSet, threads: int = 1) -> Space | None:
         return None
     space = _kind(kernel).space(kernel, isa, threads)
     return space if any(len(values) > 1 for values in space.choices.values()) else None
+
+
+def space_described(description: dict, isa: InstructionSet, threads: int) -> Space | None:
+    """Return the design space of a description out of a file; None if it describes nothing that has one."""
+    try:
+        return space_of(described(description, isa), isa, threads)
+    except (AgqError, ArithmeticError, TypeError, ValueError):  # sizes of no kernel: nothing there checks them all
+        return None
 
 
 def build(kernel, isa: InstructionSet, decisions: dict[str, int] | None = None):

@@ -5,13 +5,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from agq_tvm.errors import AgqError
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.attrs import describe
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.targets import Device
 from agq_tvm.targets.device import Cluster
 from agq_tvm.tuning.task import Task
-from agq_tvm.tuning.workers import Crew, Worker, WorkerEnded, WorkerLate
+from agq_tvm.tuning.workers import Crew, Worker, WorkerEnded, WorkerLate, WorkerUnfit
 
 TIMEOUT = 300.0
 """Seconds for a candidate; linking for a board for the first time takes a minute."""
@@ -35,7 +36,10 @@ class Builder:
         self._executor = ThreadPoolExecutor(parallel, thread_name_prefix="build")
 
     def submit(self, task: Task, decisions: dict[str, int], path: Path) -> "Future[str | None]":
-        """Have a candidate built into a library; its future is None, or says why that failed."""
+        """Have a candidate built into a library; its future is None, or says why that failed.
+
+        It raises AgqError if no process can build.
+        """
         return self._executor.submit(self._build, task, decisions, path)
 
     def close(self) -> None:
@@ -55,13 +59,25 @@ class Builder:
     def _build(self, task: Task, decisions: dict[str, int], path: Path) -> str | None:
         job = plain(task) | {"decisions": decisions, "path": str(path), "limit": self._timeout}
         try:
-            with self._crew.one() as worker:
-                answer = worker.ask(job, self._timeout)
+            answer = self._ask(job)
+        except WorkerUnfit as error:
+            raise AgqError(str(error)) from None
         except WorkerLate:
             return f"not built: no library within {self._timeout:g} s"
         except WorkerEnded as error:
             return f"not built: {error}"
         return None if "built" in answer else f"not built: {answer['text']}"
+
+    def _ask(self, job: dict) -> dict:
+        """Have a worker build; once more if its process was killed, by a machine that is out of memory perhaps."""
+        try:
+            with self._crew.one() as worker:
+                return worker.ask(job, self._timeout)
+        except WorkerEnded as error:
+            if self._crew.stopped or not error.killed:
+                raise
+        with self._crew.one() as worker:
+            return worker.ask(job, self._timeout)
 
 
 def plain(task: Task) -> dict:

@@ -54,9 +54,9 @@ class Lines:
     def line(self, progress: Progress) -> str:
         """Say where a task is."""
         parts = [f"{progress.task.name}  {progress.known}/{progress.wanted}"]
+        limit = self._limit_of(progress.task)  # measured when a task begins, before any candidate is
         if self._meaningful and progress.best:
             parts += [f"best {readable(progress.best)}", rate(progress)]
-            limit = self._limit_of(progress.task)
             parts += [f"{100 * limit / progress.best:.0f} % of the limit"] if limit else []
             parts += [f"default {readable(progress.default)}"] if progress.default else []
         parts.append(f"{progress.failures} failed")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from agq_tvm.files import write_error
 from agq_tvm.tuning.candidate import export_candidate, make_candidate
 from agq_tvm.tuning.measure import Argument, Measurement
 from agq_tvm.tuning.operands import digest
@@ -90,7 +91,10 @@ class Measurer(ABC):
     def _by_default(self, arguments: list[Argument], written: list[int]) -> list[Argument]:
         """Run the hand-made kernel once and take what it writes as the reference."""
         folder = Path(self._scratch.name)
-        export_candidate(make_candidate(self.task, None), self.task.device, folder / "default.so")
+        try:
+            export_candidate(make_candidate(self.task, None), self.task.device, folder / "default.so")
+        except OSError as error:
+            raise write_error(error, folder) from error
         files = {place: folder / f"reference-{place}.npy" for place in written}
         self._save(str(folder / "default.so"), arguments, files)
         if not is_exact(self.task):

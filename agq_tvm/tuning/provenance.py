@@ -12,6 +12,14 @@ from agq_tvm.kernels import tunable
 from agq_tvm.tuning.task import Task
 
 _CPUINFO = Path("/proc/cpuinfo")
+_NUMBERS = {
+    "cpu family": "family",
+    "model": "model",
+    "stepping": "stepping",
+    "CPU implementer": "implementer",
+    "CPU part": "part",
+}
+"""What /proc/cpuinfo calls a model's numbers, on x86 and on Arm, and what they are called here."""
 
 
 def provenance_of(task: Task, told: dict, local: bool) -> dict:
@@ -68,8 +76,12 @@ def _cpuinfo() -> str:
 
 @functools.cache
 def _cpu() -> str:
-    names = (line.partition(":")[2].strip() for line in _cpuinfo().splitlines() if line.startswith("model name"))
-    return next(names, platform.machine())
+    """Name this machine's processor. Virtual machines call many models alike, so that its numbers are part of it."""
+    pairs = (line.partition(":") for line in reversed(_cpuinfo().splitlines()))
+    found = {name.strip(): value.strip() for name, _, value in pairs}
+    numbers = [f"{name} {found[key]}" for key, name in _NUMBERS.items() if key in found]
+    name = found.get("model name", platform.machine())
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from agq_tvm.boards.tracker import parse_tracker, tracker_summary
 from agq_tvm.errors import AgqError
 from agq_tvm.progress import say
 from agq_tvm.targets import Device
+from agq_tvm.tuning.drift import Drift
 from agq_tvm.tuning.measure import CRASHED, LOST, NO_VERDICT, UNFIT, Effort
 from agq_tvm.tuning.task import Task
 from agq_tvm.tuning.worker_measurer import TIMEOUT, WorkerMeasurer
@@ -44,6 +45,8 @@ class TrackerMeasurer(WorkerMeasurer):
     patience : float
         Seconds for which a board is waited for, while all are gone or busy. A candidate that finds none is ``"lost"``:
         not measured, and no worse for it. Those after it wait no longer, until there is a board again.
+    drift : Drift, optional
+        That of the tasks before.
 
     Raises
     ------
@@ -59,9 +62,10 @@ class TrackerMeasurer(WorkerMeasurer):
         effort: Effort = Effort(),  # noqa: B008
         timeout: float = TIMEOUT,
         patience: float = PATIENCE,
+        drift: Drift | None = None,
     ) -> None:
         fleet = fleet_of(tracker, key, task.device)
-        super().__init__(task, effort, timeout, fleet.boards, "board")
+        super().__init__(task, effort, timeout, fleet.boards, "board", drift)
         self._emulated, self._tracker, self._key, self._patience = fleet.emulated, tracker, key, patience
         self._lock, self._said = threading.Lock(), ""
         self._gone_since: float | None = None

@@ -1,6 +1,5 @@
 """The tuner: tasks in, records out. What it has measured is in the library before the next candidate is asked for."""
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from agq_tvm.progress import say
 from agq_tvm.tuning.allotment import allot, weight_of
 from agq_tvm.tuning.builder import Builder
 from agq_tvm.tuning.claims import Claims
-from agq_tvm.tuning.confirm import in_turns, to_confirm
+from agq_tvm.tuning.confirm import Turn, in_turns, to_confirm, verdict
 from agq_tvm.tuning.measure import NO_VERDICT, UNFIT, kind_of
 from agq_tvm.tuning.progress import Display, Progress
 from agq_tvm.tuning.provenance import cpu_of, provenance_of
@@ -356,28 +355,24 @@ class Tuner:
         builds = [self._builder.submit(task, point, path) for point, path in zip(points, paths, strict=True)]
         if any([build.result() is not None for build in builds]):
             return
-        told: list[list[dict]] = [[] for _ in chosen]
         errors: list[str] = []
 
-        def measure(number: int) -> list[float] | None:
+        def measure(number: int) -> Turn | None:
             future = runner.run([RunnerInput(str(paths[number]), "cpu", [])])[0]
             seconds, error, about = _outcome(future, runner, str(paths[number]))
-            told[number].append(about)
             errors.extend([error] if error else [])
-            return None if error or self._late() else seconds
+            return None if error or self._late() else Turn(seconds, about)
 
         found = in_turns(len(chosen), measure)
         if found is None:
             if errors:
                 say(f"{task.name}: its best candidate is not confirmed, {errors[0]}")
             return
-        for number, seconds in found.items():
-            record, rounds = chosen[number], told[number]
-            if record is None:
-                continue
-            about = rounds[-1] | {"hot": any(each.get("hot") for each in rounds)}
-            provenance = self._provenance(task, about) | {"default_seconds": statistics.median(found[0])}
-            self.library.append(replace(record, seconds=tuple(seconds), provenance=provenance))
+        for number, turns in found.items():
+            record, held = chosen[number], verdict(found[0], turns)
+            if record is not None and held is not None:
+                provenance = self._provenance(task, held[1])
+                self.library.append(replace(record, seconds=tuple(held[0]), provenance=provenance))
 
 
 def _outcome(future, runner, path: str) -> tuple[list[float] | None, str | None, dict]:

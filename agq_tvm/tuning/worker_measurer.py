@@ -29,6 +29,8 @@ class WorkerMeasurer(Measurer):
         Candidates that are measured at the same time.
     worker : str
         Kind of the worker processes.
+    drift : Drift, optional
+        That of the tasks before.
 
     Attributes
     ----------
@@ -38,9 +40,11 @@ class WorkerMeasurer(Measurer):
         How fast the processors were that measured.
     """
 
-    def __init__(self, task: Task, effort: Effort, timeout: float, parallel: int, worker: str) -> None:
+    def __init__(
+        self, task: Task, effort: Effort, timeout: float, parallel: int, worker: str, drift: Drift | None = None
+    ) -> None:
         super().__init__(task, timeout, parallel)
-        self.effort, self.drift = effort, Drift()
+        self.effort, self.drift = effort, drift or Drift()
         self.crew = Crew([borrow(worker) for _ in range(parallel)])
 
     def close(self) -> None:

@@ -21,7 +21,21 @@ _POLL = 0.02
 
 
 class WorkerEnded(Exception):
-    """A worker ended while it was asked; the text says how."""
+    """A worker ended while it was asked; the text says how.
+
+    Attributes
+    ----------
+    killed : bool
+        Whether something else ended it, by signal 9.
+    """
+
+    def __init__(self, text: str, killed: bool = False):
+        super().__init__(text)
+        self.killed = killed
+
+
+class WorkerUnfit(WorkerEnded):
+    """A worker ended before it was asked anything: no fault of a candidate."""
 
 
 class WorkerLate(Exception):
@@ -63,6 +77,7 @@ class Worker:
         Raises
         ------
         WorkerEnded
+            `WorkerUnfit`, if it could not even begin.
         WorkerLate
         """
         try:
@@ -74,7 +89,7 @@ class Worker:
                 more = told(answer)
                 answer = self._line(time.monotonic() + (limit if more is None else more))
         except BrokenPipeError:
-            raise WorkerEnded(self._end()) from None
+            raise self._end() from None
         except BaseException:
             self.close()
             raise
@@ -112,7 +127,10 @@ class Worker:
                 env=_environment(),
                 start_new_session=True,  # Ctrl-C is for the tuner, which ends its workers
             )
-        self._line(time.monotonic() + _START_LIMIT)
+        try:
+            self._line(time.monotonic() + _START_LIMIT)
+        except WorkerEnded as error:
+            raise WorkerUnfit(f"a process that measures or builds cannot be started: {error}") from None
 
     def _line(self, deadline: float) -> dict:
         """Return the next line that the process says."""
@@ -123,17 +141,18 @@ class Worker:
                 raise WorkerLate
             part = os.read(stream, 1 << 16)
             if not part:
-                raise WorkerEnded(self._end())
+                raise self._end()
             self._buffer += part
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
 
-    def _end(self) -> str:
+    def _end(self) -> WorkerEnded:
         """Say how the process ended."""
         code = self._process.wait()
         if code < 0:
-            return f"its process was ended by signal {-code} ({signal.strsignal(-code)})"
-        return f"its process ended with code {code}: {last_line(self._log.name)}"
+            words = f"its process was ended by signal {-code} ({signal.strsignal(-code)})"
+            return WorkerEnded(words, killed=-code == signal.SIGKILL)
+        return WorkerEnded(f"its process ended with code {code}: {last_line(self._log.name)}")
 
 
 class Crew:

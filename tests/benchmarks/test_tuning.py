@@ -12,7 +12,7 @@ from agq_tvm.targets import load_device
 from agq_tvm.tuning.measure import Measurement
 from agq_tvm.tuning.measurer import Outcome
 from agq_tvm.tuning.task import make_task
-from benchmarks.tuning import compare, gains
+from benchmarks.tuning import compare, gains, main
 
 ROUNDS = 4
 
@@ -53,6 +53,20 @@ def test_a_ratio_is_that_of_neighbours(task, point):
 def test_slower_means_beyond_doubt(task, point):
     assert not compare(task, point, Fake([1, 1, 1, 1], [1.1, 0.8, 1.2, 1.0]), ROUNDS).slower
     assert compare(task, point, Fake([1, 1, 1, 1], [1.1, 1.08, 1.12, 1.1]), ROUNDS).slower
+
+
+def test_an_interval_of_few_pairs_is_wide(task, point):
+    """Student's: of 4 pairs 3.18 standard errors, where 1.96 would be too sure."""
+    found = compare(task, point, Fake([1, 1, 1, 1], [1.1, 1.0, 1.2, 1.1]), ROUNDS)
+    assert (found.low, found.high) == pytest.approx((0.809, 1.026), abs=1e-3)
+
+
+@pytest.mark.parametrize("rounds", ["1", "0", "-3", "x"])
+def test_an_interval_needs_pairs(rounds, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tuning", "gains", "CKPT", "--rounds", rounds])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "--rounds" in capsys.readouterr().err
 
 
 def test_what_is_not_measured_is_said(task, point, tmp_path):

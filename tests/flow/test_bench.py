@@ -140,6 +140,8 @@ def test_results_that_do_not_compare(made):
         lambda result: result["tests"]["pp20"].pop("samples"),
         lambda result: result["tests"]["pp20"].update(samples=[1.0, "fast"]),
         lambda result: result["tests"]["pp20"].update(samples=[1.0, -1.0]),
+        lambda result: result["tests"]["pp20"].update(samples=[]),
+        lambda result: result["tests"]["pp20"].update(mean=10**400),
         lambda result: result.update(tests=[]),
         lambda result: result["model"].pop("checkpoint_sha256"),
         lambda result: result.update(format_version=99),

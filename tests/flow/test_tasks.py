@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 
 from agq_tvm.errors import AgqError
+from agq_tvm.flow.schedule_library import export_schedules
 from agq_tvm.flow.schedules import Chooser, summary
 from agq_tvm.flow.tasks import extract_tasks
 from agq_tvm.flow.tune import chosen
 from agq_tvm.kernels import linear_space, tunable
+from agq_tvm.kernels.attention_form import AttentionKernel, attention_form
 from agq_tvm.kernels.attrs import describe
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.linear import LinearKernel
@@ -110,6 +112,27 @@ def test_of_a_like_kernel_is_taken_what_it_has_otherwise_than_its_own_default(tm
     assert nearest(library, replace(KERNEL, columns=1 << 20), isa, 2) == []
 
 
+@pytest.mark.parametrize("changes", [{"heads": 3, "kv_heads": 4}, {"head_dim": 64.0}, {"rows": True}])
+def test_descriptions_of_no_kernel_are_passed_over(tmp_path, changes):
+    """A space is made of what a file says: nothing there may end the program."""
+    kernel = tunable.specialized(AttentionKernel(1, 9, 3, 64, 1024, attention_form(ISA)), 1024)
+    space = tunable.space_of(kernel, ISA, 2)
+    library = Library(tmp_path, device=DEVICE.name)
+    origin = {"kernel_version": tunable.version_of(kernel), "threads": 2}
+    description = describe(kernel) | changes
+    library.append(Record("t", description, ISA.name, space.default, (1e-3,), None, "measured", None, origin))
+    assert nearest(library, kernel, ISA, 2) == []
+
+
+@pytest.mark.parametrize("changes", [{"rows": "x"}, {"bits": -1}, {"class": "AttentionKernel"}, {"group_size": 0}])
+def test_an_export_leaves_out_what_describes_no_kernel(tmp_path, changes):
+    library, good = Library(tmp_path, device=DEVICE.name), record(KERNEL, 1e-3)
+    library.append(good)
+    library.append(replace(good, task="other", kernel=good.kernel | changes))
+    found = export_schedules(str(tmp_path), DEVICE.name, str(tmp_path / "out"))
+    assert (found["records"], found["left_out"]) == (1, 1)
+
+
 def test_other_versions_are_ignored_with_a_word(tmp_path):
     library = Library(tmp_path, device=DEVICE.name)
     old = record(KERNEL, 1e-9, version=0)
@@ -131,6 +154,14 @@ def test_emulated_boards_are_ignored_with_a_word(tmp_path):
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+def test_the_limit_is_measured_before_any_candidate_is():
+    asked = []
+    Lines(lambda task: asked.append(task), stream=Terminal()).update(
+        Progress(make_task(KERNEL, "avx512vnni", DEVICE, 2), 20)
+    )
+    assert len(asked) == 1
 
 
 def test_the_line_of_a_task_says_where_it_is():

@@ -15,18 +15,41 @@ from agq_tvm.flow.schedule_library import list_schedules, merge_schedules, prune
 from agq_tvm.kernels.record import Record, parse_record
 from agq_tvm.kernels.record_file import RECORDS, RecordFile
 from agq_tvm.kernels.record_library import Library
+from agq_tvm.kernels.tunable import VERSIONS
 
+NOW = VERSIONS["LinearKernel"]
 KERNEL = {"class": "LinearKernel", "rows": 16, "columns": 64, "channels": 64, "bits": 4}
 
 
 def record(point: int = 0, seconds=(1e-3,), task: str = "task", how: str = "measured", **provenance) -> Record:
     error = None if seconds else "wrong: it differs"
-    origin = {"kernel_version": 1, "threads": 2} | provenance
+    origin = {"kernel_version": NOW, "threads": 2} | provenance
     return Record(task, KERNEL, "avx2", {"rows": point}, seconds, error, how, None, origin)
 
 
 def library(folder) -> Library:
     return Library(folder, device="x86-64-avx2")
+
+
+def test_another_processor_has_records_of_its_own(tmp_path):
+    """Both may be in one file, of a shared home or merged: neither may keep the other's from being written."""
+    mine = library(tmp_path)
+    assert mine.append(record(1, cpu="fast")) and mine.append(record(1, (9e-3,), cpu="slow"))
+    assert not mine.append(record(1, (8e-3,), cpu="slow"))
+    other = library(tmp_path / "other")
+    other.append(record(1, (1e-6,), cpu="slow"))
+    merge_schedules([str(tmp_path / "other")], str(tmp_path))
+    assert {each.cpu: each.time for each in library(tmp_path).read()} == {"fast": 1e-3, "slow": 1e-6}
+
+
+def test_the_default_comes_before_what_was_not_faster_in_every_turn(tmp_path):
+    mine = library(tmp_path)
+    mine.append(record(0, (2e-3,), default_seconds=2e-3))
+    mine.append(record(1, (1e-3,), default_seconds=2e-3, doubtful=True))
+    mine.append(record(2, (1e-6,)))
+    assert mine.best("task").decisions == {"rows": 0}
+    mine.append(record(3, (1.9e-3,), default_seconds=2e-3))
+    assert mine.best("task").decisions == {"rows": 3}
 
 
 def test_what_is_added_is_read_again_once(tmp_path):
@@ -100,6 +123,15 @@ def broken(**changes) -> bytes:
         broken(provenance=None),
         broken(record="trace"),
         broken(extra=1),
+        broken(task="\ud800"),
+        broken(task="two\nlines"),
+        broken(seconds=[10**400]),
+        broken(provenance={"default_seconds": 10**400}),
+        broken(provenance={"threads": 10**400}),
+        broken(provenance={"deep": json.loads("[" * 600 + "]" * 600)}),
+        broken(kernel=KERNEL | {"columns": 1 << 40}),
+        broken(kernel=KERNEL | {"bits": -(1 << 40)}),
+        broken(kernel=KERNEL | {"columns": float("inf")}),
         record().line().replace(b"0.001", b"Infinity"),
         record().line().replace(b"0.001", b"NaN"),
     ),
@@ -156,22 +188,24 @@ def test_what_is_no_time_of_the_default_confirms_nothing(seconds):
 def test_what_one_has_measured_oneself_comes_before_other_libraries_and_only_the_first_is_written(tmp_path):
     """A device's name does not tell its processor: a faster one would win with what is slow on this one."""
     other = library(tmp_path / "other")
-    other.append(record(1, (1e-4,)))
+    other.append(record(1, (1e-4,), cpu="fast"))
     both = Library(tmp_path / "mine", tmp_path / "other", device="x86-64-avx2")
-    both.append(record(2, (1e-5,), how="simulated"))
+    both.append(record(2, (1e-5,), how="simulated", cpu="fast"))
     assert both.best("task").decisions == {"rows": 1}
-    both.append(record(3, (1e-3,)))
-    other.append(record(4, (1e-4,), default_seconds=1e-3))
+    both.append(record(3, (1e-3,), cpu="slow"))
+    other.append(record(4, (1e-4,), default_seconds=1e-3, cpu="fast"))
     assert both.best("task").decisions == {"rows": 3}
-    assert [each.decisions for each in both.nearest(KERNEL, "avx2", 2, 1)] == [{"rows": 3}]
-    assert len(library(tmp_path / "other").read()) == 2
+    assert [each.decisions for each in both.nearest(KERNEL, "avx2", 2, NOW)] == [{"rows": 3}]
+    other.append(record(5, (5e-4,), cpu="slow"))  # on one's own processor, somebody else
+    assert both.best("task").decisions == {"rows": 5}
+    assert len(library(tmp_path / "other").read()) == 3
     assert library(tmp_path / "mine").best("task").decisions == {"rows": 3}
 
 
 def test_the_nearest_is_of_a_like_kernel(tmp_path):
     mine = library(tmp_path)
 
-    def add(point, version=1, **fields):
+    def add(point, version=NOW, **fields):
         each = replace(record(point, task=f"task{point}", kernel_version=version), kernel=KERNEL | fields)
         mine.append(each)
 
@@ -180,10 +214,10 @@ def test_the_nearest_is_of_a_like_kernel(tmp_path):
     add(3, rows=1)  # decode is another matter
     add(4, bits=8)
     add(5, columns=4096)  # too far
-    add(6, version=2)
-    near = mine.nearest(KERNEL, "avx2", 2, 1)
+    add(6, version=NOW + 1)
+    near = mine.nearest(KERNEL, "avx2", 2, NOW)
     assert [each.decisions["rows"] for each in near] == [2, 1]
-    assert mine.nearest(KERNEL, "neon", 2, 1) == []
+    assert mine.nearest(KERNEL, "neon", 2, NOW) == []
 
 
 def append_many(folder, first: int, barrier) -> None:
@@ -243,6 +277,12 @@ def test_merging_keeps_the_better_of_each(tmp_path):
     times = {each.decisions["rows"]: each.time for each in library(tmp_path / "mine").read()}
     assert times == {1: 1e-3, 2: 1e-3, 3: 3e-3, 4: 1e-3}
     assert merge_schedules([str(tmp_path / "other")], str(tmp_path / "mine"))["added"] == 0
+    with open(mine.files[0].path, "ab") as file:
+        file.write(b"\xff of a later program\n")
+    other.append(record(5))
+    merge_schedules([str(tmp_path / "other")], str(tmp_path / "mine"))
+    assert len(library(tmp_path / "mine").read()) == 5
+    assert mine.files[0].path.read_bytes().endswith(b"\xff of a later program\n")
     with pytest.raises(AgqError, match="no library"):
         merge_schedules([str(tmp_path / "nothing")], str(tmp_path / "mine"))
 
@@ -252,10 +292,16 @@ def test_pruning_leaves_the_best_of_each_task(tmp_path):
     for point in range(5):
         mine.append(record(point, (1e-3 * (point + 1),)))
     mine.append(record(9, None))
-    mine.append(record(10, (1e-9,), kernel_version=0))
+    mine.append(record(10, (1e-9,), kernel_version=NOW - 1))
     mine.append(record(11, task="another"))
-    assert prune_schedules(str(tmp_path), keep=2) == {"library": str(tmp_path), "kept": 3, "removed": 5}
-    assert sorted(each.decisions["rows"] for each in mine.read()) == [0, 1, 11]
+    mine.append(record(12, (1e-9,), kernel_version=999))  # of a later program: ours cannot use it, nor does it count
+    mine.append(record(13, (9e-3,), cpu="another"))
+    with open(mine.files[0].path, "ab") as file:
+        file.write(b"of a later program\n")
+    removed = prune_schedules(str(tmp_path), keep=2)
+    assert (removed["kept"], removed["removed"], len(removed["left_out"])) == (5, 5, 1)
+    assert sorted(each.decisions["rows"] for each in mine.read()) == [0, 1, 11, 12, 13]
+    assert b"of a later program\n" in mine.files[0].path.read_bytes()
     listed = list_schedules(str(tmp_path), None)["devices"]["x86-64-avx2"]
     assert [task["task"] for task in listed["tasks"]] == ["another", "task"]
     with pytest.raises(AgqError, match="no schedules for 'x86-64', only for x86-64-avx2"):

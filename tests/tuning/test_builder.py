@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from agq_tvm.errors import AgqError
 from agq_tvm.flow.tasks import extract_tasks
 from agq_tvm.kernels.norm import LayerNormKernel
 from agq_tvm.targets import load_device
 from agq_tvm.tuning.builder import Builder, plain, task_of
 from agq_tvm.tuning.task import make_task
-from agq_tvm.tuning.workers import Worker
+from agq_tvm.tuning.workers import Worker, WorkerEnded
 
 
 @pytest.mark.parametrize("cache", ["float16", "int8"])
@@ -37,6 +38,32 @@ def test_whatever_becomes_of_a_build_the_next_is_made(tmp_path, monkeypatch):
         monkeypatch.setattr(Worker, "ask", ask)
         assert builder.submit(task, task.space.default, path).result(300) is None
     assert path.stat().st_size > 0
+
+
+def test_a_build_that_was_killed_is_made_once_more(tmp_path, monkeypatch):
+    """A machine that is out of memory ends the largest process, and that is no candidate's fault."""
+    device = load_device("host")
+    task = make_task(LayerNormKernel(16, 64, 1e-5), device.instruction_set, device, 1)
+    path, ask, asked = tmp_path / "candidate.so", Worker.ask, []
+
+    def killed_once(worker, job, limit):
+        asked.append(job)
+        if len(asked) == 1:
+            raise WorkerEnded("its process was ended by signal 9 (Killed)", killed=True)
+        return ask(worker, job, limit)
+
+    monkeypatch.setattr(Worker, "ask", killed_once)
+    with Builder(1) as builder:
+        assert builder.submit(task, task.space.default, path).result(300) is None
+    assert len(asked) == 2 and path.stat().st_size > 0
+
+
+def test_no_process_to_build_in_ends_the_tuning(tmp_path, monkeypatch):
+    device = load_device("host")
+    task = make_task(LayerNormKernel(16, 64, 1e-5), device.instruction_set, device, 1)
+    monkeypatch.setattr("sys.executable", "false")
+    with Builder(1) as builder, pytest.raises(AgqError, match="cannot be started: its process ended with code 1"):
+        builder.submit(task, task.space.default, tmp_path / "candidate.so").result(60)
 
 
 def test_what_a_worker_started_ends_with_it():

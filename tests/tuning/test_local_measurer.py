@@ -66,8 +66,8 @@ def test_the_next_task_gets_the_same_worker(tmp_path):
     assert pids[0] == pids[1]
 
 
-@pytest.mark.parametrize("when", ["its process starts", "it runs"])
-def test_closing_ends_a_candidate_while(when, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("when", "kind"), [("its process starts", "lost"), ("it runs", "crashed")])
+def test_closing_ends_a_candidate_while(when, kind, tmp_path, monkeypatch):
     start, begun, pids = Worker._start, threading.Event(), []
 
     def told(worker):
@@ -83,8 +83,17 @@ def test_closing_ends_a_candidate_while(when, tmp_path, monkeypatch):
         measurer._arguments = ARGUMENTS
         future = measurer.submit(candidate("endless", HOST, tmp_path))
         assert begun.wait(60)
-    assert future.result(timeout=0).kind == "crashed"
+    assert future.result(timeout=0).kind == kind
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_worker_that_cannot_start_is_no_verdict_about_a_candidate(monkeypatch):
+    monkeypatch.setattr("sys.executable", "false")
+    monkeypatch.setattr("agq_tvm.tuning.worker_measurer.borrow", Worker)
+    with LocalMeasurer(task_for(HOST), QUICK, timeout=60) as measurer:
+        measurer._arguments = ARGUMENTS
+        outcome = measurer.submit("none.so").result(timeout=60)
+    assert outcome.kind == "lost" and "cannot be started: its process ended with code 1" in outcome.text
 
 
 def test_a_worker_that_ended_before_it_was_asked_answers_the_next_time(monkeypatch):

@@ -168,6 +168,8 @@ def test_times_of_emulated_boards_and_of_real_ones_are_kept_apart(fleet, folder,
         monkeypatch.setattr("agq_tvm.tuning.tracker_measurer._checked", {})
         with pytest.raises(AgqError, match=rf"under the key '{fleet.key}' .* is emulated and .* is not.*own"):
             fleet_of(fleet.address, fleet.key, BOARD)
+        # A board that was looked at is free again a little later.
+        wait_until(lambda: tracker_summary(*parse_tracker(fleet.address))[fleet.key]["free"] == 2)
         looked = {check["name"]: check["state"] for check in look_at_boards(fleet.address, fleet.key, BOARD)}
         assert looked["fleet"] == "wrong"
         fleet.kill(emulated)

@@ -353,6 +353,19 @@ def test_records_of_another_processor_are_hints_and_no_trials(tmp_path):
     assert any(each.confirmed for each in records(tmp_path / "own"))
 
 
+def test_records_of_another_processor_in_ones_own_file_keep_nothing_from_being_written(tmp_path):
+    """Of a shared home, or merged: the same points have to be measured here, and count."""
+    (task,) = tasks(16)
+    tuner(tmp_path, [task], Settings(24, "random")).run()
+    library = Library(tmp_path, device=DEVICE)
+    library.files[0].replace(lambda found: [faster(each) for each in found])
+    others = len(records(tmp_path))
+    (progress,) = tuner(tmp_path, [task], Settings(6, "random")).run()
+    found = [each for each in records(tmp_path)[others:] if not each.confirmed]
+    assert progress.known == progress.measured == len(found) == 6
+    assert found[0].decisions == task.space.default and any(each.confirmed for each in records(tmp_path)[others:])
+
+
 def faster(record):
     """Return a record as another processor might have made it."""
     origin = record.provenance | {"cpu": "another"}
