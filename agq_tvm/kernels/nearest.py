@@ -20,14 +20,15 @@ def nearest(library: Library, kernel, isa: InstructionSet, threads: int) -> list
     threads : int
         That `kernel` runs on.
     """
-
-    own = tunable.space_of(kernel, isa, threads)
+    own, suggested = tunable.space_of(kernel, isa, threads), {}
 
     def suggests(record: Record) -> bool:
-        return _carried(record, own, isa) is not None
+        if id(record) not in suggested:
+            suggested[id(record)] = _carried(record, own, isa)
+        return suggested[id(record)] is not None
 
     near = library.nearest(describe(kernel), isa.name, threads, tunable.version_of(kernel), suggests)
-    return [(record, _carried(record, own, isa)) for record in near]
+    return [(record, suggested[id(record)]) for record in near]
 
 
 def _carried(record: Record, own: Space, isa: InstructionSet) -> dict[str, int] | None:

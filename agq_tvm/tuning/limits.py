@@ -30,6 +30,8 @@ STEPS = 64
 """Vectors of activations that the multiply loop goes through: they stay in the first cache."""
 WEIGHTS = 4
 """Vectors of weights that it keeps in registers."""
+_OFTEN = 4
+"""Multiply-accumulates of floats for each byte out of memory beyond which memory is not what bounds them."""
 _ROUNDS = 15
 """Of which the best is taken as the limit of candidates: other programs only ever make a round slower."""
 
@@ -196,8 +198,11 @@ class Limits:
     def __call__(self, task) -> float | None:
         """Return seconds of a `Task`; None where neither memory nor integer products bound it."""
         memory, multiply = self._measured(task.threads)
+        integers = hasattr(task.kernel, "activation_bits")
+        if not integers and task.macs > _OFTEN * task.cold_bytes:
+            return None  # the rate of floats is not measured
         bounds = [task.cold_bytes / memory / 1e9] if task.cold_bytes else []
-        if hasattr(task.kernel, "activation_bits") and multiply:
+        if integers and multiply:
             bounds.append(2 * task.macs / multiply / 1e9)
         return max(bounds, default=None)
 

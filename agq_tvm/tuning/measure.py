@@ -196,6 +196,7 @@ def measure(
     effort: Effort,
     deadline: float,
     fixed_best: float | None = None,
+    waits: bool = True,
 ) -> tuple[Measurement, float | None]:
     """Check and time a candidate.
 
@@ -212,6 +213,8 @@ def measure(
         On `time.monotonic`: when a slow processor is not waited for any more.
     fixed_best : float, optional
         The least that the fixed computation ever took there, in seconds.
+    waits : bool
+        Whether a slow processor is given time to cool; it will not if that did not help the candidate before.
 
     Returns
     -------
@@ -235,7 +238,7 @@ def measure(
         calls = (len(sweep) - 1) // len(operands)
         time.sleep(effort.cooldown)
         seconds, drift, fixed = _timed(place, sweep, effort, fixed_best)
-        for attempt in range(1, _REPRIEVES + 1):
+        for attempt in range(1, _REPRIEVES + 1 if waits else 1):
             rest = attempt * max(_WAIT_FOR_COOL, effort.cooldown)
             if drift <= _HOT or time.monotonic() + 2 * rest > deadline:
                 break

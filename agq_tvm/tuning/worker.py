@@ -67,13 +67,14 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _measured(place, job: dict, fixed_best: float | None) -> dict:
+def _measured(place, job: dict, board: str = "") -> dict:
     arguments = [Argument(**argument | {"shape": tuple(argument["shape"])}) for argument in job["arguments"]]
     if "save" in job:
         return _saved(place, job, arguments)
     effort = Effort(**job["effort"])
     deadline = time.monotonic() + job["limit"]
-    measurement, fixed = measure(place, job["path"], arguments, job["threads"], effort, deadline, fixed_best)
+    before = job["fixed"].get(board), board not in job["slow"]
+    measurement, fixed = measure(place, job["path"], arguments, job["threads"], effort, deadline, *before)
     return {"measurement": asdict(measurement), "fixed": fixed}
 
 
@@ -97,7 +98,7 @@ class _Here:
         self._place = Here()
 
     def __call__(self, job: dict) -> dict:
-        return _measured(self._place, job, job["fixed"].get(""))
+        return _measured(self._place, job)
 
 
 class _Build:
@@ -149,7 +150,7 @@ class _OnBoard:
             if place.keeps_time == job["emulated"]:
                 kinds = ("real", "emulated") if place.keeps_time else ("emulated", "real")
                 raise MeasureError(UNFIT, f"{board} is {kinds[0]} and others are {kinds[1]}: give it a key of its own")
-            answer = _measured(place, job, job["fixed"].get(board))
+            answer = _measured(place, job, board)
             if "measurement" in answer:
                 told = {"board": board, "emulated": not place.keeps_time, "status": board_status(session) or {}}
                 answer["measurement"] |= told

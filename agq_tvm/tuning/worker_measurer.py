@@ -65,13 +65,13 @@ class WorkerMeasurer(Measurer):
         if "measurement" not in answer:
             return Outcome(kind=answer["kind"], text=answer["text"])
         measurement = Measurement(**answer["measurement"])
-        self.drift.note(measurement.board, answer["fixed"])
+        self.drift.note(measurement.board, answer["fixed"], measurement.hot)
         return Outcome(measurement)
 
     def _answer(self, job: dict) -> dict:
         try:
             with self.crew.one() as worker:
-                return self._ask(worker, job | {"fixed": self.drift.best()})
+                return self._ask(worker, job | {"fixed": self.drift.best(), "slow": self.drift.slow()})
         except WorkerEnded as error:  # before it was asked
             return {"kind": LOST, "text": str(error)}
 

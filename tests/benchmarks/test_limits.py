@@ -113,4 +113,8 @@ def test_limits_of_candidates_are_those_of_their_threads(monkeypatch):
     assert at_best(task) == 2.0
     task.macs = 16e9
     assert at_best(task) == 4.0
+    task.kernel = SimpleNamespace()
+    assert at_best(task) == 2.0  # floats, 4 for each byte
+    task.macs = 17e9
+    assert at_best(task) is None
     assert sorted(seen) == [("memory", 2), ("multiply", 2)]  # once for each number of threads

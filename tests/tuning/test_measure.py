@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from agq_tvm.tuning import measure as measuring
+from agq_tvm.tuning.drift import Drift
 from agq_tvm.tuning.measure import Argument, Effort, MeasureError, Measurement, disagreement, measure
 
 ARGUMENTS = [
@@ -65,8 +66,8 @@ def rests(monkeypatch):
 EFFORT = Effort(4, 20, 0)
 
 
-def measured(machine, effort=EFFORT, best=None, deadline=float("inf")):
-    return measure(machine, "path", ARGUMENTS, 3, effort, deadline, best)
+def measured(machine, effort=EFFORT, best=None, deadline=float("inf"), waits=True):
+    return measure(machine, "path", ARGUMENTS, 3, effort, deadline, best, waits)
 
 
 def test_a_steady_machine_is_measured_once(rests):
@@ -108,6 +109,17 @@ def test_one_that_stays_slow_is_told_so():
     assert found.hot
     assert found.drift == pytest.approx(1.3)
     assert fixed == 1.0
+
+
+def test_one_that_stayed_slow_is_not_waited_for_again(rests):
+    found, _ = measured(Machine(fixed=[1.3]), best=1.0, waits=False)
+    assert found.hot and rests == [0.0]
+    drift = Drift()
+    for hot, slow in ((False, []), (True, ["b"]), (True, ["b"]), (False, [])):
+        drift.note("b", 2.0 if hot else 1.0, hot)
+        assert (drift.slow(), drift.best()) == (slow, {"b": 1.0})
+    drift.note("emulated", None, False)
+    assert drift.best() == {"b": 1.0}
 
 
 def test_no_rest_goes_beyond_the_time_limit(rests):
