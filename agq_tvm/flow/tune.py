@@ -98,6 +98,9 @@ def tune(request: TuneRequest) -> dict:
     path = library.files[0].path
     count = "1 task" if len(tasks) == 1 else f"{len(tasks)} tasks"
     say(f"{count}, {len(done)} of them with all trials; records go to {path}")
+    total = sum(progress.wanted for progress in tuner.progress.values())
+    if total > request.trials:
+        say(f"{request.trials} trials are not two for each task: there will be {total}")
     if request.simulate:
         say("simulated times leave out caches and memory, and so does their ranking: any measured record comes first")
     if boards.emulated:

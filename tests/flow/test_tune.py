@@ -136,3 +136,10 @@ def test_where_the_time_was_too_short_it_is_said(tiny_checkpoint, tmp_path):
     assert process.returncode == 0, errors
     assert json.loads(out)["measured"] == 0
     assert "time is up with 8 trials to go: the same command goes on from there" in errors.splitlines()
+
+
+def test_more_trials_than_asked_for_are_announced(agq, tiny_checkpoint, tmp_path):
+    done = agq(
+        "tune", tiny_checkpoint, "--target", "host", "--trials", "3", "--time-limit", "0.001", "--library", tmp_path
+    )
+    assert done.returncode == 0 and "3 trials are not two for each task: there will be " in done.stderr
