@@ -61,11 +61,8 @@ class Chooser:
     def report(self) -> dict:
         """Return how many kernels have which kind of schedule, each of them, and what was left out."""
         counts = Counter(found["schedule"] for found in self.kernels.values())
-        other = sum(
-            record.instruction_set == self.isa.name
-            and record.kernel_version != tunable.VERSIONS.get(record.kernel["class"])
-            for record in self._records
-        )
+        own = [record for record in self._records if record.instruction_set == self.isa.name]
+        other = sum(record.kernel_version != tunable.VERSIONS.get(record.kernel["class"]) for record in own)
         return {
             **{kind: counts[kind] for kind in (TUNED, NEAREST, DEFAULT)},
             "simulated": sum(found.get("how") == "simulated" for found in self.kernels.values()),

@@ -105,12 +105,12 @@ def verdict(default: Sequence[Turn], candidate: Sequence[Turn]) -> tuple[list[fl
     None
         Instead of both, if no board has measured both.
     """
+
+    def on(board: str) -> list[list[Turn]]:
+        return [[turn for turn in turns if turn.board == board] for turns in (default, candidate)]
+
     boards = sorted({turn.board for turn in candidate})
-    turns = {
-        board: [[each for each in part if each.board == board] for part in (default, candidate)] for board in boards
-    }
-    board = max(boards, key=lambda name: min(map(len, turns[name])))
-    defaults, own = turns[board]
+    defaults, own = max(map(on, boards), key=lambda turns: min(map(len, turns)))
     if not defaults:
         return None
     pairs = zip(defaults, own, strict=False)
