@@ -20,15 +20,13 @@ def nearest(library: Library, kernel, isa: InstructionSet, threads: int) -> list
     threads : int
         That `kernel` runs on.
     """
-    own, suggested = tunable.space_of(kernel, isa, threads), {}
+    own = tunable.space_of(kernel, isa, threads)
 
     def suggests(record: Record) -> bool:
-        if id(record) not in suggested:
-            suggested[id(record)] = _carried(record, own, isa)
-        return suggested[id(record)] is not None
+        return _carried(record, own, isa) is not None
 
     near = library.nearest(describe(kernel), isa.name, threads, tunable.version_of(kernel), suggests)
-    return [(record, suggested[id(record)]) for record in near]
+    return [(record, _carried(record, own, isa)) for record in near]
 
 
 def _carried(record: Record, own: Space, isa: InstructionSet) -> dict[str, int] | None:
