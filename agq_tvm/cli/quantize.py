@@ -23,6 +23,7 @@ def register(subparsers) -> None:
             "mixed_bits",
             "fold",
             "head_bits",
+            "integer_grid",
         )
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         if args.bits_from:
@@ -37,7 +38,9 @@ def register(subparsers) -> None:
             (
                 "weights",
                 f"{result['weight_bits']} bit, group size {result['group_size']}, "
-                f"{result['bits_per_weight']:.2f} bit stored" + (", norms folded in" if result["fold"] else ""),
+                f"{result['bits_per_weight']:.2f} bit stored"
+                + (", integer grid" if result["integer_grid"] else "")
+                + (", norms folded in" if result["fold"] else ""),
             ),
             ("embedding, head", f"{result['head_bits']} bit"),
             ("activations", _activations(result)),
@@ -71,6 +74,13 @@ def register(subparsers) -> None:
         help="weights that share a scale; column: all of an output column",
     )
     parser.add_argument("--symmetric", action="store_true", default=None, help="no group offsets: smaller, less exact")
+    parser.add_argument(
+        "--integer-grid",
+        action="store_true",
+        default=None,
+        help="scales and offsets that are whole multiples of one unit of their column: smaller, as exact, and prefill "
+        "sums in integers on processors with VNNI (per-token, static; groups of 32, 64 or 128)",
+    )
     parser.add_argument("--weight-bits", type=int, choices=(4, 8), help="default: 4; 8 is rounded to nearest")
     parser.add_argument(
         "--head-bits", type=int, choices=(4, 8, 16), help="of embedding and lm_head, 16 is float16 (default: 8)"

@@ -133,6 +133,7 @@ def linear_format(scheme: Scheme, offsets: str | None):
         shifts=scheme.shifts,
         mixed=scheme.mixed_bits > 0,
         head_bits=scheme.head_bits,
+        grid=scheme.integer_grid,
     )
 
 

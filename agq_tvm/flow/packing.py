@@ -6,9 +6,11 @@ import numpy as np
 
 from agq_tvm.kernels import linear_dense
 from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.intrin.grid_intrin import ZERO as GRID_ZERO
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.kernels.linear import ZERO
 from agq_tvm.quantize.checkpoint import Checkpoint, QuantizedLinear, Table
+from agq_tvm.quantize.integer_grid import to_integers
 from agq_tvm.quantize.mixed_format import BITS, widths
 from agq_tvm.quantize.shifts import block_shifts, channel_order, check_totals
 
@@ -53,9 +55,11 @@ def unpack_codes(linear: QuantizedLinear) -> np.ndarray:
     return pairs.reshape(len(linear.qweight), -1)[:, : linear.in_features]
 
 
-def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str | None) -> dict[str, np.ndarray]:
+def pack_linear(
+    parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str | None, grid: bool = False
+) -> dict[str, np.ndarray]:
     """Pack matrices stacked along N: ``w``, ``ws``, and where the form has them ``wo``, ``bias``, ``refine``, ``act``
-    and ``powers``.
+    and ``powers``; with `grid`, of matrices on an integer grid, ``w``, ``step``, ``low`` and ``ws``.
 
     A static zero point z becomes part of the bias: b[n] - s_x · z · Σ_k w[n, k]. TRIP's powers of two become
     part of scales and offsets, and their inverses per channel are ``refine``. Exponents that shift give ``order``
@@ -66,11 +70,9 @@ def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str
     codes = np.concatenate([unpack_codes(part) for part in parts])
     scales = np.concatenate([part.scales for part in parts])
     order = channel_order(first.alpha) if first.is_shifted else slice(None)
-    packed = {
-        "w": pack_codes(codes[:, order], first.group_size, layout),
-        "ws": layout.pack_columns(scales),
-    }
-    if offsets:
+    packed = {"w": pack_codes(codes[:, order], first.group_size, layout)}
+    packed |= _pack_grid(parts, layout) if grid else {"ws": layout.pack_columns(scales)}
+    if offsets and not grid:
         values = np.concatenate([_offsets(part) for part in parts])
         packed["wo"] = layout.pack_columns(values.astype(offsets))
     if first.act_scale is not None or any(part.bias is not None for part in parts):
@@ -90,6 +92,18 @@ def pack_linear(parts: tuple[QuantizedLinear, ...], layout: Layout, offsets: str
         exponents[:, : first.in_features] = -widths(bits, steps), bits - min(BITS), steps
         packed["powers"] = np.exp2(exponents).astype("float32")
     return packed
+
+
+def _pack_grid(parts: tuple[QuantizedLinear, ...], layout: Layout) -> dict[str, np.ndarray]:
+    """Pack what puts codes on an integer grid; columns that fill up the last tile have the unit 0."""
+    integers = [to_integers(part.unit, part.scales, part.offsets) for part in parts]
+    units, steps = np.concatenate([part.unit for part in parts]), np.concatenate([step for step, _ in integers])
+    lows = np.concatenate([low for _, low in integers]).astype("int16") + GRID_ZERO
+    return {
+        "step": layout.pack_columns(steps),
+        "low": layout.pack_columns(lows.astype("uint8")),
+        "ws": layout.pack_columns(units[:, None]),
+    }
 
 
 def pack_codes(codes: np.ndarray, group_size: int, layout: Layout) -> np.ndarray:
@@ -204,4 +218,5 @@ class Packer:
         _, layer, role = owner.split(".")
         parts = next(linear.parts for linear in config.linears if linear.name == role)
         layout = self.isa.layout(self.checkpoint.scheme.weight_bits)
-        return pack_linear(self.checkpoint.fused(int(layer), parts), layout, self.offsets)
+        grid = self.checkpoint.scheme.integer_grid and self.isa.grids
+        return pack_linear(self.checkpoint.fused(int(layer), parts), layout, self.offsets, grid)

@@ -74,7 +74,7 @@ def forms_of(source: Checkpoint, isa: str, cache: str) -> tuple[tuple[Form, ...]
 
 def _integer_formats(own: LinearFormat, roles: tuple[str, ...]) -> dict[str, LinearFormat]:
     """Return the formats of W8A8, W4A8 and W4A4 that are otherwise like a checkpoint's own."""
-    format = replace(own, four_bit=(), shifts=False, mixed=False, refined=own.refined and not own.shifts)
+    format = replace(own, four_bit=(), shifts=False, mixed=False, grid=False, refined=own.refined and not own.shifts)
     if own.activation == "none":
         format = replace(format, activation="per-token" if own.group_size == "column" else "per-token-group")
     return {

@@ -135,7 +135,7 @@ class _Maker:
         if isinstance(self.kernel, AttentionKernel):
             queries = len(self.kernel.queries)
             return frozenset(range(queries, queries + len(self.kernel.caches)))
-        parts = ("w", "ws", "wo", "bias")
+        parts = ("w", "step", "low", "ws", "wo", "bias")
         is_product = hasattr(self.kernel, "columns")
         return frozenset(i for i, name in enumerate(self.parameters) if is_product and name.rpartition(".")[2] in parts)
 

@@ -267,6 +267,7 @@ def quantize_command(model: str | os.PathLike, schedule: PruningSchedule) -> str
         words += ["--max-refine", str(scheme.max_refine)] if scheme.max_refine else []
         words += ["--shifts"] if scheme.shifts else []
         words += ["--activation-bits", f"{scheme.mixed_bits:g}"] if scheme.mixed_bits else []
+        words += ["--integer-grid"] if scheme.integer_grid else []
         words += ["--fold"] if scheme.fold else []
         words += ["--four-bit", ",".join(scheme.four_bit)] if scheme.four_bit else []
         words += ["--attention", scheme.attention] if scheme.attention != "float" else []

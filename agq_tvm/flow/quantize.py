@@ -14,7 +14,7 @@ from agq_tvm.files import fresh_directory
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.progress import progress, say
 from agq_tvm.quantize.calibration_report import CalibrationReport
-from agq_tvm.quantize.checkpoint import QuantizedLinear, Table, write_checkpoint
+from agq_tvm.quantize.checkpoint import QuantizedLinear, Table, stored, write_checkpoint
 from agq_tvm.quantize.fold import folded
 from agq_tvm.quantize.mixed_format import average_bits
 from agq_tvm.quantize.pruning import PruningSchedule
@@ -71,6 +71,7 @@ def quantize(
     mixed_bits: float = 0,
     fold: bool = False,
     head_bits: int = 8,
+    integer_grid: bool = False,
 ) -> dict:
     """Quantize a model and write the checkpoint.
 
@@ -114,13 +115,16 @@ def quantize(
     head_bits : {4, 8, 16}
         Of embedding, head and projections outside the layers; 16 is float16, and a head of 4 bits is calibrated.
         Where a model has such a table with a grid of 4 or 8 bits in groups of 32, that is kept.
+    integer_grid : bool
+        Scales and offsets of a column's groups are whole multiples of one unit, for ``"per-token"`` and ``"static"``;
+        not with ``"keep"``, see `agq_tvm.quantize.integer_grid`.
 
     Returns
     -------
     dict
         ``method``, ``group_size``, ``symmetric``, ``activation``, ``max_refine``, ``four_bit``, ``pruning`` (None,
         or ``layers``, ``beta`` and ``renumber``), ``attention``, ``shifts``, ``weight_bits``, ``mixed_bits``, ``fold``,
-        ``head_bits``,
+        ``head_bits``, ``integer_grid``,
         ``calibration`` (None, or the ``text`` with its ``sha256``, and the ``samples``, ``length`` and ``seed`` of its
         windows), ``activation_bits`` (the average at the inputs of the layers' linears, scales included; 32 for float
         ones), ``bytes`` of the weights file, ``bits_per_weight`` of the matrices with scales and offsets,
@@ -148,6 +152,7 @@ def quantize(
         mixed_bits=mixed_bits,
         fold=fold,
         head_bits=head_bits,
+        integer_grid=integer_grid,
     )
     source = folded(source) if fold else source
     check_roles(source.config, scheme.four_bit)
@@ -265,6 +270,9 @@ def _table(source: Source, name: str, bits: int, head: "HeadFit | None") -> Tabl
     return quantize_table(source.tensor(f"{name}.weight"), bits)
 
 
+_WEIGHT_FIELDS = ("qweight", "scales", "offsets", "unit", "step", "low")
+
+
 class _Weights:
     """Quantized matrices as they are made; what passes is measured, and not kept."""
 
@@ -282,8 +290,7 @@ class _Weights:
 
     def _measure(self, name: str, linear: QuantizedLinear) -> None:
         weight = self._source.tensor(f"{name}.weight")
-        arrays = (linear.qweight, linear.scales, linear.offsets)
-        self._stored_bytes += sum(array.nbytes for array in arrays if array is not None)
+        self._stored_bytes += sum(value.nbytes for field, value in stored(linear) if field in _WEIGHT_FIELDS)
         self._count += weight.size
         if linear.act_bits is not None:
             self._activation_bits[name] = linear.act_bits

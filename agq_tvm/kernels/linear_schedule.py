@@ -1,8 +1,9 @@
-"""The schedule of integer matrix products, `linear.py` and `linear_shifted.py`, from decisions."""
+"""The schedule of integer matrix products, `linear.py`, `linear_shifted.py` and `linear_grid.py`, from decisions."""
 
 from dataclasses import dataclass, replace
 
 from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.intrin.grid_intrin import grid_dot_intrinsic, grid_unpack_intrinsic
 from agq_tvm.kernels.intrin.tensor_intrin import Tile, intrinsic
 from agq_tvm.tvm_seam import Schedule
 
@@ -52,7 +53,14 @@ def row_tile(rows: int, limit: int) -> int:
 
 
 def schedule(
-    func, kernel, isa: InstructionSet, plan: Plan, total: str, conversions: list[str], shifted: bool = False
+    func,
+    kernel,
+    isa: InstructionSet,
+    plan: Plan,
+    total: str,
+    conversions: list[str],
+    shifted: bool = False,
+    grid: bool = False,
 ) -> Schedule:
     """Tile, unpack, tensorize and vectorize a matrix product of the blocks `conversions`, ``dot``, `total`, ``out``.
 
@@ -71,6 +79,8 @@ def schedule(
         Blocks that read weights and scales.
     shifted : bool
         See `Tile`.
+    grid : bool
+        Whether codes are put on an integer grid when they are unpacked.
     """
     layout = isa.layout(kernel.bits)
     sch = Schedule(func)
@@ -90,13 +100,16 @@ def schedule(
         gi = inner
     # dot: one register tile at a time.
     sch.compute_at(dot, gi, preserve_unit_loops=True)
-    _place_conversions(sch, conversions, plan.inline, g)
-    *_, r, v, j, kb, s, h, i = sch.get_loops(dot)
-    sch.reorder(kb, *((r, v) if plan.vectors > 1 else (v, r)), j, s, h, i)
     packed = plan.inline and kernel.bits == 4
     stored = layout.vectors if plan.vectors < layout.vectors and (packed or kernel.bits == 8) else 0
     tile = Tile(plan.rows, replace(layout, vectors=plan.vectors), packed, 0, shifted, stored, plan.ahead)
-    name = intrinsic(isa, tile, kernel.activation_bits)
+    if grid and not plan.inline:
+        _unpack_grid(sch, isa, tile, layout, g)
+    else:
+        _place_conversions(sch, conversions, plan.inline, g)
+    *_, r, v, j, kb, s, h, i = sch.get_loops(dot)
+    sch.reorder(kb, *((r, v) if plan.vectors > 1 else (v, r)), j, s, h, i)
+    name = grid_dot_intrinsic(isa, tile) if grid and packed else intrinsic(isa, tile, kernel.activation_bits)
     if name is None:
         sch.reorder(kb, s, h, i, r, v, j)
         _vector_tile(sch, r, v, j)
@@ -148,3 +161,14 @@ def _place_conversions(sch: Schedule, names: list[str], inline: bool, g) -> None
         sch.vectorize(lanes)
         for loop in loops[-4:-2] if name == "unpack" else loops[-2:-1]:
             sch.unroll(loop)
+
+
+def _unpack_grid(sch: Schedule, isa: InstructionSet, tile: Tile, layout, g) -> None:
+    """Put the codes of a panel on their grid, the vectors of a register tile side by side."""
+    block = sch.get_sblock("unpack")
+    sch.compute_at(block, g, preserve_unit_loops=True)
+    *_, s, h, v, j, i = sch.get_loops(block)
+    sch.reorder(v, s, h, j, i)
+    vectors = tile.layout.vectors
+    tile = replace(tile, rows=1, packed=True, stored=layout.vectors if vectors < layout.vectors else 0)
+    sch.tensorize(v if vectors > 1 else s, grid_unpack_intrinsic(isa, tile))

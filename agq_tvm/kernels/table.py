@@ -2,14 +2,16 @@
 
 from dataclasses import asdict, dataclass, replace
 
-from agq_tvm.kernels import activation, embedding, prune
+from agq_tvm.kernels import activation, embedding, linear_grid, prune
 from agq_tvm.kernels.activation import QuantizeKernel
 from agq_tvm.kernels.attention_form import AttentionForm, AttentionKernel
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.intrin.grid_intrin import grid_dot_intrinsic, grid_unpack_intrinsic
 from agq_tvm.kernels.intrin.tensor_intrin import Tile, intrinsic
 from agq_tvm.kernels.linear_dense import DenseKernel, tile_of
 from agq_tvm.kernels.linear_float import float_form
+from agq_tvm.kernels.linear_grid import GridKernel
 from agq_tvm.kernels.norm import LayerNormKernel
 from agq_tvm.kernels.prune import SelectKernel
 from agq_tvm.quantize.codebooks import CODE_BOOKS
@@ -30,8 +32,8 @@ class KernelRow:
     name : str
         Of the tensor intrinsic, of the plain loops, or of a function; see `names.py`.
     operation : str
-        ``"gemv"`` (decode) or ``"gemm"`` (prefill), and ``"shifted "`` before it for the integer-only form; or what
-        else is done.
+        ``"gemv"`` (decode) or ``"gemm"`` (prefill), and ``"shifted "`` before it for the integer-only form, ``"grid "``
+        for weights on an integer grid; or what else is done.
     bits : str
         Weights and activations, e.g. ``"w4a8"``; or the types of what is stored.
     tile : str
@@ -92,6 +94,9 @@ def _products(isa: InstructionSet) -> list[KernelRow]:
     if isa.assembly:
         loops = {8: isa.assembly, 4: isa.assembly_4x4 if isa.multiply_4x4 else isa.assembly}
         rows += [_panel_row(isa, bits, loop) for bits, loop in loops.items() if loop]
+    if isa.grids:
+        known_names = {(row.name, row.bits) for row in rows}
+        rows += [row for row in _grid_rows(isa) if (row.name, row.bits) not in known_names]
     return rows + [_float_row(isa, bits, *each) for bits in (4, 8) for each in (("gemv", 1), ("gemm", isa.rows))]
 
 
@@ -114,6 +119,32 @@ def _row(isa, bits: int, activation_bits: int, operation: str, rows: int, shifte
         instruction=multiply.instruction if multiply else "-",
         packer=_PACKERS[bits],
     )
+
+
+def _grid_rows(isa: InstructionSet) -> list[KernelRow]:
+    """List what multiplies weights on an integer grid, and what unpacks them for many rows."""
+    layout, found = isa.layout_4bit, {}
+    for operation, rows in (("gemv", 1), ("gemm, few rows", 16), ("gemm", _ROWS)):
+        made = linear_grid.default(GridKernel(rows, _COLUMNS, _CHANNELS, 32, False), isa)
+        vectors, inline = made["vectors"], bool(made["inline"])
+        stored = layout.vectors if vectors < layout.vectors and inline else 0
+        tile = Tile(made["rows"], replace(layout, vectors=vectors), inline, stored=stored, ahead=made["ahead"])
+        found[grid_dot_intrinsic(isa, tile) if inline else intrinsic(isa, tile)] = f"grid {operation}", tile
+    tile = Tile(1, layout, packed=True)
+    found[grid_unpack_intrinsic(isa, tile)] = "grid unpack", tile
+    return [
+        KernelRow(
+            name,
+            operation,
+            "w4a8",
+            f"{tile.rows}x{tile.layout.width}x32",
+            layout.name,
+            isa.name,
+            "vpmullw" if operation == "grid unpack" else isa.multiply(4, 8, tile.packed).instruction,
+            _PACKERS[4].partition(",")[0],
+        )
+        for name, (operation, tile) in found.items()
+    ]
 
 
 def _panel_row(isa, activation_bits: int, loop) -> KernelRow:

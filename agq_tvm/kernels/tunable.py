@@ -11,6 +11,7 @@ from agq_tvm.kernels import (
     linear,
     linear_dense,
     linear_float,
+    linear_grid,
     linear_panels,
     linear_shifted,
     linear_space,
@@ -23,6 +24,7 @@ from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_dense import DenseKernel
 from agq_tvm.kernels.linear_float import FloatLinearKernel, float_form
+from agq_tvm.kernels.linear_grid import GridKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.kernels.norm import LayerNormKernel
 from agq_tvm.kernels.space import Space
@@ -62,6 +64,7 @@ def _linear_space(kernel: LinearKernel, isa: InstructionSet, threads: int) -> Sp
 _ALL = (
     _Kind(LinearKernel, _linear_space, linear.build, 3),
     _Kind(ShiftedKernel, linear_shifted.space, linear_shifted.build, 2),
+    _Kind(GridKernel, linear_grid.space, linear_grid.build, 1),
     _Kind(DenseKernel, linear_dense.space, linear_dense.build, 1),
     _Kind(
         FloatLinearKernel,
@@ -150,7 +153,7 @@ def version_of(kernel) -> int:
 
 def task_name(kernel, isa: InstructionSet, threads: int) -> str:
     """Return what tuning calls a kernel, e.g. ``linear_…_m128_n4096_k4096.avx512vnni.u4_v4x16_k4.t2.v2``."""
-    layout = [isa.layout(kernel.bits).name] if isinstance(kernel, LinearKernel | ShiftedKernel) else []
+    layout = [isa.layout(kernel.bits).name] if isinstance(kernel, LinearKernel | ShiftedKernel | GridKernel) else []
     return ".".join([kernel.name, isa.name, *layout, f"t{threads}", f"v{version_of(kernel)}"])
 
 

@@ -9,12 +9,13 @@ With float activations ``quantize`` only fills up the last group, and ``linear``
 The parameter ``w`` of a function gives way to the packed ones: ``w.w`` codes, ``w.ws`` scales, ``w.wo`` offsets,
 ``w.bias`` (a linear's own, and what static activations add), ``w.refine`` (TRIP's inverse powers of two),
 ``w.act`` (scale and zero point of static activations), and ``w.powers`` (of activations of mixed bits). Exponents of
-channels add ``w.order`` and ``w.shift``.
+channels add ``w.order`` and ``w.shift``. On an integer grid ``w.ws`` has units of columns, and ``w.step`` and ``w.low``
+have the groups' multiples.
 """
 
 from dataclasses import dataclass, replace
 
-from agq_tvm.kernels import activation, embedding, linear, linear_dense, linear_float, linear_shifted
+from agq_tvm.kernels import activation, embedding, linear, linear_dense, linear_float, linear_grid, linear_shifted
 from agq_tvm.kernels.activation import QuantizeKernel
 from agq_tvm.kernels.attrs import annotate
 from agq_tvm.kernels.functions import Functions
@@ -23,6 +24,7 @@ from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_dense import DenseKernel
 from agq_tvm.kernels.linear_float import FloatLinearKernel
+from agq_tvm.kernels.linear_grid import GridKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.tvm_seam import relax, tvm
 
@@ -59,6 +61,8 @@ class LinearFormat:
         Whether each channel of an activation has a number of bits of its own.
     head_bits : int
         Of the weights outside the layers: 4, 8, 16 or 32.
+    grid : bool
+        Whether scales and offsets are those of an integer grid.
     """
 
     bits: int
@@ -71,6 +75,7 @@ class LinearFormat:
     shifts: bool = False
     mixed: bool = False
     head_bits: int = 8
+    grid: bool = False
 
     def group_of(self, channels: int) -> int:
         """Return the size of the groups of a matrix, a multiple of a k-block."""
@@ -98,12 +103,13 @@ def packed_parameters(name: str, columns: int, channels: int, format: LinearForm
     layout = isa.layout(format.bits)
     per_group = (layout.tiles(columns), padded // group_size, layout.vectors, layout.lanes)
     codes = "uint8" if format.bits == 4 else stored_dtype(layout)
-    parameters = [
-        (f"{name}.w", layout.packed_shape(columns, padded), codes),
-        (f"{name}.ws", per_group, "float16"),
-    ]
-    if format.offsets:
-        parameters.append((f"{name}.wo", per_group, format.offsets))
+    parameters = [(f"{name}.w", layout.packed_shape(columns, padded), codes)]
+    if format.grid and isa.grids:
+        parameters += [(f"{name}.{part}", per_group, "uint8") for part in ("step", "low")]
+        parameters.append((f"{name}.ws", (per_group[0], 1, *per_group[2:]), "float16"))
+    else:
+        parameters.append((f"{name}.ws", per_group, "float16"))
+        parameters += [(f"{name}.wo", per_group, format.offsets)] if format.offsets else []
     if bias or format.activation == "static":
         parameters.append((f"{name}.bias", (per_group[0], *per_group[2:]), "float32"))
     if format.refined:
@@ -189,7 +195,7 @@ class _Quantizer(relax.PyExprMutator):
             [x, *(operands[part] for part in _QUANTIZE_OPERANDS if part in operands)],
             quantize.output_shapes(layout),
         )
-        module = linear_shifted if format.shifts else linear
+        module = _module_of(kernel)
         width = layout.tiles(columns) * layout.width
         y = self._call(
             self.functions.add(_definition, kernel, self.isa),
@@ -205,12 +211,12 @@ class _Quantizer(relax.PyExprMutator):
         """Return what quantizes the input of a linear, and what multiplies."""
         format = self._format(weight)
         bits, group_size = 4 if weight.name.rpartition(".")[2] in format.four_bit else 8, format.group_of(channels)
-        static = format.activation == "static"
+        static, grid = format.activation == "static", format.grid and self.isa.grids
         quantize = QuantizeKernel(
             "plain",
             rows,
             channels,
-            group_size,
+            k_blocks(channels, group_size) * K_BLOCK if grid else group_size,
             format.activation,
             refined=format.refined,
             bits=bits,
@@ -220,6 +226,9 @@ class _Quantizer(relax.PyExprMutator):
         )
         if format.shifts:
             return quantize, ShiftedKernel(rows, columns, channels, format.offsets, bits)
+        bias = static or weight in self.biases
+        if grid:
+            return quantize, GridKernel(rows, columns, channels, group_size, bias, bits)
         kernel = LinearKernel(
             rows,
             columns,
@@ -228,7 +237,7 @@ class _Quantizer(relax.PyExprMutator):
             group_size,
             per_group=format.activation == "per-token-group",
             offsets=format.offsets,
-            bias=static or weight in self.biases,
+            bias=bias,
             activation_bits=bits,
             terms=format.terms,
         )
@@ -272,8 +281,12 @@ def _quantization(kernel: QuantizeKernel, layout: Layout):
 
 
 def _definition(kernel, isa: InstructionSet):
-    module = linear_shifted if isinstance(kernel, ShiftedKernel) else linear
-    return annotate(module.define(kernel, isa), kernel)
+    return annotate(_module_of(kernel).define(kernel, isa), kernel)
+
+
+def _module_of(kernel):
+    """Return the module that has a product's definition and the order of its operands."""
+    return {GridKernel: linear_grid, ShiftedKernel: linear_shifted}.get(type(kernel), linear)
 
 
 def _float_product(kernel: FloatLinearKernel, isa: InstructionSet):

@@ -6,12 +6,13 @@ from agq_tvm.kernels import tunable
 from agq_tvm.kernels.attrs import description_of
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear_grid import GridKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.tvm_seam import tirx, tvm
 
 Choose = Callable[[object], dict[str, int] | None]
 """Returns the decisions of a kernel, given by its description; None for the default."""
-_DEFINITIONS = (LinearKernel, ShiftedKernel)
+_DEFINITIONS = (LinearKernel, ShiftedKernel, GridKernel)
 
 
 def default(_kernel) -> None:

@@ -14,6 +14,8 @@ from agq_tvm.errors import AgqError
 from agq_tvm.files import read_json, write_json
 from agq_tvm.models.decoder import DecoderConfig
 from agq_tvm.models.registry import describe
+from agq_tvm.quantize.integer_grid import is_valid as is_on_grid
+from agq_tvm.quantize.integer_grid import to_integers, to_scales
 from agq_tvm.quantize.mixed_format import is_valid
 from agq_tvm.quantize.pruning import read_schedule
 from agq_tvm.quantize.scheme import Scheme, check_roles
@@ -41,6 +43,7 @@ _FIELDS = (
     "value_scale",
     "act_bits",
     "act_steps",
+    "unit",
 )
 
 
@@ -73,6 +76,9 @@ class QuantizedLinear:
         With a budget of activation bits: those of each channel's codes, see `agq_tvm.quantize.mixed`.
     act_steps : uint8 array [K] or None
         The exponent of each channel's step then.
+    unit : float16 array [N] or None
+        With an integer grid: what scales and offsets are whole multiples of, see `agq_tvm.quantize.integer_grid`.
+        A file has the multiples instead of these.
     """
 
     qweight: np.ndarray
@@ -87,6 +93,7 @@ class QuantizedLinear:
     value_scale: np.ndarray | None = None
     act_bits: np.ndarray | None = None
     act_steps: np.ndarray | None = None
+    unit: np.ndarray | None = None
 
     @property
     def is_shifted(self) -> bool:
@@ -157,12 +164,19 @@ def _tensors(
         if isinstance(matrix, np.ndarray):
             yield f"{name}.weight", matrix
             continue
-        for field in _FIELDS:
-            value = getattr(matrix, field)
-            if value is not None:
-                yield f"{name}.{field}", value
+        for field, value in stored(matrix):
+            yield f"{name}.{field}", value
     for name, value in vectors:
         yield name, value.astype("float32", copy=False)
+
+
+def stored(matrix: QuantizedLinear) -> list[tuple[str, np.ndarray]]:
+    """List what a file has of a matrix, by the last part of its tensors' names."""
+    fields = {field: getattr(matrix, field) for field in _FIELDS}
+    if matrix.unit is not None:
+        steps, lows = to_integers(matrix.unit, fields.pop("scales"), fields.pop("offsets"))
+        fields |= {"step": steps, "low": lows}
+    return [(field, value) for field, value in fields.items() if value is not None]
 
 
 def read_checkpoint(path: str | os.PathLike) -> "Checkpoint":
@@ -230,10 +244,11 @@ class Checkpoint:
         bits, steps = self._optional(f"{name}.act_bits"), self._optional(f"{name}.act_steps")
         if bits is not None and not is_valid(bits, steps):
             raise self._damaged(f"{name} has bits or steps of activations out of range")
+        scales, offsets, unit = self._grid(name)
         return QuantizedLinear(
             qweight=self._read(f"{name}.qweight"),
-            scales=self._read(f"{name}.scales"),
-            offsets=self._optional(f"{name}.offsets"),
+            scales=scales,
+            offsets=offsets,
             in_features=in_features,
             group_size=self.scheme.group_of(in_features),
             bias=self._optional(f"{name}.bias"),
@@ -243,7 +258,17 @@ class Checkpoint:
             value_scale=self._optional(f"{name}.value_scale"),
             act_bits=bits,
             act_steps=steps,
+            unit=unit,
         )
+
+    def _grid(self, name: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Read scales, offsets and unit of a matrix."""
+        if not self.scheme.integer_grid:
+            return self._read(f"{name}.scales"), self._optional(f"{name}.offsets"), None
+        unit, steps, lows = (self._read(f"{name}.{part}") for part in ("unit", "step", "low"))
+        if not is_on_grid(unit, steps, lows):
+            raise self._damaged(f"{name} has steps or offsets of its integer grid out of range")
+        return *to_scales(unit, steps, lows), unit
 
     def fused(self, layer: int, parts: tuple[str, ...]) -> tuple[QuantizedLinear, ...]:
         """Read the matrices that share one input; static activations and exponents must agree on it.
@@ -315,6 +340,6 @@ def _read_scheme(ours: Mapping) -> Scheme:
         raise AgqError(f"four_bit must be a list of linears, not {four_bit!r}")
     values = (ours.get(name) for name in ("method", "group_size", "symmetric", "activation"))
     pruning, attention = read_schedule(ours.get("pruning")), ours.get("attention", "float")
-    names = ("shifts", "weight_bits", "mixed_bits", "fold", "head_bits")
+    names = ("shifts", "weight_bits", "mixed_bits", "fold", "head_bits", "integer_grid")
     more = {name: ours[name] for name in names if name in ours}
     return Scheme(*values, ours.get("max_refine", 0), tuple(four_bit), pruning, attention, **more)

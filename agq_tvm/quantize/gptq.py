@@ -6,7 +6,7 @@ import torch
 from agq_tvm.errors import AgqError
 from agq_tvm.quantize.checkpoint import QuantizedLinear
 from agq_tvm.quantize.tensor_names import group_count
-from agq_tvm.quantize.weights import assemble, choose_grid, encode
+from agq_tvm.quantize.weights import assemble, encode, grid_chooser
 
 DAMPING = 0.05
 _BLOCK = 128  # a multiple of every group size that is smaller than a row
@@ -14,7 +14,12 @@ _COLUMNS = 1024  # of the factor, made at a time
 
 
 def gptq(
-    weight: np.ndarray, hessian: np.ndarray, group_size: int, symmetric: bool, drift: np.ndarray | None = None
+    weight: np.ndarray,
+    hessian: np.ndarray,
+    group_size: int,
+    symmetric: bool,
+    drift: np.ndarray | None = None,
+    integer: bool = False,
 ) -> QuantizedLinear:
     """Quantize a matrix so that its outputs on the calibration inputs change little.
 
@@ -32,6 +37,8 @@ def gptq(
     symmetric : bool
     drift : float array [K, K], optional
         Sum of ``(x_float - x)ᵀ x``, with the same factor in front as the Hessian.
+    integer : bool
+        Whether the grid is one of integers, see `agq_tvm.quantize.integer_grid`.
 
     Raises
     ------
@@ -44,6 +51,7 @@ def gptq(
     if drift is not None:
         weight += weight @ drift.astype("float32", copy=False) @ factor.T @ factor
     weight[:, np.diag(hessian) == 0] = 0
+    choose, units = grid_chooser(weight, symmetric, integer)
     codes = np.empty((rows, columns), "uint8")
     scales = np.empty((rows, group_count(columns, group_size)), "float32")
     offsets = np.empty_like(scales)
@@ -55,14 +63,14 @@ def gptq(
             g = k // group_size
             if k % group_size == 0:
                 group = np.hstack([block[i : i + group_size].T, weight[:, end : k + group_size]])
-                scales[:, g], offsets[:, g] = choose_grid(group, symmetric)
+                scales[:, g], offsets[:, g] = choose(group)
                 scale, offset = scales[:, g].copy(), offsets[:, g].copy()
             block_codes[i] = encode(block[i], scale, offset)
             errors[i] = (block[i] - (block_codes[i] * scale + offset)) / factor[k, k]
             block[i + 1 :] -= np.outer(factor[k, k + 1 : end], errors[i])
         codes[:, start:end] = block_codes.T
         weight[:, end:] -= errors.T @ factor[start:end, end:]
-    return assemble(codes, scales, offsets, group_size, symmetric)
+    return assemble(codes, scales, offsets, group_size, symmetric, units)
 
 
 def inverse_factor(hessian: np.ndarray) -> np.ndarray:

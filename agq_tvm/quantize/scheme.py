@@ -57,6 +57,9 @@ class Scheme:
         with ``"keep"``.
     head_bits : int
         Of the matrices outside the layers: 4, 8, or 16 for float16.
+    integer_grid : bool
+        Whether scales and offsets of a column's groups are whole multiples of one unit
+        (`agq_tvm.quantize.integer_grid`). With ``"per-token"`` or ``"static"`` activations, not with ``"keep"``.
     """
 
     method: str
@@ -72,6 +75,7 @@ class Scheme:
     mixed_bits: float = 0
     fold: bool = False
     head_bits: int = 8
+    integer_grid: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -104,6 +108,7 @@ class Scheme:
             raise AgqError(f"fold must be true or false, not {self.fold!r}")
         if self.fold and self.method == "keep":
             raise AgqError("keep leaves the model's own grid, which has no room for powers of two: choose gptq or rtn")
+        self._check_integer_grid()
 
     def _check_mixed(self) -> None:
         if type(self.mixed_bits) not in (int, float) or not (self.mixed_bits == 0 or 4 < self.mixed_bits <= 8):
@@ -112,6 +117,20 @@ class Scheme:
             raise AgqError(
                 "a budget of bits is for per-token-group activations and groups of 32, 64 or 128, without four_bit: "
                 "leave one out"
+            )
+
+    def _check_integer_grid(self) -> None:
+        if type(self.integer_grid) is not bool:
+            raise AgqError(f"integer_grid must be true or false, not {self.integer_grid!r}")
+        if not self.integer_grid:
+            return
+        if self.method == "keep":
+            raise AgqError("keep leaves the model's own grid, which is not one of integers: choose gptq or rtn")
+        if self.group_size == COLUMN or self.symmetric or self.weight_bits == 8:
+            raise AgqError("an integer grid is for 4-bit weights in groups of 32, 64 or 128 with offsets: choose these")
+        if self.activation not in ("per-token", "static") or self.max_refine:
+            raise AgqError(
+                "an integer grid takes sums over whole rows: choose per-token or static activations, without max_refine"
             )
 
     def _check_shifts(self) -> None:

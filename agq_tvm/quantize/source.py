@@ -300,5 +300,5 @@ def quantize_matrix(source: Source, name: str, scheme: Scheme) -> QuantizedLinea
     if scheme.weight_bits == 8:
         rounded = rtn_8bit(weight, scheme.group_of(weight.shape[1]))
     else:
-        rounded = rtn(weight, scheme.group_of(weight.shape[1]), scheme.symmetric)
+        rounded = rtn(weight, scheme.group_of(weight.shape[1]), scheme.symmetric, scheme.integer_grid)
     return replace(rounded, bias=source.bias(name))

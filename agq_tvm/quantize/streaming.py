@@ -266,7 +266,14 @@ def _by_gptq(
         drift.addmm_((x_float - x).T, weighted)
     try:
         group_size = scheme.group_of(linear.in_features)
-        stacked = gptq(exact.weight.numpy(), hessian.numpy(), group_size, scheme.symmetric, drift.numpy())
+        stacked = gptq(
+            exact.weight.numpy(),
+            hessian.numpy(),
+            group_size,
+            scheme.symmetric,
+            drift.numpy(),
+            scheme.integer_grid,
+        )
     except AgqError as error:
         raise AgqError(f"{names[0]}: {error}") from error
     if not np.isfinite(stacked.scales).all():
@@ -301,6 +308,7 @@ def _split(stacked: QuantizedLinear, rows: tuple[int, ...]) -> tuple[QuantizedLi
             offsets=None if stacked.offsets is None else stacked.offsets[end - count : end],
             in_features=stacked.in_features,
             group_size=stacked.group_size,
+            unit=None if stacked.unit is None else stacked.unit[end - count : end],
         )
         for count, end in zip(rows, ends, strict=True)
     )

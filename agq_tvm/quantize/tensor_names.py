@@ -70,9 +70,7 @@ def expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
     for name, (rows, columns) in linear_shapes(config).items():
         groups = (rows, group_count(columns, scheme.group_of(columns)))
         expected[f"{name}.qweight"] = _expected_codes(rows, columns, scheme.weight_bits)
-        expected[f"{name}.scales"] = (("F16",), groups)
-        if not scheme.symmetric:
-            expected[f"{name}.offsets"] = (("F16", "F32"), groups)
+        expected |= _expected_grid(name, groups, scheme)
         if scheme.activation == "static":
             expected[f"{name}.act_scale"] = (("F32",), (1,))
             expected[f"{name}.act_zero"] = (("I32",), (1,))
@@ -82,6 +80,15 @@ def expected_tensors(config: DecoderConfig, scheme: Scheme) -> dict:
             expected[f"{name}.act_bits"] = (("U8",), (columns,))
             expected[f"{name}.act_steps"] = (("U8",), (columns,))
     return expected
+
+
+def _expected_grid(name: str, groups: tuple[int, int], scheme: Scheme) -> dict:
+    if scheme.integer_grid:
+        parts = {"unit": (("F16",), groups[:1]), "step": (("U8",), groups), "low": (("I8",), groups)}
+    else:
+        parts = {"scales": (("F16",), groups)}
+        parts |= {} if scheme.symmetric else {"offsets": (("F16", "F32"), groups)}
+    return {f"{name}.{part}": form for part, form in parts.items()}
 
 
 def _expected_table(name: str, rows: int, columns: int, bits: int) -> dict:

@@ -11,6 +11,7 @@ the grid that the codes were made for.
 import numpy as np
 
 from agq_tvm.errors import AgqError
+from agq_tvm.quantize import integer_grid
 from agq_tvm.quantize.checkpoint import QuantizedLinear
 from agq_tvm.quantize.tensor_names import group_count
 
@@ -72,6 +73,27 @@ def choose_grid(group: np.ndarray, symmetric: bool) -> tuple[np.ndarray, np.ndar
     return scale, low.astype("float16").astype("float32")
 
 
+def grid_chooser(weight: np.ndarray, symmetric: bool, integer: bool):
+    """Return what chooses scale and offset of a group [N, n]: `choose_grid`, or that of an integer grid, and its units.
+
+    Parameters
+    ----------
+    weight : float array [N, K]
+        All groups, by which the units of an integer grid are chosen.
+    symmetric, integer : bool
+
+    Returns
+    -------
+    choose : callable
+        ``f(group) -> (scale, offset)``
+    units : float32 array [N] or None
+    """
+    if not integer:
+        return lambda group: choose_grid(group, symmetric), None
+    units = integer_grid.choose_units(weight)
+    return lambda group: integer_grid.choose_grid(group, units), units
+
+
 def encode(weight: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
     """Round weights to the nearest code of their grid; the arguments broadcast, the result is uint8 0..15."""
     safe = np.where(scale == 0, 1, scale)
@@ -79,7 +101,7 @@ def encode(weight: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndar
     return np.where(scale == 0, 0, np.clip(codes, 0, 15)).astype("uint8")
 
 
-def rtn(weight: np.ndarray, group_size: int, symmetric: bool) -> QuantizedLinear:
+def rtn(weight: np.ndarray, group_size: int, symmetric: bool, integer: bool = False) -> QuantizedLinear:
     """Round to nearest, group by group.
 
     Parameters
@@ -88,28 +110,37 @@ def rtn(weight: np.ndarray, group_size: int, symmetric: bool) -> QuantizedLinear
         Finite (see `checked`).
     group_size : int
     symmetric : bool
+    integer : bool
+        Whether the grid is one of integers, see `agq_tvm.quantize.integer_grid`.
     """
     rows, columns = weight.shape
+    choose, units = grid_chooser(weight, symmetric, integer)
     codes = np.empty((rows, columns), "uint8")
     scales = np.empty((rows, group_count(columns, group_size)), "float32")
     offsets = np.empty_like(scales)
     for g, start in enumerate(range(0, columns, group_size)):
         group = weight[:, start : start + group_size]
-        scales[:, g], offsets[:, g] = choose_grid(group, symmetric)
+        scales[:, g], offsets[:, g] = choose(group)
         codes[:, start : start + group_size] = encode(group, scales[:, g, None], offsets[:, g, None])
-    return assemble(codes, scales, offsets, group_size, symmetric)
+    return assemble(codes, scales, offsets, group_size, symmetric, units)
 
 
 def assemble(
-    codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray, group_size: int, symmetric: bool
+    codes: np.ndarray,
+    scales: np.ndarray,
+    offsets: np.ndarray,
+    group_size: int,
+    symmetric: bool,
+    units: np.ndarray | None = None,
 ) -> QuantizedLinear:
-    """Pack codes [N, K] and a float16-exact grid [N, G] into a `QuantizedLinear`."""
+    """Pack codes [N, K] and a float16-exact grid [N, G], perhaps with its units [N], into a `QuantizedLinear`."""
     return QuantizedLinear(
         qweight=pack(codes),
         scales=scales.astype("float16"),
         offsets=None if symmetric else offsets.astype("float16"),
         in_features=codes.shape[1],
         group_size=group_size,
+        unit=None if units is None else units.astype("float16"),
     )
 
 

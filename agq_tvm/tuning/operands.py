@@ -222,6 +222,8 @@ def _product_rules(kernel) -> dict[str, tuple[str, Fill]]:
         "xsum": ("input", Fill("sums")),
         "w": ("cold", Fill("integers", *codes)),
         "shift": ("cold", Fill("zeros")),
+        "step": ("cold", Fill("integers", 1, 8)),
+        "low": ("cold", Fill("integers", 0, 255 - 8 * 15)),
         "ws": ("cold", power),
         "wo": ("cold", Fill("integers", -8, 8, -1)),
         "bias": ("cold", Fill("integers", -64, 64)),

@@ -8,8 +8,10 @@ import numpy as np
 
 from agq_tvm.kernels import tunable
 from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.intrin.grid_intrin import ZERO as GRID_ZERO
 from agq_tvm.kernels.layout import K_BLOCK
 from agq_tvm.kernels.linear import LinearKernel, center_of
+from agq_tvm.kernels.linear_grid import GridKernel
 from agq_tvm.tuning.measure import Argument
 from agq_tvm.tuning.operands import Operand, digest, operands_of
 from agq_tvm.tuning.task import Task
@@ -17,10 +19,11 @@ from agq_tvm.tuning.task import Task
 
 def expected_digest(task: Task, operands: list[Operand]) -> int | None:
     """Return the digest of a task's result, from numpy; None for kernels of which numpy knows nothing here."""
-    if not isinstance(task.kernel, LinearKernel):
+    compute = {LinearKernel: multiply, GridKernel: multiply_on_grid}.get(type(task.kernel))
+    if compute is None:
         return None
     arrays = {operand.name: operand.array() for operand in operands if operand.role != "output"}
-    return digest(multiply(task.kernel, task.instruction_set, arrays))
+    return digest(compute(task.kernel, task.instruction_set, arrays))
 
 
 def arguments_of(
@@ -81,6 +84,26 @@ def multiply(kernel: LinearKernel, isa: InstructionSet, arrays: Mapping[str, np.
     if kernel.bias:
         result = result + arrays["bias"].reshape(-1).astype("float64")
     return result.astype("float32")
+
+
+def multiply_on_grid(kernel: GridKernel, isa: InstructionSet, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Compute a product on an integer grid as `agq_tvm.kernels.linear_grid` defines it, float32 [rows, columns].
+
+    Parameters
+    ----------
+    kernel : GridKernel
+    isa : InstructionSet
+    arrays : dict of str to array
+        Its operands; scales are powers of two.
+    """
+    layout = isa.layout_4bit
+    blocks, columns = arrays["x"].shape[0], layout.tiles(kernel.columns) * layout.width
+    codes = layout.unpack(arrays["w"], columns, blocks * K_BLOCK).astype("float64")
+    steps, lows = (np.repeat(_by_column(arrays[name]), kernel.group_size, axis=1) for name in ("step", "low"))
+    x = arrays["x"].transpose(1, 0, 2, 3, 4).reshape(kernel.rows, -1).astype("float64")
+    totals = (x @ (steps * codes + lows - GRID_ZERO).T).astype("float32")
+    result = totals * arrays["sx"] * _by_column(arrays["ws"]).T.astype("float32")
+    return result + arrays["bias"].reshape(-1) if kernel.bias else result
 
 
 def _by_column(tiled: np.ndarray) -> np.ndarray:

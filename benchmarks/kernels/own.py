@@ -1,6 +1,7 @@
 """Matrix products of a LLaMA-7B on one thread, against what the processor can do at best in the same run.
 
-Besides products with scales of groups there is TRIP's integer-only form, with one weight scale for each column.
+Besides products with scales of groups there are those on integer grids, and TRIP's integer-only form, with one weight
+scale for each column.
 Decode (M = 1) reads its packed weights from memory: each product has enough distinct copies that none is in a
 cache when its turn comes again. Prefill (M = 128) is held against the multiply in registers. Rounds go through
 all kernels and both limits in turn, so that whatever else the machine does strikes them alike.
@@ -14,11 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from agq_tvm.errors import AgqError
-from agq_tvm.kernels import linear, linear_shifted
+from agq_tvm.kernels import linear, linear_grid, linear_shifted
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.intrin.grid_intrin import ZERO
 from agq_tvm.kernels.layout import K_BLOCK, Layout
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear_grid import GridKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.runtime.huge_pages import collapse
 from agq_tvm.runtime.threads import Threads
@@ -30,6 +33,8 @@ from benchmarks import seconds, tables
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 """N x K of a LLaMA-7B: attention, gate or up, down."""
 GROUP_SIZES = (32, 64, 128)
+GRID_SIZES = (32, 128)
+"""Of groups on an integer grid."""
 BUCKETS = ((3, 1 / 16), (2, 1 / 8), (1, 1 / 4))
 """Exponents of the integer-only form, with their shares of the k-blocks; of the rest it is 0."""
 PREFILL_ROWS = 128
@@ -38,6 +43,7 @@ DISTINCT_BYTES = 160 << 20
 BOUND = 70.0
 """Share of the limit, in %, that is asked for."""
 CHECKED_COLUMNS = 8
+_MODULES = {LinearKernel: linear, GridKernel: linear_grid, ShiftedKernel: linear_shifted}
 
 
 @dataclass
@@ -46,20 +52,22 @@ class Case:
 
     Attributes
     ----------
-    kernel : LinearKernel or ShiftedKernel
+    kernel : LinearKernel, GridKernel or ShiftedKernel
     calls : list of callable
         One for each distinct copy of the weights.
     bytes : int
         Packed weights and scales of one call.
     """
 
-    kernel: LinearKernel | ShiftedKernel
+    kernel: LinearKernel | GridKernel | ShiftedKernel
     calls: list
     bytes: int
 
     @property
     def group_size(self) -> int | str:
         """Of the weight scales."""
+        if isinstance(self.kernel, GridKernel):
+            return f"{self.kernel.group_size} grid"
         return "column" if isinstance(self.kernel, ShiftedKernel) else self.kernel.group_size
 
     @property
@@ -102,7 +110,7 @@ class Weights:
         collapse(self.all)
 
 
-def prepare(kernel: LinearKernel | ShiftedKernel, weights: Weights, isa: InstructionSet, device, copies: int) -> Case:
+def prepare(kernel, weights: Weights, isa: InstructionSet, device, copies: int) -> Case:
     """Compile a product, check it against numpy, and bind it to its operands.
 
     Raises
@@ -110,44 +118,60 @@ def prepare(kernel: LinearKernel | ShiftedKernel, weights: Weights, isa: Instruc
     AgqError
         If it computes something else.
     """
-    layout, shifted = isa.layout_4bit, isinstance(kernel, ShiftedKernel)
-    groups = 1 if shifted else kernel.groups
-    powers = np.exp2(np.repeat(_exponents(kernel), K_BLOCK)) if shifted else np.ones(kernel.channels)
-    rng = np.random.default_rng(groups)
+    layout, module = isa.layout_4bit, _MODULES[type(kernel)]
+    sums_of = kernel.groups if isinstance(kernel, LinearKernel) else 1
+    powers = np.exp2(np.repeat(_exponents(kernel), K_BLOCK))
+    rng = np.random.default_rng(sums_of)
     codes = rng.integers(-127, 128, (kernel.rows, kernel.channels)).astype("int8")
     shape = (kernel.rows, kernel.channels // K_BLOCK, layout.steps, 2, layout.depth)
     x = np.ascontiguousarray(codes.reshape(shape).transpose(1, 0, 2, 3, 4))
-    sums = (codes * powers).reshape(kernel.rows, groups, -1).sum(-1).astype("int32")
+    sums = (codes * powers).reshape(kernel.rows, sums_of, -1).sum(-1).astype("int32")
     sx = rng.uniform(0.5, 2, (kernel.rows, 1)).astype("float32")
-    per_group = (layout.tiles(kernel.columns), groups, layout.vectors, layout.lanes)
-    scales = aligned((copies, *per_group), "float16")
-    scales[:] = rng.uniform(0.5, 1, scales.shape[1:])
-    collapse(scales)
+    scales = _scales(kernel, layout, copies, rng)
     out = aligned((kernel.rows, layout.tiles(kernel.columns) * layout.width), "float32")
     out[:] = np.nan
-    module = linear_shifted if shifted else linear
     function, _ = limits.compiled(module.build(kernel, isa), device)
     before = [limits.from_numpy(_aligned(array)) for array in (x, sx, sums)]
     between, after = [], [limits.from_numpy(out)]
-    if shifted:
+    if isinstance(kernel, ShiftedKernel):
         exponents = _exponents(kernel)
         between = [limits.from_numpy(_aligned(-np.diff(exponents, prepend=exponents[:1]).astype("int32")))]
-        bias = np.zeros((per_group[0], *per_group[2:]), "float32")
+        bias = np.zeros((layout.tiles(kernel.columns), layout.vectors, layout.lanes), "float32")
         after.insert(0, limits.from_numpy(_aligned(bias)))
 
     def call(i: int):
-        weight, scale = limits.from_numpy(weights.all[i]), limits.from_numpy(scales[i])
-        operands = (*before, weight, *between, scale, *after)
+        weight, own = limits.from_numpy(weights.all[i]), [limits.from_numpy(each[i]) for each in scales.values()]
+        operands = (*before, weight, *between, *own, *after)
         return lambda: function(*operands)
 
     calls = [call(i) for i in range(copies)]
     calls[0]()
-    _check(kernel, layout, codes * powers, sx, weights.all[0], scales[0], out)
-    return Case(kernel, calls, weights.all[0].nbytes + scales[0].nbytes)
+    first = {name: each[0] for name, each in scales.items()}
+    _check(kernel, layout, codes * powers, sx, weights.all[0], first, out)
+    return Case(kernel, calls, weights.all[0].nbytes + sum(each.nbytes for each in first.values()))
 
 
-def _exponents(kernel: ShiftedKernel) -> np.ndarray:
-    """Return the exponents of the k-blocks."""
+def _scales(kernel, layout: Layout, copies: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Make what codes are multiplied by: arrays [copies, NT, G, V, L] by their names, in the order of the operands."""
+    tile, drawn = (layout.vectors, layout.lanes), {}
+    groups = 1 if isinstance(kernel, ShiftedKernel) else kernel.groups
+    if isinstance(kernel, GridKernel):
+        steps = rng.integers(1, ZERO // 8 + 1, (layout.tiles(kernel.columns), groups, *tile))
+        drawn = {"step": steps, "low": ZERO - 8 * steps}
+        groups = 1
+    drawn["ws"] = rng.uniform(0.5, 1, (layout.tiles(kernel.columns), groups, *tile))
+    made = {}
+    for name, values in drawn.items():
+        made[name] = aligned((copies, *values.shape), "float16" if name == "ws" else "uint8")
+        made[name][:] = values
+        collapse(made[name])
+    return made
+
+
+def _exponents(kernel) -> np.ndarray:
+    """Return the exponents of the k-blocks: 0 but for the integer-only form."""
+    if not isinstance(kernel, ShiftedKernel):
+        return np.zeros(kernel.channels // K_BLOCK, int)
     counts = [(exponent, int(share * kernel.blocks)) for exponent, share in BUCKETS]
     exponents = np.concatenate([np.full(count, exponent) for exponent, count in counts])
     return np.append(exponents, np.zeros(kernel.blocks - len(exponents), int))
@@ -162,9 +186,11 @@ def _aligned(array: np.ndarray) -> np.ndarray:
 def _check(kernel, layout: Layout, x, sx, packed, scales, out) -> None:
     """Compare columns of the first and the last tile."""
     for tile in (0, layout.tiles(kernel.columns) - 1):
-        w = layout.unpack(packed[tile : tile + 1], CHECKED_COLUMNS, kernel.channels).astype("float64") - 8
-        s = scales[tile].reshape(-1, layout.width)[:, :CHECKED_COLUMNS].astype("float64")
-        w = w.T * np.repeat(s, kernel.channels // len(s), axis=0)
+        w = layout.unpack(packed[tile : tile + 1], CHECKED_COLUMNS, kernel.channels).T.astype("float64") - 8
+        for name, values in scales.items():
+            if name != "low":  # which are -8 steps
+                s = values[tile].reshape(-1, layout.width)[:, :CHECKED_COLUMNS].astype("float64")
+                w = w * np.repeat(s, kernel.channels // len(s), axis=0)
         expected = (x.astype("float64") @ w) * sx
         got = out[:, tile * layout.width :][:, :CHECKED_COLUMNS]
         if not np.allclose(got, expected, rtol=0, atol=1e-5 * abs(expected).max()):
@@ -178,7 +204,8 @@ def all_cases(isa: InstructionSet, device) -> list[Case]:
         weights = Weights(columns, channels, isa.layout_4bit)
         for rows in (1, PREFILL_ROWS):
             sized = [LinearKernel(rows, columns, channels, 4, size, False, None, False) for size in GROUP_SIZES]
-            for kernel in [*sized, ShiftedKernel(rows, columns, channels, None)]:
+            grids = [GridKernel(rows, columns, channels, size, False) for size in GRID_SIZES if isa.grids]
+            for kernel in [*sized, *grids, ShiftedKernel(rows, columns, channels, None)]:
                 copies = len(weights.all) if rows == 1 else 1
                 print(f"preparing {kernel.name}", file=sys.stderr)
                 cases.append(prepare(kernel, weights, isa, device, copies))
@@ -267,7 +294,7 @@ def measure(rounds: int, path: Path) -> None:
     rates = {unit: limit for unit, limit in rates.items() if limit is not None}
     times, measured = time_all(cases, rates, rounds)
     at_best = {unit: statistics.median(values) for unit, values in measured.items()}
-    forms = len(GROUP_SIZES) + 1
+    forms = len(GROUP_SIZES) + len(GRID_SIZES) * isa.grids + 1
     integer_only = [times[i // forms * forms + forms - 1] for i in range(len(cases))]
     rows = [row_of(*each[:2], at_best, each[2]) for each in zip(cases, times, integer_only, strict=True)]
     found = tables.summaries(measured)

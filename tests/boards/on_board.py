@@ -10,6 +10,7 @@ from agq_tvm.flow.compile import compile_checkpoint
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.layout import K_BLOCK
 from agq_tvm.kernels.linear import ZERO, LinearKernel
+from agq_tvm.kernels.linear_grid import GridKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.quantize.checkpoint import Checkpoint
@@ -90,6 +91,8 @@ class _Probe:
         linear = next(linear for linear in config.linears if name.endswith(f".{linear.name}"))
         if scheme.shifts:
             return self._totals(name, linear, codes)
+        if scheme.integer_grid and self.isa.grids:
+            return self._grid_sums(name, linear, codes)
         group_size = -(-scheme.group_of(linear.in_features) // K_BLOCK) * K_BLOCK
         kernel = LinearKernel(
             len(codes),
@@ -138,6 +141,33 @@ class _Probe:
         x = codes.reshape(len(codes), -1, layout.steps, 2, layout.depth).transpose(1, 0, 2, 3, 4)
         assert x.shape[0] * K_BLOCK == codes.shape[1]
         return self.on_board(x)
+
+    def _grid_sums(self, name: str, linear, codes: np.ndarray) -> np.ndarray:
+        """Return the sums of groups, int32 [M, G, N]: totals where one group has steps of 1, and all else is 0."""
+        scheme, layout, M = self.checkpoint.scheme, self.isa.layout_4bit, len(codes)
+        bias = scheme.activation == "static" or linear.bias
+        sizes = (M, sum(linear.rows), linear.in_features, scheme.group_size)
+        kernel = GridKernel(*sizes, bias, scheme.activation_bits(linear.name))
+        tiles, tile = layout.tiles(kernel.columns), (layout.vectors, layout.lanes)
+        x = np.zeros((M, kernel.blocks * K_BLOCK), "int8")
+        x[:, : codes.shape[1]] = codes
+        operands = [
+            self._blocked(x),
+            self.on_board(np.ones((M, 1), "float32")),
+            self.on_board(x.sum(1, keepdims=True, dtype="int32")),
+            self._parameter(f"{name}.w"),
+        ]
+        zeros = self.on_board(np.full((tiles, kernel.groups, *tile), 128, "uint8"))
+        rest = [self.on_board(np.ones((tiles, 1, *tile), "float16"))]
+        rest += [self.on_board(np.zeros((tiles, *tile), "float32"))] if kernel.bias else []
+        out = self.on_board(np.zeros((M, tiles * layout.width), "float32"))
+        sums = np.empty((M, kernel.groups, kernel.columns), "int32")
+        for group in range(kernel.groups):
+            steps = np.zeros((tiles, kernel.groups, *tile), "uint8")
+            steps[:, group] = 1
+            self.library.get_function(kernel.name, True)(*operands, self.on_board(steps), zeros, *rest, out)
+            sums[:, group] = out.numpy()[:, : kernel.columns]
+        return sums
 
     def _totals(self, name: str, linear, codes: np.ndarray) -> np.ndarray:
         """Return the shifted accumulators, int32 [M, 1, N]: the result for scales of 1, below 2^24."""

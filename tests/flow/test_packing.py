@@ -8,6 +8,7 @@ import pytest
 from agq_tvm.flow.packing import pack_linear, unpack_codes
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.quantize.checkpoint import QuantizedLinear
+from agq_tvm.quantize.weights import dequantize, rtn
 
 
 def random_linear(rows: int, channels: int, group: int, offsets: str | None, static: bool = False):
@@ -58,6 +59,23 @@ def test_8bit_codes_are_packed_as_those_of_tables(isa):
     np.testing.assert_array_equal(isa.layout_8bit.unpack(packed["w"].view("uint8"), 40, 70), codes.astype(int) + 128)
     weights = codes * scales.astype("float64")[:, np.arange(70) // 64]
     np.testing.assert_allclose(packed["bias"].reshape(-1)[:40], 0.03 * 7 * weights.sum(1), rtol=1e-5, atol=1e-5)
+
+
+def _by_column(tiled, layout):
+    return tiled.transpose(0, 2, 3, 1).reshape(len(tiled) * layout.width, -1).astype("float64")
+
+
+@pytest.mark.parametrize("isa", ["avx512vnni", "avxvnni"])
+def test_an_integer_grid_is_packed_as_integers(isa):
+    layout = INSTRUCTION_SETS[isa].layout_4bit
+    weight = np.random.default_rng(2).standard_normal((40, 70)).astype("float32")
+    parts = [rtn(part, 32, False, integer=True) for part in (weight[:30], weight[30:])]
+    packed = pack_linear(tuple(parts), layout, "float16", grid=True)
+    assert set(packed) == {"w", "step", "low", "ws"}
+    assert packed["step"].dtype == packed["low"].dtype == np.uint8
+    step, low, unit = (_by_column(packed[name], layout)[:40] for name in ("step", "low", "ws"))
+    whole = np.repeat(step, 32, 1)[:, :70] * layout.unpack(packed["w"], 40, 70) + np.repeat(low - 128, 32, 1)[:, :70]
+    np.testing.assert_array_equal(whole * unit, np.concatenate([dequantize(part) for part in parts]))
 
 
 def test_static_zero_point_becomes_bias():

@@ -12,6 +12,7 @@ from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_dense import DenseKernel
 from agq_tvm.kernels.linear_float import FloatLinearKernel
+from agq_tvm.kernels.linear_grid import GridKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.kernels.norm import LayerNormKernel
 from agq_tvm.kernels.space import Space
@@ -24,6 +25,8 @@ PRODUCTS = [
     LinearKernel(8, 70, 128, 4, 32, True, None, False, activation_bits=4),
     LinearKernel(1, 70, 120, 8, 32, True, None, False, terms=2),
 ]
+GRIDS = [GridKernel(8, 70, 190, 32, True), GridKernel(1, 70, 190, 64, False), GridKernel(64, 70, 256, 128, False)]
+"""For instruction sets that have them."""
 _OUTPUTS = ("out", "codes", "scales", "sums")
 OTHERS = [
     ShiftedKernel(4, 70, 128, None),

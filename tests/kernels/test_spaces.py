@@ -19,7 +19,7 @@ from agq_tvm.kernels.prune import SelectKernel
 from agq_tvm.kernels.space import Space
 from agq_tvm.passes.schedule_kernels import ScheduleKernels
 from tests.kernels.operands import device_here, native, random_operands
-from tests.kernels.spaces import OTHERS, PRODUCTS, attentions, build_all, outputs
+from tests.kernels.spaces import GRIDS, OTHERS, PRODUCTS, attentions, build_all, outputs
 
 NATIVE = ("avx512vnni", "avx2", "generic")
 CHECKSUMS = {
@@ -30,6 +30,7 @@ CHECKSUMS = {
     "QuantizeKernel": {1: "2b01c394484b74b1"},
     "LayerNormKernel": {1: "e5c79971077da975"},
     "AttentionKernel": {2: "5f35cf2cadc37a18"},
+    "GridKernel": {1: "e02130f6ddfe7955"},
 }
 """Of the spaces of `_examples`, by version: a line is added when a version is raised, none is changed."""
 ADDED = {
@@ -41,13 +42,14 @@ ADDED = {
         "QuantizeKernel": {1: "51579484741114d8"},
         "LayerNormKernel": {1: "ae858404d36d2370"},
         "AttentionKernel": {2: "cd17b40ae97fedc0"},
+        "GridKernel": {1: "e242dfb12888ab66"},
     }
 }
 """The same of instruction sets that came later: what they add leaves the others as they were."""
 
 
 def _examples(isa):
-    return [*PRODUCTS, *OTHERS, *attentions(isa)]
+    return [*PRODUCTS, *OTHERS, *attentions(isa), *(GRIDS if isa.grids else [])]
 
 
 def _library(built: dict, isa: str):

@@ -8,6 +8,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.flow import packing
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear_grid import GridKernel
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.kernels.names import SIZES, parse_name
 from agq_tvm.kernels.table import ANY, as_dicts, as_markdown, devices_of, kernel_table
@@ -22,7 +23,9 @@ def test_table_names_every_kernel_once():
     assert len({(row.name, row.bits) for row in rows}) == len(rows)
     panels = [row for row in rows if row.name.startswith("panels.")]
     few = [row for row in rows if row.operation.endswith("up to 16 rows")]
-    assert len(rows) - len(panels) - len(few) == 14 * len(INSTRUCTION_SETS)
+    grids = [row for row in rows if row.operation.startswith("grid ")]
+    assert len(rows) - len(panels) - len(few) - len(grids) == 14 * len(INSTRUCTION_SETS)
+    assert {row.instruction_set for row in grids} == {name for name, isa in INSTRUCTION_SETS.items() if isa.grids}
     assert {row.instruction_set for row in few} == {"avx512vnni-xeon"} and len(few) == 4
     assert {row.instruction_set for row in panels} == {name for name, isa in INSTRUCTION_SETS.items() if isa.assembly}
     assert len({row.name for row in TABLE if row.instruction_set == ANY}) == len(TABLE) - len(rows)
@@ -65,9 +68,11 @@ def test_every_name_parses_to_what_the_row_says(row):
 def test_names_of_functions_parse():
     linear = LinearKernel(128, 5632, 2048, 4, 32, True, "float16", True)
     shifted = ShiftedKernel(1, 64, 96, None)
+    grid = GridKernel(128, 64, 96, 32, True)
     for kernel, operation in (
         (linear, "linear_w4a8g32_group_asym_bias"),
         (shifted, "linear_w4a8column_shift_sym_bias"),
+        (grid, "linear_w4a8g32_grid_bias"),
     ):
         sizes = {"m": kernel.rows, "n": kernel.columns, "k": kernel.channels}
         assert parse_name(kernel.name) == {"operation": operation, "sizes": sizes}

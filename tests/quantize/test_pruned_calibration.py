@@ -74,7 +74,7 @@ def test_the_float_model_loses_the_same_tokens(source, monkeypatch):
     """The inputs of both are those of the same tokens, so that there is no drift where rounding changes nothing."""
     drifts = []
 
-    def no_change(weight, hessian, group_size, symmetric, drift):
+    def no_change(weight, hessian, group_size, symmetric, drift, integer):
         drifts.append(np.abs(drift).max() / np.abs(hessian).max())
         return rtn(weight, group_size, symmetric)
 

@@ -15,6 +15,7 @@ WANTED = {  # method, weight bits, activation, TRIP, roles with 4-bit inputs, at
     "w4a16": ("gptq", 4, "none", False, (), "float"),
     "w8a8": ("rtn", 8, "per-token", False, (), "float"),
     "ours": ("gptq", 4, "per-token-group", False, (), "float"),
+    "ours-fast": ("gptq", 4, "per-token", False, (), "float"),
     "ours-4": ("gptq", 4, "per-token-group", False, (), "float"),
 }
 
@@ -30,7 +31,7 @@ def test_a_variant_is_what_it_is_called(tmp_path, name):
     scheme = read_checkpoint(tmp_path / "c").scheme
     found = (scheme.method, scheme.weight_bits, scheme.activation, scheme.max_refine > 0, scheme.four_bit)
     assert (*found, scheme.attention) == WANTED[name]
-    assert scheme.mixed_bits == (5 if name == "ours-4" else 0)
+    assert scheme.mixed_bits == (5 if name == "ours-4" else 0) and scheme.integer_grid == (name == "ours-fast")
 
 
 def test_a_model_without_gate_has_up_for_gate_up(tmp_path):

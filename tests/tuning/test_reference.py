@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from agq_tvm.kernels import linear_grid
 from agq_tvm.kernels.linear import LinearKernel, define
+from agq_tvm.kernels.linear_grid import GridKernel
 from agq_tvm.targets import load_device
 from agq_tvm.tuning.operands import digest, operands_of
 from agq_tvm.tuning.reference import arguments_of, is_exact
@@ -28,8 +30,18 @@ KERNEL = LinearKernel(3, 64, 96, 4, 32, True, None, False)
     ids=str,
 )
 def test_expected_digest(device, form):
-    device = load_device(device)
-    kernel = replace(KERNEL, **form)
+    check_digest(replace(KERNEL, **form), load_device(device), define)
+
+
+@pytest.mark.parametrize("device", ["x86-64-avx512vnni", "x86-64-avxvnni"])
+@pytest.mark.parametrize("form", [{}, {"rows": 1, "bias": True}, {"group_size": 64, "channels": 160}], ids=str)
+def test_expected_digest_on_an_integer_grid(device, form):
+    kernel = replace(GridKernel(3, 64, 96, 32, False), **form)
+    check_digest(kernel, load_device(device), linear_grid.define)
+
+
+def check_digest(kernel, device, define) -> None:
+    """Compare what numpy expects with unscheduled TIR."""
     task = Task("", kernel, device.instruction_set, device, 1)
     func = define(kernel, task.instruction_set)
     operands = operands_of(kernel, func)

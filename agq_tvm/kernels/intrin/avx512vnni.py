@@ -32,6 +32,7 @@ AVX512VNNI = InstructionSet(
     inline_tile=(8, 1),
     multiply_4bit=Multiply("vpdpbusd", vpdpbusd),
     multiply_8bit=Multiply("vpdpbusd", vpdpbusd),
+    grids=True,
 )
 
 XEON = replace(

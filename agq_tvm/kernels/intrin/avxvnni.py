@@ -16,4 +16,5 @@ AVXVNNI = InstructionSet(
     multiply_4bit=Multiply("vpdpbusd", vpdpbusd),
     multiply_8bit=Multiply("vpdpbusd", vpdpbusd),
     ahead=8,
+    grids=True,
 )

@@ -102,6 +102,9 @@ class InstructionSet:
     ahead : int
         K-blocks between the one that is multiplied and the one that is fetched from memory, by default, where codes are
         unpacked in registers; 0 leaves that to the processor.
+    grids : bool
+        Whether bytes are multiplied as fast as 4-bit codes, so that weights on an integer grid have kernels of their
+        own (`linear_grid.py`).
     """
 
     name: str
@@ -121,6 +124,7 @@ class InstructionSet:
     inline_tile: tuple[int, int] | None = None
     seed_sums: bool = False
     ahead: int = 0
+    grids: bool = False
 
     @property
     def family(self) -> str:

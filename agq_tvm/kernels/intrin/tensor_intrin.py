@@ -77,16 +77,21 @@ def tile_signature(tile: Tile):
     forms = {"x": ((*lead, S, 2, D), "int8"), "w": (w_shape, w_dtype)}
     forms |= {"d": ((1,), "int32")} if tile.shifted else {}
     forms |= {"c": ((*lead, V, L), "int32")}
-    handles = {name: T.arg(name, T.handle()) for name in forms}
-    strides = {"w": _strides(tile)} if tile.stored else {}
-    buffers = {
-        name: T.match_buffer(handles[name], *form, strides=strides.get(name), offset_factor=1)
-        for name, form in forms.items()
-    }
+    buffers = matched(forms, tile)
     return buffers["x"], buffers["w"], buffers.get("d"), buffers["c"]
 
 
-def _strides(tile: Tile) -> list[int]:
+def matched(forms: dict, tile: Tile) -> dict:
+    """Declare operands by their shapes and types; weights may have others between them."""
+    handles = {name: T.arg(name, T.handle()) for name in forms}
+    strides = {"w": strides_of(tile)} if tile.stored else {}
+    return {
+        name: T.match_buffer(handles[name], *form, strides=strides.get(name), offset_factor=1)
+        for name, form in forms.items()
+    }
+
+
+def strides_of(tile: Tile) -> list[int]:
     """Return the strides of weights some of whose vectors belong to other tiles."""
     step = tile.stored * tile.layout.lanes * tile.layout.depth
     inner = [tile.layout.lanes * tile.layout.depth, tile.layout.depth, 1]
@@ -186,14 +191,14 @@ def dot_impl(tile: Tile, multiply: Multiply):
 
     A load of weights feeds R multiplies and a broadcast of activations feeds V; LLVM merges the repeats.
     """
-    dot = _Dot(tile, multiply)
+    dot = Dot(tile, multiply)
     if multiply.fold:
         return implementation(tile, dot.add_folded, own_totals=True)
     return implementation(tile, lambda x, w, c: dot.add(x, w, c, tile.at))
 
 
 @dataclass(frozen=True)
-class _Dot:
+class Dot:
     """What `dot_impl` emits."""
 
     tile: Tile

@@ -1,7 +1,8 @@
 """agq_tvm: activations quantized by one kernel, multiplied by the next, as compiled models do it.
 
 Symmetric weights, like those of the other engines: scales of groups in float16. Activation scales of tokens, or of the
-weights' groups, which is what `agq quantize` takes if nothing else is asked for.
+weights' groups, which is what `agq quantize` takes if nothing else is asked for. Or weights on an integer grid, in as
+many bits.
 """
 
 import json
@@ -18,8 +19,10 @@ PACKAGE = "apache-tvm"
 PRODUCTS = (
     Form("agq_tvm g32", "g32"),
     Form("agq_tvm g32, group scales", "g32"),
+    Form("agq_tvm g32, integer grid", "g32"),
     Form("agq_tvm g128", "g128"),
     Form("agq_tvm g128, group scales", "g128"),
+    Form("agq_tvm g128, integer grid", "g128"),
 )
 MODELS = (
     ModelForm("agq_tvm g32", 4, "int8", 8),
@@ -27,6 +30,8 @@ MODELS = (
     ModelForm("agq_tvm g32, pruned", 4, "int8", 8, pruned=True),
     ModelForm("agq_tvm kept grid", 4, "int8", 8, kept=True),
     ModelForm("agq_tvm g128", 4, "int8", 8),
+    ModelForm("agq_tvm g32, integer grid", 4, "int8", 8),
+    ModelForm("agq_tvm g32, integer grid, 4-bit head", 4, "int4", 4),
 )
 PRUNED_DEPTHS, PRUNED_SHARE = (1 / 3, 1 / 2, 3 / 4), 0.5
 """Of the layers, those after which tokens of the prompt are dropped, and the share that is gone at the end."""
@@ -37,7 +42,7 @@ class Product(Product):
 
     def prepare(self, operands: Operands) -> None:
         """See `Product.prepare`."""
-        from agq_tvm.kernels import activation, linear
+        from agq_tvm.kernels import activation
         from agq_tvm.kernels.instruction_sets import instruction_set
         from agq_tvm.runtime.huge_pages import one_block
         from agq_tvm.runtime.threads import Threads
@@ -48,15 +53,11 @@ class Product(Product):
         self._pool.configure()
         device = load_device("host")
         isa = instruction_set(device.instruction_set)
-        layout, x, size = isa.layout_4bit, operands.x, int(self.form.kind[1:])
-        codes, scales = operands.grid(size)
-        (rows, channels), columns = x.shape, len(codes)
-        by_group = "group scales" in self.form.name
-        mode = "per-token-group" if by_group else "per-token"
-        quantizing = activation.QuantizeKernel("plain", rows, channels, size, mode)
-        product = linear.LinearKernel(rows, columns, channels, 4, size, by_group, None, False)
+        layout, x = isa.layout_4bit, operands.x
+        described = _on_grid if "integer grid" in self.form.name else _with_scales
+        quantizing, product, packed = described(self.form, operands, isa)
         self._quantize, _ = limits.compiled(activation.build(quantizing, layout), device)
-        self._multiply, _ = limits.compiled(linear.build(product, isa), device)
+        self._multiply, _ = limits.compiled(product, device)
 
         def placed(*arrays: np.ndarray) -> list:
             self._arrays += one_block(arrays)
@@ -65,23 +66,51 @@ class Product(Product):
         self._arrays: list[np.ndarray] = []
         made = [np.zeros(shape, kind) for shape, kind in quantizing.output_shapes(layout)]
         self._x, *self._made = placed(x, *made)
-        w, s = layout.pack(codes), layout.pack_columns(scales.astype("float16"))
-        weights = placed(*(copy_of(array, i) for i in range(operands.copies) for array in (w, s)))
-        self._weights = list(zip(weights[::2], weights[1::2], strict=True))
-        self.stored_bytes = w.nbytes + s.nbytes
-        (self._out,) = placed(np.zeros((rows, layout.tiles(columns) * layout.width), "float32"))
-        self._y, self._columns = self._arrays[-1], columns
+        weights = placed(*(copy_of(array, i) for i in range(operands.copies) for array in packed))
+        self._weights = [weights[i : i + len(packed)] for i in range(0, len(weights), len(packed))]
+        self.stored_bytes = sum(array.nbytes for array in packed)
+        self._columns = operands.w.shape[0]
+        (self._out,) = placed(np.zeros((len(x), layout.tiles(self._columns) * layout.width), "float32"))
+        self._y = self._arrays[-1]
 
     def run(self) -> None:
         """See `Product.run`."""
         with self._pool.running():
-            for w, s in reversed(self._weights):  # the first comes last: its product is the result
+            for weights in reversed(self._weights):  # the first comes last: its product is the result
                 self._quantize(self._x, *self._made)
-                self._multiply(*self._made, w, s, self._out)
+                self._multiply(*self._made, *weights, self._out)
 
     def result(self) -> np.ndarray:
         """See `Product.result`."""
         return self._y[:, : self._columns]
+
+
+def _with_scales(form: Form, operands: Operands, isa) -> tuple:
+    """Return the quantization, the product and the packed weights of a form with scales of groups."""
+    from agq_tvm.kernels import activation, linear
+
+    (rows, channels), size, layout = operands.x.shape, int(form.kind[1:]), isa.layout_4bit
+    codes, scales = operands.grid(size)
+    by_group = "group scales" in form.name
+    mode = "per-token-group" if by_group else "per-token"
+    quantizing = activation.QuantizeKernel("plain", rows, channels, size, mode)
+    product = linear.LinearKernel(rows, len(codes), channels, 4, size, by_group, None, False)
+    packed = layout.pack(codes), layout.pack_columns(scales.astype("float16"))
+    return quantizing, linear.build(product, isa), packed
+
+
+def _on_grid(form: Form, operands: Operands, isa) -> tuple:
+    """The same of weights on an integer grid, rounded to nearest."""
+    from agq_tvm.flow.packing import pack_linear
+    from agq_tvm.kernels import activation, linear_grid
+    from agq_tvm.quantize.weights import rtn
+
+    (rows, channels), size = operands.x.shape, int(form.kind[1:])
+    linear = rtn(operands.w, size, symmetric=False, integer=True)
+    quantizing = activation.QuantizeKernel("plain", rows, channels, channels, "per-token")
+    product = linear_grid.GridKernel(rows, len(linear.scales), channels, size, False)
+    packed = pack_linear((linear,), isa.layout_4bit, None, grid=True)
+    return quantizing, linear_grid.build(product, isa), [packed[part] for part in ("w", "step", "low", "ws")]
 
 
 def limits_here(threads: int) -> dict[str, float]:
@@ -130,7 +159,8 @@ class Model(Model):
     def _options(self, form: ModelForm, source: Path) -> list[str]:
         if form.kept:
             return ["--method", "keep"]
-        options = ["--method", "rtn", "--symmetric", "--group-size", form.name.split()[1].strip("g,")]
+        options = ["--method", "rtn", "--group-size", form.name.split()[1].strip("g,")]
+        options += ["--integer-grid", "--activation", "per-token"] if "integer grid" in form.name else ["--symmetric"]
         if form.head_bits != 8:
             # The head is fitted on these windows; with the default 64 of 512 that takes half an hour for a 1.1B model.
             options += ["--head-bits", str(form.head_bits), "--calibration-samples", "8", "--calibration-length", "256"]

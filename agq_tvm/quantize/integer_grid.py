@@ -1,0 +1,106 @@
+"""Integer grids: the scales and offsets of a column's groups are whole multiples of one unit.
+
+    w = unit[n] · (step[n, g] · q + low[n, g])        q 0..15, step 1..17, low -128..127, in brackets -128..127
+
+So a column's 4-bit codes are bytes of one scale, and a product sums them over all channels in integers (two levels of
+scales, as QServe by Lin et al., 2024, has them). A group takes 16 bits beside its codes and not 32, and the grid is as
+exact as one of float16: a low that need not be a group's smallest weight makes up for steps being whole.
+"""
+
+import numpy as np
+
+from agq_tvm.errors import AgqError
+
+LARGEST_STEP = 17
+"""17 · 15 = 255: the steps of a group reach across all bytes."""
+LOWEST, HIGHEST = -128, 127
+_CODES = 15
+_SIGNIFICANT = 4
+"""Bits of a unit's fraction: times step or low it has 11, as many as float16 holds."""
+_SMALLEST = 2.0**-24
+"""Of float16's numbers, whose multiples the others are."""
+
+
+def choose_units(weight: np.ndarray, name: str = "the matrix") -> np.ndarray:
+    """Return the unit of every column of the product, float32 [N], exact in float16.
+
+    Parameters
+    ----------
+    weight : float array [N, K]
+    name : str
+        For the error.
+
+    Raises
+    ------
+    AgqError
+        If weights are so large that float16 does not hold their offsets.
+    """
+    reach = np.maximum(weight.max(1) / HIGHEST, weight.min(1) / LOWEST).astype("float64")
+    quantum = np.maximum(np.exp2(np.frexp(reach)[1].astype("float64") - _SIGNIFICANT), _SMALLEST)
+    units = np.ceil(reach / quantum) * quantum
+    if units.max(initial=0) * -LOWEST > np.finfo("float16").max:
+        raise AgqError(f"{name} has weights too large for an integer grid: leave out --integer-grid")
+    return units.astype("float32")
+
+
+def choose_grid(group: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Choose scale and offset of one group for every row: of two steps that with the smaller squared error.
+
+    Parameters
+    ----------
+    group : float array [N, n]
+        The weights of the group.
+    units : float32 array [N]
+
+    Returns
+    -------
+    scale, offset : float32 arrays [N]
+        Multiples of the unit, exact in float16.
+    """
+    scaled = group / np.where(units == 0, 1, units)[:, None]
+    low, high = scaled.min(axis=1), scaled.max(axis=1)
+    below = np.floor((high - low) / _CODES)
+    (step, start), (wider, wider_start) = (_placed(low, high, below + more) for more in (0, 1))
+    better = _error(scaled, wider, wider_start) < _error(scaled, step, start)
+    step, start = np.where(better, wider, step), np.where(better, wider_start, start)
+    return (units * step).astype("float32"), (units * start).astype("float32")
+
+
+def _placed(low: np.ndarray, high: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Put a grid of these steps on the middle of the weights."""
+    step = np.clip(step, 1, LARGEST_STEP)
+    start = np.rint((low + high - _CODES * step) / 2)
+    return step, np.clip(start, LOWEST, HIGHEST - _CODES * step)
+
+
+def _error(scaled: np.ndarray, step: np.ndarray, start: np.ndarray) -> np.ndarray:
+    codes = np.clip(np.rint((scaled - start[:, None]) / step[:, None]), 0, _CODES)
+    difference = codes * step[:, None] + start[:, None] - scaled
+    return np.einsum("nk,nk->n", difference, difference)
+
+
+def to_integers(unit: np.ndarray, scales: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps, uint8 [N, G], and lows, int8 [N, G], of scales and offsets that `choose_grid` made.
+
+    A column of nothing but zeros has the unit 0 and steps of 1.
+    """
+    unit = unit.astype("float32")[:, None]
+    safe = np.where(unit == 0, 1, unit)
+    steps = np.where(unit == 0, 1, np.rint(scales.astype("float32") / safe))
+    return steps.astype("uint8"), np.rint(offsets.astype("float32") / safe).astype("int8")
+
+
+def to_scales(unit: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return scales and offsets, float16 [N, G] each, exactly."""
+    unit = unit.astype("float32")[:, None]
+    return (unit * steps).astype("float16"), (unit * lows).astype("float16")
+
+
+def is_valid(unit: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> bool:
+    """Tell whether no code leaves its byte, and scales and offsets are exact in float16."""
+    lows, steps = lows.astype("int32"), steps.astype("int32")
+    if not ((steps >= 1).all() and (steps <= LARGEST_STEP).all() and (lows + _CODES * steps <= HIGHEST).all()):
+        return False
+    wide = unit.astype("float64")[:, None]
+    exact = (np.array_equal(wide * whole, (wide * whole).astype("float16")) for whole in (steps, lows))
+    return bool((unit >= 0).all()) and all(exact)

@@ -1,0 +1,104 @@
+"""Operands of a product on an integer grid and its exact result, computed by numpy on plain [M, K] and [N, K] codes."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import tvm
+
+from agq_tvm.flow.packing import pack_codes
+from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.layout import K_BLOCK
+from agq_tvm.kernels.linear_grid import GridKernel
+from tests.kernels.operands import LIMIT
+
+
+@dataclass
+class GridOperands:
+    """Codes in their plain order, and everything that a kernel reads.
+
+    Attributes
+    ----------
+    x, q : int8 [M, K], uint8 [N, K]
+    steps, lows : int [N, G]
+    sx, units, bias
+        float arrays [M, 1], [N, 1], [N] or None.
+    """
+
+    kernel: GridKernel
+    x: np.ndarray
+    q: np.ndarray
+    steps: np.ndarray
+    lows: np.ndarray
+    sx: np.ndarray
+    units: np.ndarray
+    bias: np.ndarray | None
+
+    def weights(self) -> np.ndarray:
+        """Return step · q + low, int64 [N, K]."""
+        groups = np.arange(self.kernel.channels) // self.kernel.group_size
+        return self.steps[:, groups] * self.q.astype("int64") + self.lows[:, groups]
+
+    def totals(self) -> np.ndarray:
+        """Return Σ x (step · q + low), int64 [M, N]."""
+        return self.x.astype("int64") @ self.weights().T
+
+    def expected(self) -> np.ndarray:
+        """Return the result in float64, [M, N]."""
+        y = self.totals() * self.units.T.astype("float64") * self.sx
+        return y if self.bias is None else y + self.bias
+
+    def integer_form(self) -> "GridOperands":
+        """Return the same codes with scales 1, so that results are integers, rounded once to float32."""
+        ones, bias = np.ones_like, None if self.bias is None else np.zeros_like(self.bias)
+        return replace(self, sx=ones(self.sx), units=ones(self.units), bias=bias)
+
+    def run(self, function, isa: InstructionSet) -> np.ndarray:
+        """Call a compiled kernel: float32 [M, N]."""
+        kernel, layout = self.kernel, isa.layout_4bit
+        x = np.zeros((kernel.rows, kernel.blocks * K_BLOCK), "int8")
+        x[:, : kernel.channels] = self.x
+        x = x.reshape(kernel.rows, kernel.blocks, layout.steps, 2, layout.depth).transpose(1, 0, 2, 3, 4)
+        arrays = [
+            np.ascontiguousarray(x),
+            self.sx,
+            self.x.sum(1, keepdims=True, dtype="int32"),
+            pack_codes(self.q, kernel.group_size, layout),
+            layout.pack_columns(self.steps.astype("uint8")),
+            layout.pack_columns((self.lows + 128).astype("uint8")),
+            layout.pack_columns(self.units),
+            *([] if self.bias is None else [np.ascontiguousarray(layout.pack_columns(self.bias[:, None])[:, 0])]),
+        ]
+        # Full of NaN, so that an element that is not written shows.
+        out = tvm.runtime.tensor(np.full((kernel.rows, layout.tiles(kernel.columns) * layout.width), np.nan, "float32"))
+        function(*(tvm.runtime.tensor(array) for array in arrays), out)
+        return out.numpy()[:, : kernel.columns]
+
+
+def random_grid(kernel: GridKernel, seed: int = 0) -> GridOperands:
+    """Draw codes over their whole range, and grids that reach to either end of a byte."""
+    rng, limit = np.random.default_rng(seed), LIMIT[kernel.activation_bits]
+    M, N, K, G = kernel.rows, kernel.columns, kernel.channels, kernel.groups
+    steps = rng.integers(1, 18, (N, G))
+    return GridOperands(
+        kernel,
+        rng.integers(-limit, limit + 1, (M, K)).astype("int8"),
+        rng.integers(0, 16, (N, K)).astype("uint8"),
+        steps,
+        rng.integers(-128, 128 - 15 * steps),
+        rng.uniform(0.5, 2, (M, 1)).astype("float32"),
+        rng.uniform(0.5, 1, (N, 1)).astype("float16"),
+        rng.standard_normal(N).astype("float32") if kernel.bias else None,
+    )
+
+
+def grid_corners(kernel: GridKernel) -> dict[str, GridOperands]:
+    """All codes at the ends of their ranges, on the grids that reach furthest."""
+    base, limit, full = random_grid(kernel), LIMIT[kernel.activation_bits], np.full_like
+    return {
+        f"x={x} q={q} step={step} low={low}": replace(
+            base, x=full(base.x, x), q=full(base.q, q), steps=full(base.steps, step), lows=full(base.lows, low)
+        )
+        for x in (-limit, limit)
+        for q in (0, 15)
+        for step, low in ((1, -128), (1, 112), (17, -128))
+    }

@@ -1,0 +1,132 @@
+"""Products on integer grids: numpy, plain TIR and every tensorized kernel agree, bit for bit, up to the bounds."""
+
+import itertools
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tvm
+
+from agq_tvm.errors import AgqError
+from agq_tvm.kernels import linear_grid, tunable
+from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
+from agq_tvm.kernels.intrin import grid_intrin
+from agq_tvm.kernels.linear_grid import GridKernel
+from agq_tvm.quantize import integer_grid
+from tests.kernels.grid_operands import grid_corners, random_grid
+from tests.kernels.operands import compiled, native, target_of
+from tests.kernels.spaces import sample
+
+GRIDS = tuple(name for name, isa in INSTRUCTION_SETS.items() if isa.grids)
+# N is no multiple of any tile; K has a short last group, or fills it; codes go to memory, or stay in registers.
+FORMS = [
+    GridKernel(1, 100, 150, 32, False),
+    GridKernel(8, 70, 320, 64, True),
+    GridKernel(6, 65, 384, 128, False),
+    GridKernel(32, 100, 190, 32, True),
+    GridKernel(1, 33, 20, 64, True),
+    GridKernel(16, 33, 160, 32, False, activation_bits=4),
+]
+
+
+def test_there_are_instruction_sets_with_such_kernels():
+    assert GRIDS == ("avx512vnni", "avx512vnni-xeon", "avxvnni")
+
+
+@pytest.mark.parametrize("form", ["plain", *GRIDS])
+@pytest.mark.parametrize("kernel", FORMS, ids=lambda kernel: kernel.name)
+def test_exact_in_integers(kernel, form):
+    """Plain TIR is the same for every instruction set but for its layout; one stands for all."""
+    isa = native("generic" if form == "plain" else form)
+    func = linear_grid.define(kernel, isa) if form == "plain" else linear_grid.build(kernel, isa)
+    function = compiled(func, isa.name)
+    for name, operands in {"random": random_grid(kernel, 1), **grid_corners(kernel)}.items():
+        operands = operands.integer_form()
+        expected = operands.expected().astype("float32")
+        np.testing.assert_array_equal(operands.run(function, isa), expected, err_msg=name)
+
+
+@pytest.mark.parametrize("isa", GRIDS)
+def test_every_byte_times_every_activation_is_exact(isa):
+    """A column for each code, a group for each step and the lows beside its ends, a row for each activation."""
+    isa = native(isa)
+    grids = [(step, low) for step in range(1, 18) for low in (-128, min(-1, 127 - 15 * step), 127 - 15 * step)]
+    kernel = GridKernel(8, 16, 32 * len(grids), 32, False)
+    base = random_grid(kernel).integer_form()
+    steps, lows = (np.tile([grid[i] for grid in grids], (16, 1)) for i in range(2))
+    q = np.tile(np.arange(16, dtype="uint8")[:, None], (1, kernel.channels))
+    function = compiled(linear_grid.build(kernel, isa), isa.name)
+    for first, place in itertools.product(range(-127, 128, 8), range(0, 32, 5)):
+        x = np.zeros_like(base.x)
+        x[:, place::32] = np.clip(first + np.arange(8), -127, 127)[:, None]
+        operands = replace(base, x=x, q=q, steps=steps, lows=lows)
+        np.testing.assert_array_equal(operands.run(function, isa), operands.expected())
+
+
+@pytest.mark.parametrize("isa", GRIDS)
+def test_beyond_the_largest_step_products_leave_their_byte(isa):
+    isa, kernel = native(isa), GridKernel(1, 16, 32, 32, False)
+    function, base = compiled(linear_grid.build(kernel, isa), isa.name), random_grid(kernel).integer_form()
+    at_most = replace(base, q=np.full_like(base.q, 15), steps=np.full_like(base.steps, 17), lows=base.lows * 0 - 128)
+    np.testing.assert_array_equal(at_most.run(function, isa), at_most.expected())
+    for beyond in (replace(at_most, steps=at_most.steps + 1), replace(at_most, lows=at_most.lows + 1)):
+        assert (beyond.run(function, isa) != beyond.expected()).any()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("isa", GRIDS)
+def test_exact_at_the_bound_of_32_bits(isa, rows):
+    isa, most = native(isa), ((1 << 31) - 1) // (255 * 127)
+    kernel = GridKernel(rows, 16, most, 128, False)
+    base = random_grid(kernel).integer_form()
+    x = np.full_like(base.x, 127)
+    x[-1] = -127
+    operands = replace(base, x=x, q=base.q * 0 + 15, steps=base.steps * 0 + 17, lows=base.lows * 0 - 128)
+    got = operands.run(compiled(linear_grid.build(kernel, isa), isa.name), isa)
+    np.testing.assert_array_equal(got, operands.expected().astype("float32"))
+    with pytest.raises(AgqError, match=rf"{most + 1} channels may leave 32 bits"):
+        GridKernel(rows, 16, most + 1, 128, False)
+    assert GridKernel(rows, 16, most + 1, 128, False, activation_bits=4)
+
+
+@pytest.mark.parametrize("kernel", FORMS[:4], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("isa", GRIDS)
+def test_all_points_are_exact(isa, kernel):
+    isa, operands = native(isa), random_grid(kernel, 2).integer_form()
+    for point in sample(tunable.space_of(kernel, isa, 2)):
+        function = compiled(tunable.build(kernel, isa, point), isa.name)
+        np.testing.assert_array_equal(operands.run(function, isa), operands.expected(), err_msg=str(point))
+
+
+@pytest.mark.parametrize("kernel", FORMS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("isa", GRIDS)
+def test_scaled_result(isa, kernel):
+    isa, operands = native(isa), random_grid(kernel, 3)
+    expected = operands.expected()
+    got = operands.run(compiled(linear_grid.build(kernel, isa), isa.name), isa)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * abs(expected).max())
+
+
+@pytest.mark.parametrize("rows", [1, 8, 128])
+@pytest.mark.parametrize("isa", GRIDS)
+def test_one_multiply_puts_two_codes_on_their_grid(isa, rows):
+    """And sums stay in registers."""
+    isa, kernel = INSTRUCTION_SETS[isa], GridKernel(rows, 64, 512, 32, False)
+    func = linear_grid.build(kernel, isa)
+    assembly = tvm.compile(tvm.IRModule({kernel.name: func}), target=target_of(isa.name)).mod.inspect_source("asm")
+    lines = assembly.splitlines()
+    assert sum(bool(re.match(r"\tvpmullw\t", line)) for line in lines) >= 2 * isa.layout_4bit.steps
+    multiplies = [i for i, line in enumerate(lines) if re.match(r"\t(?:\{vex\}\t)?vpdpbusd\t", line)]
+    inner = lines[multiplies[0] : multiplies[-1]]
+    if isa.family == "avx512vnni":  # the other has 16 registers
+        assert not [line for line in inner if re.match(r"\tvmov\w+\t%zmm\d+, .*\(", line)]
+
+
+def test_other_instruction_sets_have_no_such_kernels():
+    with pytest.raises(AgqError, match="no kernels for integer grids on neon"):
+        linear_grid.build(FORMS[0], INSTRUCTION_SETS["neon"])
+
+
+def test_quantizer_and_kernels_mean_the_same():
+    assert grid_intrin.LARGEST_STEP == integer_grid.LARGEST_STEP and -integer_grid.LOWEST == grid_intrin.ZERO
