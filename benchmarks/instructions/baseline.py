@@ -11,11 +11,14 @@ from pathlib import Path
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import write_json
+from agq_tvm.kernels import linear_grid
 from agq_tvm.kernels.instruction_sets import instruction_set
+from agq_tvm.kernels.intrin.base import InstructionSet
+from agq_tvm.kernels.linear_grid import GridKernel
 from agq_tvm.targets import load_device
 from agq_tvm.tuning.block_counts import count_instructions
 from agq_tvm.tuning.disassembly import Instruction, disassemble, innermost_loops
-from benchmarks.instructions.products import DEVICES, Product, compile_library, tensor_of
+from benchmarks.instructions.products import CHANNELS, COLUMNS, DEVICES, Product, compile_library, tensor_of
 from benchmarks.tables import versions
 
 BASELINE = Path(__file__).with_name("baseline.json")
@@ -69,12 +72,18 @@ def _executed(name: str, folder: Path) -> dict[str, float]:
 
 def _loops(name: str, folder: Path) -> dict[str, float]:
     device, figures = load_device(name), {}
-    for product in gated_products(name):
-        kernel = product.linear.name
-        library = compile_library({kernel: product.functions()[kernel]}, device, folder / f"{name}.so")
+    functions = {product.linear.name: product.functions()[product.linear.name] for product in gated_products(name)}
+    for kernel, function in (functions | _on_grids(instruction_set(device.instruction_set))).items():
+        library = compile_library({kernel: function}, device, folder / f"{name}.so")
         instructions, multiplies = inner_loop(disassemble(library, device).values())
         figures[f"{name} {kernel}, per multiply"] = round(instructions / multiplies, 3)
     return figures
+
+
+def _on_grids(isa: InstructionSet) -> dict:
+    """Return the products on integer grids that are gated, by name: decode, few rows and prefill."""
+    kernels = [GridKernel(rows, COLUMNS, CHANNELS, 32, False) for rows in (1, 16, 128) if isa.grids]
+    return {kernel.name: linear_grid.build(kernel, isa) for kernel in kernels}
 
 
 def inner_loop(instructions: Iterable[Instruction]) -> tuple[int, int]:
