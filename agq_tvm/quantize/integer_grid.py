@@ -3,8 +3,9 @@
     w = unit[n] · (step[n, g] · q + low[n, g])        q 0..15, step 1..17, low -128..127, in brackets -128..127
 
 So a column's 4-bit codes are bytes of one scale, and a product sums them over all channels in integers (two levels of
-scales, as QServe by Lin et al., 2024, has them). A group takes 16 bits beside its codes and not 32, and the grid is as
-exact as one of float16: a low that need not be a group's smallest weight makes up for steps being whole.
+scales, as QServe by Lin et al., 2024, has them). A group takes 16 bits beside its codes and not 32. As steps and lows
+have to be rounded they are chosen for the least error, which is about that of real scales from least to largest weight:
+smaller for normal weights, larger where a few weights of a column are far larger than its others.
 """
 
 import numpy as np
@@ -44,7 +45,10 @@ def choose_units(weight: np.ndarray, name: str = "the matrix") -> np.ndarray:
 
 
 def choose_grid(group: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Choose scale and offset of one group for every row: of two steps that with the smaller squared error.
+    """Choose scale and offset of one group for every row: those of the least squared error among a few.
+
+    Steps are the whole numbers beside a fifteenth of the weights' range. With each the grid is put on the middle of
+    the range, then moved by the mean error.
 
     Parameters
     ----------
@@ -58,25 +62,22 @@ def choose_grid(group: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.nd
         Multiples of the unit, exact in float16.
     """
     scaled = group / np.where(units == 0, 1, units)[:, None]
-    low, high = scaled.min(axis=1), scaled.max(axis=1)
-    below = np.floor((high - low) / _CODES)
-    (step, start), (wider, wider_start) = (_placed(low, high, below + more) for more in (0, 1))
-    better = _error(scaled, wider, wider_start) < _error(scaled, step, start)
-    step, start = np.where(better, wider, step), np.where(better, wider_start, start)
-    return (units * step).astype("float32"), (units * start).astype("float32")
-
-
-def _placed(low: np.ndarray, high: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Put a grid of these steps on the middle of the weights."""
-    step = np.clip(step, 1, LARGEST_STEP)
-    start = np.rint((low + high - _CODES * step) / 2)
-    return step, np.clip(start, LOWEST, HIGHEST - _CODES * step)
-
-
-def _error(scaled: np.ndarray, step: np.ndarray, start: np.ndarray) -> np.ndarray:
-    codes = np.clip(np.rint((scaled - start[:, None]) / step[:, None]), 0, _CODES)
-    difference = codes * step[:, None] + start[:, None] - scaled
-    return np.einsum("nk,nk->n", difference, difference)
+    least, middle = scaled.min(axis=1), (scaled.min(axis=1) + scaled.max(axis=1)) / 2
+    below = np.floor((scaled.max(axis=1) - least) / _CODES)
+    best_error, best_step, best_low = np.full(len(group), np.inf), np.ones(len(group)), np.zeros(len(group))
+    for more in (-1, 0, 1):
+        step = np.clip(below + more, 1, LARGEST_STEP)
+        low = middle - _CODES / 2 * step
+        for _ in range(2):
+            low = np.clip(np.rint(low), LOWEST, HIGHEST - _CODES * step)
+            codes = np.clip(np.rint((scaled - low[:, None]) / step[:, None]), 0, _CODES)
+            difference = scaled - codes * step[:, None] - low[:, None]
+            error = np.einsum("nk,nk->n", difference, difference)
+            better = error < best_error
+            best_error, best_step = np.where(better, error, best_error), np.where(better, step, best_step)
+            best_low = np.where(better, low, best_low)
+            low = low + difference.mean(axis=1)
+    return (units * best_step).astype("float32"), (units * best_low).astype("float32")
 
 
 def to_integers(unit: np.ndarray, scales: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -51,19 +51,19 @@ def test_every_weight_is_a_byte_of_its_column(name, group_size):
     whole = steps[:, groups].astype(int) * weights.codes_of(linear) + lows[:, groups]
     assert -128 <= whole.min() <= whole.max() <= 127
     np.testing.assert_array_equal(weights.dequantize(linear), whole * linear.unit.astype("float32")[:, None])
-    # Half a step; and a step one smaller than the range needs, if that is better over all, leaves 15 / 2 at either end.
-    reach = (0.5 * linear.scales.astype("float32") + 8 * linear.unit.astype("float32")[:, None])[:, groups]
+    # Half a step; and a step one smaller than the range needs, or a grid off its middle, if that is better over all.
+    reach = (0.5 * linear.scales.astype("float32") + 16 * linear.unit.astype("float32")[:, None])[:, groups]
     assert (abs(weights.dequantize(linear) - weight) <= reach).all()
 
 
 @pytest.mark.parametrize("group_size", [32, 128])
-def test_error_is_that_of_real_scales(group_size):
+def test_error_is_less_than_that_of_real_scales(group_size):
     weight = np.random.default_rng(1).standard_normal((128, 1024)).astype("float32")
     errors = [
         np.square(weights.dequantize(weights.rtn(weight, group_size, False, integer)) - weight).sum()
         for integer in (False, True)
     ]
-    assert errors[1] < 1.02 * errors[0]
+    assert errors[1] < 0.98 * errors[0]
 
 
 def test_gptq_rounds_to_an_integer_grid():
