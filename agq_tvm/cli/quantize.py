@@ -5,6 +5,8 @@ from agq_tvm.errors import AgqError
 from agq_tvm.quantize.variants import VARIANTS, variant_settings
 from agq_tvm.tables import megabytes
 
+_MANY_COARSE = 0.01
+
 
 def register(subparsers) -> None:
     def run(args) -> None:
@@ -48,6 +50,7 @@ def register(subparsers) -> None:
             ("pruning", _pruning_text(result["pruning"])),
             ("calibration", _calibration_text(result["calibration"])),
             ("weight error", f"{result['relative_weight_error']:.4f}"),
+            *_coarse(result["coarse_groups"]),
             *_clipped(result["clipped"] or {}),
             ("size", megabytes(result["bytes"])),
             ("time", f"{result['seconds']:.1f} s"),
@@ -65,7 +68,7 @@ def register(subparsers) -> None:
     parser.add_argument(
         "--method",
         choices=("gptq", "rtn", "keep"),
-        help="default: keep a model that is 4 bit already as it is, else gptq",
+        help="default: keep a model that is 4 bit already as it is, unless --fold or --integer-grid; else gptq",
     )
     parser.add_argument(
         "--group-size",
@@ -78,8 +81,8 @@ def register(subparsers) -> None:
         "--integer-grid",
         action="store_true",
         default=None,
-        help="scales and offsets that are whole multiples of one unit of their column: smaller, as exact, and prefill "
-        "sums in integers on processors with VNNI (per-token, static; groups of 32, 64 or 128)",
+        help="scales and offsets that are whole multiples of one unit of their column: smaller, about as exact, and "
+        "prefill sums in integers on processors with VNNI (per-token, static; groups of 32, 64 or 128)",
     )
     parser.add_argument("--weight-bits", type=int, choices=(4, 8), help="default: 4; 8 is rounded to nearest")
     parser.add_argument(
@@ -190,6 +193,12 @@ def _pruning_text(pruning: dict | None) -> str:
         return "none"
     renumbered = ", positions counted anew" if pruning["renumber"] else ""
     return f"{pruning['beta']:.0%} of a prompt's tokens, in layers {', '.join(map(str, pruning['layers']))}{renumbered}"
+
+
+def _coarse(share: float) -> list[tuple[str, str]]:
+    """Say how many groups an integer grid leaves few codes, if these are not very few."""
+    text = f"{share:.1%} have fewer than 8 codes, as far larger weights set their columns' units: try no --integer-grid"
+    return [("groups", text)] if share >= _MANY_COARSE else []
 
 
 def _clipped(shares: dict) -> list[tuple[str, str]]:

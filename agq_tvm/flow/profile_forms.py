@@ -57,7 +57,8 @@ def forms_of(source: Checkpoint, isa: str, cache: str) -> tuple[tuple[Form, ...]
     """
     own = linear_format(source.scheme, offsets_dtype(source))
     roles = tuple(linear.name for linear in source.config.linears)
-    own = replace(own, four_bit=tuple(role for role in roles if role in own.four_bit))
+    grid = own.grid and instruction_set(isa, own.activation).grids  # elsewhere these are scales and offsets like others
+    own = replace(own, four_bit=tuple(role for role in roles if role in own.four_bit), grid=grid)
     formats = _integer_formats(own, roles)
     name = next((name for name, format in formats.items() if format == own), OWN)
     book = CODE_BOOKS.get(source.scheme.attention)

@@ -16,6 +16,7 @@ from agq_tvm.progress import progress, say
 from agq_tvm.quantize.calibration_report import CalibrationReport
 from agq_tvm.quantize.checkpoint import QuantizedLinear, Table, stored, write_checkpoint
 from agq_tvm.quantize.fold import folded
+from agq_tvm.quantize.integer_grid import count_coarse
 from agq_tvm.quantize.mixed_format import average_bits
 from agq_tvm.quantize.pruning import PruningSchedule
 from agq_tvm.quantize.scheme import GROUP_SIZES, Scheme, check_roles, roles_of
@@ -82,7 +83,8 @@ def quantize(
     output : path-like
         The directory to write; an earlier checkpoint there is replaced.
     method : {"gptq", "rtn", "keep"}, optional
-        Default: ``"keep"`` if every matrix of the model is 4 bit already, else ``"gptq"``; ``"rtn"`` for 8 bits.
+        Default: ``"rtn"`` for 8 bits; ``"keep"`` if every matrix of the model is 4 bit already, and neither `fold` nor
+        `integer_grid` asks for other weights; else ``"gptq"``.
     group_size : int or str, optional
         32, 64, 128, or ``"column"`` for one scale of each output column. Default: the model's own 32 for
         ``"keep"``; else 128 if it divides the inner dimension of every matrix, and 64 if not.
@@ -128,7 +130,8 @@ def quantize(
         ``calibration`` (None, or the ``text`` with its ``sha256``, and the ``samples``, ``length`` and ``seed`` of its
         windows), ``activation_bits`` (the average at the inputs of the layers' linears, scales included; 32 for float
         ones), ``bytes`` of the weights file, ``bits_per_weight`` of the matrices with scales and offsets,
-        ``relative_weight_error`` (root of the summed squared error over that of the weights), ``clipped`` (None, or for
+        ``relative_weight_error`` (root of the summed squared error over that of the weights), ``coarse_groups`` (share
+        of the groups on an integer grid that have fewer than 8 codes), ``clipped`` (None, or for
         static activations what `agq_tvm.quantize.calibration_report.CalibrationReport.summary` returns; the report
         itself lies beside the weights), and ``seconds``.
 
@@ -139,6 +142,8 @@ def quantize(
     """
     started = time.perf_counter()
     source = open_source(model)
+    if not method and weight_bits == 4 and (fold or integer_grid):
+        method = "gptq"
     chosen = _choose_weights(source, method, group_size, symmetric, weight_bits)
     scheme = Scheme(
         *chosen,
@@ -180,6 +185,7 @@ def quantize(
         "bytes": size,
         "bits_per_weight": weights.bits,
         "relative_weight_error": weights.relative_error,
+        "coarse_groups": weights.coarse_groups,
         "clipped": report.summary() or None,
         "seconds": time.perf_counter() - started,
     }
@@ -279,7 +285,7 @@ class _Weights:
     def __init__(self, source: Source, linears: Iterable[tuple[str, QuantizedLinear]]) -> None:
         self._source = source
         self._linears = linears
-        self._stored_bytes = self._count = 0
+        self._stored_bytes = self._count = self._coarse = self._groups = 0
         self._error = self._total = 0.0
         self._activation_bits: dict[str, np.ndarray] = {}
 
@@ -294,6 +300,9 @@ class _Weights:
         self._count += weight.size
         if linear.act_bits is not None:
             self._activation_bits[name] = linear.act_bits
+        if linear.unit is not None:
+            self._coarse += count_coarse(weight, linear.unit, linear.group_size)
+            self._groups += linear.scales.size
         difference = dequantize(linear)
         difference -= weight
         self._error += _squares(difference)
@@ -303,6 +312,11 @@ class _Weights:
     def bits(self) -> float:
         """Bits of a weight, with its scales and offsets."""
         return 8 * self._stored_bytes / self._count
+
+    @property
+    def coarse_groups(self) -> float:
+        """Share of the groups on an integer grid that have fewer than 8 codes."""
+        return self._coarse / max(self._groups, 1)
 
     def activation_bits(self, config: DecoderConfig, scheme: Scheme) -> float:
         """Return the average bits of the activations that the layers' linears read, their scales included."""

@@ -8,6 +8,9 @@
 Activations of two terms, x = s q + s' q', stand in twice as many rows, second terms after all first ones; the results
 of both are added.
 
+On an integer grid s_w = unit[n] · step and o_w = unit[n] · low: a few rows take this product there for long
+groups, see `linear_grid.choose`.
+
 Weights and their scales come in the tiles of `layout.py`; activation codes come by k-block, then row, as
 `quantize.py` writes them.
 """
@@ -19,6 +22,7 @@ from agq_tvm.kernels import linear_panels
 from agq_tvm.kernels.emit import fma
 from agq_tvm.kernels.intrin.assembly import MAGIC
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, nibble, stored_dtype
+from agq_tvm.kernels.intrin.grid_intrin import ZERO as GRID_ZERO
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
 from agq_tvm.kernels.linear_operands import declare_operands
 from agq_tvm.kernels.linear_schedule import Plan, schedule
@@ -27,7 +31,7 @@ from agq_tvm.tvm_seam import IRBuilder, T, tirx
 
 ZERO = {4: 8, 8: 128}
 """The code that stands for 0 in symmetric weights."""
-OPERANDS = ("w", "ws", "wo", "bias")
+OPERANDS = ("w", "step", "low", "ws", "wo", "bias")
 """Packed parameters of a linear that are operands of `define`, in order."""
 _INT32_LIMIT = (1 << 31) - 1
 _MAGIC_BITS = 0x4B400000
@@ -49,7 +53,8 @@ class LinearKernel:
     per_group : bool
         Whether activations have a scale for each group, or one for the row.
     offsets : str or None
-        Type of the group offsets, ``"float16"`` or ``"float32"``; None for symmetric weights.
+        Type of the group offsets, ``"float16"`` or ``"float32"``; ``"grid"`` for weights on an integer grid; None for
+        symmetric weights.
     bias : bool
         Whether a float32 vector is added to the result.
     activation_bits : int
@@ -96,7 +101,7 @@ class LinearKernel:
     def name(self) -> str:
         """E.g. ``linear_w4a8g32_asym_m128_n4096_k4096``."""
         scales = "group" if self.per_group else "token"
-        kind = {None: "sym", "float16": "asym", "float32": "asym32"}[self.offsets]
+        kind = {None: "sym", "float16": "asym", "float32": "asym32", "grid": "grid"}[self.offsets]
         bias = ("_bias" if self.bias else "") + ("_two_terms" if self.terms == 2 else "")
         return (
             f"linear_w{self.bits}a{self.activation_bits}g{self.group_size}_{scales}_{kind}{bias}"
@@ -157,6 +162,7 @@ class _Product:
         args = declare_operands(kernel, self.layout)
         self.x, self.sx, self.xsum, self.w, self.ws = (args[name] for name in ("x", "sx", "xsum", "w", "ws"))
         self.wo, self.bias, self.out = args.get("wo"), args.get("bias"), args["out"]
+        self.step, self.low = args.get("step"), args.get("low")
 
     def unpack(self):
         """Give every 4-bit code a byte, [NT, V // TV, KB, S, 2, TV, L, D] for the TV vectors of a register tile."""
@@ -195,24 +201,37 @@ class _Product:
 
     def _parameter(self, name: str, value):
         """Compute a parameter of every group and column in floats, [NT, G, V, L]."""
-        buffer = T.sblock_alloc_buffer(self.ws.shape, "float32")
-        with T.grid(*self.ws.shape) as loops, T.sblock(name):
+        shape = (self.tiles, self.kernel.groups, self.layout.vectors, self.layout.lanes)
+        buffer = T.sblock_alloc_buffer(shape, "float32")
+        with T.grid(*shape) as loops, T.sblock(name):
             at = list(T.axis.remap("SSSS", loops))
             T.buffer_store(buffer, value(at), at)
         return buffer
 
+    def _scale(self, at):
+        if self.step is None:
+            return T.Cast("float32", self.ws[at])
+        return T.Cast("float32", self.step[at]) * self._unit(at)
+
+    def _unit(self, at):
+        t, _, v, j = at
+        return T.Cast("float32", self.ws[t, 0, v, j])
+
     def _offset(self, at):
         """Take the center along, once for all rows: s (q - c) + (o + s c)."""
-        value = T.Cast("float32", self.wo[at])
-        return value + T.Cast("float32", self.ws[at]) * T.float32(self.center) if self.center else value
+        if self.low is None:
+            value = T.Cast("float32", self.wo[at])
+        else:
+            value = T.Cast("float32", T.Cast("int32", self.low[at]) - GRID_ZERO) * self._unit(at)
+        return value + self._scale(at) * T.float32(self.center) if self.center else value
 
     def total(self, dot):
         """Sum the groups' products with their scales, float32 [NT, R, V, L]."""
         kernel, layout = self.kernel, self.layout
-        scales = self._parameter("scales", lambda at: T.Cast("float32", self.ws[at]))
+        scales = self._parameter("scales", self._scale)
         magic = offsets = None
         if self.floats:
-            magic = self._parameter("magic", lambda at: T.Cast("float32", self.ws[at]) * T.float32(-MAGIC))
+            magic = self._parameter("magic", lambda at: self._scale(at) * T.float32(-MAGIC))
         if kernel.offsets:
             offsets = self._parameter("offsets", self._offset)
         shape = (self.tiles, kernel.code_rows, layout.vectors, layout.lanes)

@@ -16,6 +16,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet
 from agq_tvm.kernels.intrin.grid_intrin import ZERO, grid_code
 from agq_tvm.kernels.layout import K_BLOCK, k_blocks
+from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_schedule import Plan, row_tile, schedule
 from agq_tvm.kernels.linear_space import most_sums
 from agq_tvm.kernels.space import Space, divisors
@@ -25,6 +26,8 @@ OPERANDS = ("w", "step", "low", "ws", "bias")
 """Packed parameters of a linear that are operands of `define`, in order."""
 _FEW_ROWS = 16
 """Up to which codes are put on their grid in registers, for each tile of rows anew."""
+_LONG_GROUP = 64
+"""From which few rows take scales of groups."""
 _CHUNKS = (4, 8, 9, 12, 16, 18, 32)
 """k-blocks of a chunk."""
 _CHUNK = 16
@@ -91,6 +94,19 @@ class GridKernel:
         bias = "_bias" if self.bias else ""
         sizes = f"m{self.rows}_n{self.columns}_k{self.channels}"
         return f"linear_w4a{self.activation_bits}g{self.group_size}_grid{bias}_{sizes}"
+
+
+def choose(
+    rows: int, columns: int, channels: int, group_size: int, bias: bool, activation_bits: int = 8
+) -> GridKernel | LinearKernel:
+    """Return the product that is the faster one: this, or that of `linear.py` with scales and offsets of groups.
+
+    One row waits for memory, and many rows share codes that are put on their grid once. A few rows do that in
+    registers: 7 instructions a tile for each 8 channels, where a group ends with 3 for each row.
+    """
+    if rows == 1 or rows > _FEW_ROWS or group_size < _LONG_GROUP:
+        return GridKernel(rows, columns, channels, group_size, bias, activation_bits)
+    return LinearKernel(rows, columns, channels, 4, group_size, False, "grid", bias, activation_bits)
 
 
 def default(kernel: GridKernel, isa: InstructionSet) -> dict[str, int]:

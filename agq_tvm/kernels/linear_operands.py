@@ -14,7 +14,9 @@ def declare_operands(kernel, layout: Layout) -> dict:
     - sx float32 [R, G or 1], activation scales
     - xsum int32 [R, G], sums of the codes of a group
     - w uint8 [NT, KB, S, V, L, D] or of 8 bit [NT, KB, S, 2, V, L, D]
-    - ws float16 [NT, G, V, L]; wo the same shape, if any; bias float32 [NT, V, L], if any
+    - ws float16 [NT, G, V, L]; wo the same shape, if any; on an integer grid step, low uint8 [NT, G, V, L], low plus
+      128, and ws float16 [NT, 1, V, L] instead
+    - bias float32 [NT, V, L], if any
     - out float32 [M, NT * V * L]
     """
     tiles, blocks = layout.tiles(kernel.columns), k_blocks(kernel.channels, kernel.group_size)
@@ -25,9 +27,13 @@ def declare_operands(kernel, layout: Layout) -> dict:
         "sx": ((kernel.code_rows, kernel.groups if kernel.per_group else 1), "float32"),
         "xsum": ((kernel.code_rows, kernel.groups), "int32"),
         "w": (layout.packed_shape(kernel.columns, blocks * K_BLOCK), codes),
-        "ws": (per_group, "float16"),
     }
-    forms |= {"wo": (per_group, kernel.offsets)} if kernel.offsets else {}
+    if kernel.offsets == "grid":
+        forms |= {"step": (per_group, "uint8"), "low": (per_group, "uint8")}
+        forms |= {"ws": ((tiles, 1, *per_group[2:]), "float16")}
+    else:
+        forms |= {"ws": (per_group, "float16")}
+        forms |= {"wo": (per_group, kernel.offsets)} if kernel.offsets else {}
     forms |= {"bias": ((tiles, layout.vectors, layout.lanes), "float32")} if kernel.bias else {}
     forms |= {"out": ((kernel.rows, tiles * layout.width), "float32")}
     return {name: T.arg(name, T.buffer(*form)) for name, form in forms.items()}

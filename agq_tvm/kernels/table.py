@@ -124,6 +124,7 @@ def _row(isa, bits: int, activation_bits: int, operation: str, rows: int, shifte
 def _grid_rows(isa: InstructionSet) -> list[KernelRow]:
     """List what multiplies weights on an integer grid, and what unpacks them for many rows."""
     layout, found = isa.layout_4bit, {}
+    # What multiplies 4-bit activations is the same: these are bytes, too.
     for operation, rows in (("gemv", 1), ("gemm, few rows", 16), ("gemm", _ROWS)):
         made = linear_grid.default(GridKernel(rows, _COLUMNS, _CHANNELS, 32, False), isa)
         vectors, inline = made["vectors"], bool(made["inline"])
@@ -136,7 +137,7 @@ def _grid_rows(isa: InstructionSet) -> list[KernelRow]:
         KernelRow(
             name,
             operation,
-            "w4a8",
+            bits,
             f"{tile.rows}x{tile.layout.width}x32",
             layout.name,
             isa.name,
@@ -144,6 +145,7 @@ def _grid_rows(isa: InstructionSet) -> list[KernelRow]:
             _PACKERS[4].partition(",")[0],
         )
         for name, (operation, tile) in found.items()
+        for bits in ("w4a8", "w4a4")
     ]
 
 

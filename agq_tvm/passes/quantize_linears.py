@@ -207,29 +207,34 @@ class _Quantizer(relax.PyExprMutator):
         )
         return _first_columns(y, columns)
 
-    def _kernels(self, rows: int, columns: int, channels: int, weight) -> tuple[QuantizeKernel, LinearKernel]:
+    def _kernels(self, rows: int, columns: int, channels: int, weight) -> tuple:
         """Return what quantizes the input of a linear, and what multiplies."""
-        format = self._format(weight)
-        bits, group_size = 4 if weight.name.rpartition(".")[2] in format.four_bit else 8, format.group_of(channels)
-        static, grid = format.activation == "static", format.grid and self.isa.grids
+        format, product = self._format(weight), self._product(rows, columns, channels, weight)
+        group_size = format.group_of(channels)
         quantize = QuantizeKernel(
             "plain",
             rows,
             channels,
-            k_blocks(channels, group_size) * K_BLOCK if grid else group_size,
+            # On an integer grid there are sums of rows, not of groups.
+            k_blocks(channels, group_size) * K_BLOCK if isinstance(product, GridKernel) else group_size,
             format.activation,
             refined=format.refined,
-            bits=bits,
+            bits=product.activation_bits,
             terms=format.terms,
             shifted=format.shifts,
             mixed=format.mixed,
         )
+        return quantize, product
+
+    def _product(self, rows: int, columns: int, channels: int, weight) -> LinearKernel | GridKernel | ShiftedKernel:
+        format = self._format(weight)
+        bits, group_size = 4 if weight.name.rpartition(".")[2] in format.four_bit else 8, format.group_of(channels)
         if format.shifts:
-            return quantize, ShiftedKernel(rows, columns, channels, format.offsets, bits)
-        bias = static or weight in self.biases
-        if grid:
-            return quantize, GridKernel(rows, columns, channels, group_size, bias, bits)
-        kernel = LinearKernel(
+            return ShiftedKernel(rows, columns, channels, format.offsets, bits)
+        bias = format.activation == "static" or weight in self.biases
+        if format.grid and self.isa.grids:
+            return linear_grid.choose(rows, columns, channels, group_size, bias, bits)
+        return LinearKernel(
             rows,
             columns,
             channels,
@@ -241,7 +246,6 @@ class _Quantizer(relax.PyExprMutator):
             activation_bits=bits,
             terms=format.terms,
         )
-        return quantize, kernel
 
     def _float_linear(self, x, weight, format: LinearFormat):
         rows, channels = (int(extent) for extent in x.ty.shape)

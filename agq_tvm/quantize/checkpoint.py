@@ -267,7 +267,7 @@ class Checkpoint:
             return self._read(f"{name}.scales"), self._optional(f"{name}.offsets"), None
         unit, steps, lows = (self._read(f"{name}.{part}") for part in ("unit", "step", "low"))
         if not is_on_grid(unit, steps, lows):
-            raise self._damaged(f"{name} has steps or offsets of its integer grid out of range")
+            raise self._damaged(f"{name} has an integer grid whose units, steps or offsets are out of range")
         return *to_scales(unit, steps, lows), unit
 
     def fused(self, layer: int, parts: tuple[str, ...]) -> tuple[QuantizedLinear, ...]:

@@ -5,7 +5,8 @@
 So a column's 4-bit codes are bytes of one scale, and a product sums them over all channels in integers (two levels of
 scales, as QServe by Lin et al., 2024, has them). A group takes 16 bits beside its codes and not 32. As steps and lows
 have to be rounded they are chosen for the least error, which is about that of real scales from least to largest weight:
-smaller for normal weights, larger where a few weights of a column are far larger than its others.
+smaller for normal weights, larger where some weights of a column are far larger than its others, as these set its unit
+and a step is one unit or more.
 """
 
 import numpy as np
@@ -22,14 +23,12 @@ _SMALLEST = 2.0**-24
 """Of float16's numbers, whose multiples the others are."""
 
 
-def choose_units(weight: np.ndarray, name: str = "the matrix") -> np.ndarray:
+def choose_units(weight: np.ndarray) -> np.ndarray:
     """Return the unit of every column of the product, float32 [N], exact in float16.
 
     Parameters
     ----------
     weight : float array [N, K]
-    name : str
-        For the error.
 
     Raises
     ------
@@ -40,7 +39,7 @@ def choose_units(weight: np.ndarray, name: str = "the matrix") -> np.ndarray:
     quantum = np.maximum(np.exp2(np.frexp(reach)[1].astype("float64") - _SIGNIFICANT), _SMALLEST)
     units = np.ceil(reach / quantum) * quantum
     if units.max(initial=0) * -LOWEST > np.finfo("float16").max:
-        raise AgqError(f"{name} has weights too large for an integer grid: leave out --integer-grid")
+        raise AgqError("weights are too large for an integer grid: leave out --integer-grid")
     return units.astype("float32")
 
 
@@ -103,5 +102,13 @@ def is_valid(unit: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> bool:
     if not ((steps >= 1).all() and (steps <= LARGEST_STEP).all() and (lows + _CODES * steps <= HIGHEST).all()):
         return False
     wide = unit.astype("float64")[:, None]
-    exact = (np.array_equal(wide * whole, (wide * whole).astype("float16")) for whole in (steps, lows))
-    return bool((unit >= 0).all()) and all(exact)
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact = all(np.array_equal(wide * whole, (wide * whole).astype("float16")) for whole in (steps, lows))
+    return exact and bool((unit >= 0).all())
+
+
+def count_coarse(weight: np.ndarray, unit: np.ndarray, group_size: int) -> int:
+    """Count the groups of different weights that reach over less than 7 units, which leaves them fewer than 8 codes."""
+    starts = range(0, weight.shape[1], group_size)
+    reach = np.maximum.reduceat(weight, starts, axis=1) - np.minimum.reduceat(weight, starts, axis=1)
+    return int(((reach > 0) & (reach < 7 * unit.astype("float32")[:, None])).sum())

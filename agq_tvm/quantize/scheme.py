@@ -113,6 +113,8 @@ class Scheme:
     def _check_mixed(self) -> None:
         if type(self.mixed_bits) not in (int, float) or not (self.mixed_bits == 0 or 4 < self.mixed_bits <= 8):
             raise AgqError(f"{self.mixed_bits!r} bits of activations are not a number above 4 and up to 8")
+        if self.mixed_bits and self.integer_grid is True:
+            raise AgqError("a budget of bits and an integer grid do not go together: leave one out")
         if self.mixed_bits and (self.activation != "per-token-group" or self.four_bit or self.group_size == COLUMN):
             raise AgqError(
                 "a budget of bits is for per-token-group activations and groups of 32, 64 or 128, without four_bit: "

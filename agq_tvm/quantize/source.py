@@ -300,5 +300,8 @@ def quantize_matrix(source: Source, name: str, scheme: Scheme) -> QuantizedLinea
     if scheme.weight_bits == 8:
         rounded = rtn_8bit(weight, scheme.group_of(weight.shape[1]))
     else:
-        rounded = rtn(weight, scheme.group_of(weight.shape[1]), scheme.symmetric, scheme.integer_grid)
+        try:
+            rounded = rtn(weight, scheme.group_of(weight.shape[1]), scheme.symmetric, scheme.integer_grid)
+        except AgqError as error:
+            raise AgqError(f"{name}: {error}") from error
     return replace(rounded, bias=source.bias(name))

@@ -72,8 +72,8 @@ def multiply(kernel: LinearKernel, isa: InstructionSet, arrays: Mapping[str, np.
     codes = layout.unpack(arrays["w"].view("uint8"), columns, blocks * K_BLOCK).astype("float64")
     x = arrays["x"].transpose(1, 0, 2, 3, 4).reshape(rows, -1).astype("float64")
     center = center_of(layout, less, kernel.bits, kernel.offsets)
-    sums, scales = arrays["xsum"].astype("float64"), _by_column(arrays["ws"])
-    offsets = _by_column(arrays["wo"]) + scales * center if kernel.offsets else scales * center
+    sums, (scales, offsets) = arrays["xsum"].astype("float64"), _scales_and_offsets(kernel, arrays)
+    offsets = offsets + scales * center
     sx = np.broadcast_to(arrays["sx"].astype("float64"), sums.shape)
     total = np.zeros((rows, columns))
     for g in range(kernel.groups):
@@ -84,6 +84,14 @@ def multiply(kernel: LinearKernel, isa: InstructionSet, arrays: Mapping[str, np.
     if kernel.bias:
         result = result + arrays["bias"].reshape(-1).astype("float64")
     return result.astype("float32")
+
+
+def _scales_and_offsets(kernel: LinearKernel, arrays: Mapping[str, np.ndarray]) -> tuple:
+    """Return float64 [columns, G] of each, or 0 for the offsets of symmetric weights."""
+    scales = _by_column(arrays["ws"])
+    if kernel.offsets == "grid":
+        return scales * _by_column(arrays["step"]), scales * (_by_column(arrays["low"]) - GRID_ZERO)
+    return scales, _by_column(arrays["wo"]) if kernel.offsets else 0
 
 
 def multiply_on_grid(kernel: GridKernel, isa: InstructionSet, arrays: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -10,7 +10,7 @@ from agq_tvm.flow.compile import compile_checkpoint
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.layout import K_BLOCK
 from agq_tvm.kernels.linear import ZERO, LinearKernel
-from agq_tvm.kernels.linear_grid import GridKernel
+from agq_tvm.kernels.linear_grid import GridKernel, choose
 from agq_tvm.kernels.linear_shifted import ShiftedKernel
 from agq_tvm.models.decoder import PREFILL_BUCKETS
 from agq_tvm.quantize.checkpoint import Checkpoint
@@ -147,14 +147,15 @@ class _Probe:
         scheme, layout, M = self.checkpoint.scheme, self.isa.layout_4bit, len(codes)
         bias = scheme.activation == "static" or linear.bias
         sizes = (M, sum(linear.rows), linear.in_features, scheme.group_size)
-        kernel = GridKernel(*sizes, bias, scheme.activation_bits(linear.name))
+        kernel = choose(*sizes, bias, scheme.activation_bits(linear.name))
         tiles, tile = layout.tiles(kernel.columns), (layout.vectors, layout.lanes)
-        x = np.zeros((M, kernel.blocks * K_BLOCK), "int8")
+        x = np.zeros((M, kernel.groups * kernel.group_size), "int8")
         x[:, : codes.shape[1]] = codes
+        summed = x.reshape(M, 1 if isinstance(kernel, GridKernel) else kernel.groups, -1)
         operands = [
             self._blocked(x),
             self.on_board(np.ones((M, 1), "float32")),
-            self.on_board(x.sum(1, keepdims=True, dtype="int32")),
+            self.on_board(summed.sum(2, dtype="int32")),
             self._parameter(f"{name}.w"),
         ]
         zeros = self.on_board(np.full((tiles, kernel.groups, *tile), 128, "uint8"))

@@ -17,9 +17,11 @@ from tests.tiny import write_tiny_model
 
 HERE = load_device("host").instruction_set
 ROUNDED = {"method": "rtn", "group_size": 32, "activation": "per-token"}
+LONG = {"method": "rtn", "group_size": 128, "activation": "static"}
 CASES = {  # family, more of what `quantize` takes, instruction set
     "llama": ("llama", ROUNDED, HERE),
     "opt, gptq, static": ("opt", {"method": "gptq", "group_size": 64, "activation": "static"}, HERE),
+    "llama, few rows with scales of groups": ("llama", LONG, HERE),
     "bloom, no kernels of its own": ("bloom", ROUNDED, "generic"),
 }
 

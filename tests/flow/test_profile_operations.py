@@ -155,20 +155,22 @@ def test_quantization_is_what_fused_kernels_take_beyond_those_without_it():
 
 
 @pytest.mark.parametrize(
-    ("changes", "own"),
+    ("changes", "isa", "own"),
     [
-        ({}, "w4a8"),
-        ({"weight_bits": 8, "symmetric": True}, "w8a8"),
-        ({"four_bit": ("down", "o", "qkv", "gate_up")}, "w4a4"),
-        ({"four_bit": ("down",)}, OWN),
-        ({"mixed_bits": 5.0}, OWN),
-        ({"activation": "none"}, OWN),
+        ({}, "neon", "w4a8"),
+        ({"weight_bits": 8, "symmetric": True}, "neon", "w8a8"),
+        ({"four_bit": ("down", "o", "qkv", "gate_up")}, "neon", "w4a4"),
+        ({"four_bit": ("down",)}, "neon", OWN),
+        ({"mixed_bits": 5.0}, "neon", OWN),
+        ({"activation": "none"}, "neon", OWN),
+        ({"activation": "per-token", "integer_grid": True}, "neon", "w4a8"),
+        ({"activation": "per-token", "integer_grid": True}, "avx512vnni", OWN),
     ],
 )
-def test_the_form_of_a_bundle_is_known(changes, own):
+def test_the_form_of_a_bundle_is_known(changes, isa, own):
     source = Source(replace(PLAIN, **changes))
     source.offsets = None if source.scheme.symmetric else source.offsets
-    forms, name = forms_of(source, "neon", "float16")
+    forms, name = forms_of(source, isa, "float16")
     assert name == own
     assert tuple(form.name for form in forms) == ((*FORMS, OWN) if own == OWN else FORMS)
 

@@ -7,7 +7,7 @@ import tvm
 
 from agq_tvm.flow.packing import pack_codes
 from agq_tvm.kernels.intrin.base import InstructionSet
-from agq_tvm.kernels.layout import K_BLOCK
+from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_grid import GridKernel
 from tests.kernels.operands import LIMIT
 
@@ -24,7 +24,7 @@ class GridOperands:
         float arrays [M, 1], [N, 1], [N] or None.
     """
 
-    kernel: GridKernel
+    kernel: GridKernel | LinearKernel
     x: np.ndarray
     q: np.ndarray
     steps: np.ndarray
@@ -55,13 +55,14 @@ class GridOperands:
     def run(self, function, isa: InstructionSet) -> np.ndarray:
         """Call a compiled kernel: float32 [M, N]."""
         kernel, layout = self.kernel, isa.layout_4bit
-        x = np.zeros((kernel.rows, kernel.blocks * K_BLOCK), "int8")
+        x = np.zeros((kernel.rows, kernel.groups * kernel.group_size), "int8")
         x[:, : kernel.channels] = self.x
-        x = x.reshape(kernel.rows, kernel.blocks, layout.steps, 2, layout.depth).transpose(1, 0, 2, 3, 4)
+        summed = x.reshape(kernel.rows, 1 if isinstance(kernel, GridKernel) else kernel.groups, -1)
+        x = x.reshape(kernel.rows, -1, layout.steps, 2, layout.depth).transpose(1, 0, 2, 3, 4)
         arrays = [
             np.ascontiguousarray(x),
             self.sx,
-            self.x.sum(1, keepdims=True, dtype="int32"),
+            summed.sum(2, dtype="int32"),
             pack_codes(self.q, kernel.group_size, layout),
             layout.pack_columns(self.steps.astype("uint8")),
             layout.pack_columns((self.lows + 128).astype("uint8")),
@@ -74,7 +75,7 @@ class GridOperands:
         return out.numpy()[:, : kernel.columns]
 
 
-def random_grid(kernel: GridKernel, seed: int = 0) -> GridOperands:
+def random_grid(kernel: GridKernel | LinearKernel, seed: int = 0) -> GridOperands:
     """Draw codes over their whole range, and grids that reach to either end of a byte."""
     rng, limit = np.random.default_rng(seed), LIMIT[kernel.activation_bits]
     M, N, K, G = kernel.rows, kernel.columns, kernel.channels, kernel.groups
@@ -91,7 +92,7 @@ def random_grid(kernel: GridKernel, seed: int = 0) -> GridOperands:
     )
 
 
-def grid_corners(kernel: GridKernel) -> dict[str, GridOperands]:
+def grid_corners(kernel: GridKernel | LinearKernel) -> dict[str, GridOperands]:
     """All codes at the ends of their ranges, on the grids that reach furthest."""
     base, limit, full = random_grid(kernel), LIMIT[kernel.activation_bits], np.full_like
     return {

@@ -9,13 +9,14 @@ import pytest
 import tvm
 
 from agq_tvm.errors import AgqError
-from agq_tvm.kernels import linear_grid, tunable
+from agq_tvm.kernels import linear, linear_grid, tunable
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
 from agq_tvm.kernels.intrin import grid_intrin
-from agq_tvm.kernels.linear_grid import GridKernel
+from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear_grid import GridKernel, choose
 from agq_tvm.quantize import integer_grid
 from tests.kernels.grid_operands import grid_corners, random_grid
-from tests.kernels.operands import compiled, native, target_of
+from tests.kernels.operands import Operands, compiled, native, target_of
 from tests.kernels.spaces import sample
 
 GRIDS = tuple(name for name, isa in INSTRUCTION_SETS.items() if isa.grids)
@@ -27,6 +28,8 @@ FORMS = [
     GridKernel(32, 100, 190, 32, True),
     GridKernel(1, 33, 20, 64, True),
     GridKernel(16, 33, 160, 32, False, activation_bits=4),
+    LinearKernel(16, 70, 300, 4, 128, False, "grid", True),
+    LinearKernel(6, 65, 128, 4, 128, False, "grid", False, activation_bits=4),
 ]
 
 
@@ -39,7 +42,8 @@ def test_there_are_instruction_sets_with_such_kernels():
 def test_exact_in_integers(kernel, form):
     """Plain TIR is the same for every instruction set but for its layout; one stands for all."""
     isa = native("generic" if form == "plain" else form)
-    func = linear_grid.define(kernel, isa) if form == "plain" else linear_grid.build(kernel, isa)
+    define = linear_grid.define if isinstance(kernel, GridKernel) else linear.define
+    func = define(kernel, isa) if form == "plain" else tunable.build(kernel, isa)
     function = compiled(func, isa.name)
     for name, operands in {"random": random_grid(kernel, 1), **grid_corners(kernel)}.items():
         operands = operands.integer_form()
@@ -90,7 +94,7 @@ def test_exact_at_the_bound_of_32_bits(isa, rows):
     assert GridKernel(rows, 16, most + 1, 128, False, activation_bits=4)
 
 
-@pytest.mark.parametrize("kernel", FORMS[:4], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [*FORMS[:4], FORMS[6]], ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("isa", GRIDS)
 def test_all_points_are_exact(isa, kernel):
     isa, operands = native(isa), random_grid(kernel, 2).integer_form()
@@ -104,8 +108,27 @@ def test_all_points_are_exact(isa, kernel):
 def test_scaled_result(isa, kernel):
     isa, operands = native(isa), random_grid(kernel, 3)
     expected = operands.expected()
-    got = operands.run(compiled(linear_grid.build(kernel, isa), isa.name), isa)
+    got = operands.run(compiled(tunable.build(kernel, isa), isa.name), isa)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * abs(expected).max())
+
+
+def test_few_rows_of_long_groups_take_scales_of_groups():
+    for rows, group_size in itertools.product((1, 2, 16, 17), (32, 64, 128)):
+        kernel = choose(rows, 70, 300, group_size, True, 4)
+        assert isinstance(kernel, LinearKernel) == (rows in (2, 16) and group_size > 32)
+        assert (kernel.rows, kernel.group_size, kernel.bias, kernel.activation_bits) == (rows, group_size, True, 4)
+
+
+@pytest.mark.parametrize("isa", GRIDS)
+def test_scales_of_groups_are_those_in_float16(isa):
+    """Bit for bit: a unit times a step or a low is exact."""
+    isa, kernel = native(isa), choose(16, 70, 300, 128, True)
+    operands, stored = random_grid(kernel, 4), replace(kernel, offsets="float16")
+    operands.units = (np.arange(8, 16)[np.arange(70) % 8] / 64).astype("float16")[:, None]
+    scales, offsets = (operands.units * part.astype("float16") for part in (operands.steps, operands.lows))
+    same = Operands(stored, operands.x, operands.q, operands.sx, scales, offsets, operands.bias)
+    expected = same.run(compiled(linear.build(stored, isa), isa.name), isa)
+    np.testing.assert_array_equal(operands.run(compiled(linear.build(kernel, isa), isa.name), isa), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 128])

@@ -6,14 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
+from safetensors.numpy import load_file, save_file
 
 from agq_tvm.errors import AgqError
+from agq_tvm.flow.quantize import quantize
 from agq_tvm.quantize import integer_grid, weights
 from agq_tvm.quantize.checkpoint import read_checkpoint
 from agq_tvm.quantize.gptq import gptq
 from agq_tvm.quantize.scheme import Scheme
 from agq_tvm.quantize.source import open_source
+from agq_tvm.quantize.variants import variant_settings
+from tests.quantize.conftest import FEW
+from tests.quantize.gguf_models import write_gguf
 from tests.quantize.test_checkpoint import Q, change_tensors, read_everything
+from tests.tiny import write_tiny_llama
 
 SCHEME = Scheme("rtn", 32, False, "per-token", integer_grid=True)
 
@@ -79,9 +86,42 @@ def test_gptq_rounds_to_an_integer_grid():
     assert errors[0] < 0.7 * errors[1]
 
 
-def test_weights_beyond_float16_are_refused():
-    with pytest.raises(AgqError, match="too large for an integer grid"):
-        integer_grid.choose_units(np.full((1, 32), 65504.0))
+def test_weights_beyond_float16_are_refused(tmp_path):
+    write_tiny_llama(tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{Q}.weight"][3, 4] = 65000
+    save_file(tensors, path)
+    with pytest.raises(AgqError, match=f"^{Q}: weights are too large for an integer grid"):
+        quantize(tmp_path / "m", tmp_path / "c", method="rtn", activation="per-token", integer_grid=True)
+
+
+def test_groups_that_a_large_weight_leaves_few_codes_are_counted(tmp_path):
+    """Seven units reach over eight codes; groups of equal weights need but one."""
+    weight = np.zeros((2, 96), "float32")
+    weight[:, 0], weight[:, 32:64] = 127, np.arange(32) % 8
+    weight[1, 32:64] *= 6.5 / 7
+    linear = weights.rtn(weight, 32, False, integer=True)
+    assert linear.unit.tolist() == [1, 1]
+    assert integer_grid.count_coarse(weight, linear.unit, 32) == 1
+    write_tiny_llama(tmp_path / "m")
+    settings = {"method": "rtn", "group_size": 32, "activation": "per-token", "integer_grid": True}
+    assert quantize(tmp_path / "m", tmp_path / "c", **settings)["coarse_groups"] == 0
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith("q_proj.weight"):
+            tensor[:, 0] = 100 * abs(tensor).max()
+    save_file(tensors, path)
+    assert 0.05 < quantize(tmp_path / "m", tmp_path / "c", **settings)["coarse_groups"] < 0.2
+
+
+def test_what_is_4_bit_already_is_rounded_anew(tmp_path):
+    write_gguf(tmp_path / "m.gguf", linears=GGMLQuantizationType.Q4_1)
+    result = quantize(tmp_path / "m.gguf", tmp_path / "c", calibration=FEW, **variant_settings("ours-fast"))
+    assert (result["method"], result["integer_grid"]) == ("gptq", True)
+    for asked in ({"integer_grid": True, "activation": "per-token"}, {"fold": True}):
+        assert quantize(tmp_path / "m.gguf", tmp_path / "c", calibration=FEW, **asked)["method"] == "gptq"
 
 
 def test_a_file_holds_the_integers(quantized):
@@ -96,8 +136,9 @@ def test_a_file_holds_the_integers(quantized):
 
 @pytest.mark.parametrize(
     ("part", "value"),
-    [("step", 0), ("step", 18), ("low", 127), ("unit", -1), ("unit", np.nan), ("unit", 0.3333)],
+    [("step", 0), ("step", 18), ("low", 127), ("unit", -1), ("unit", np.nan), ("unit", 0.3333), ("unit", 65504)],
 )
+@pytest.mark.filterwarnings("error")
 def test_damaged_integers_are_refused(quantized, tmp_path, part, value):
     path = Path(shutil.copytree(quantized(activation="per-token", integer_grid=True), tmp_path / "grid"))
     read_everything(path)
@@ -117,6 +158,7 @@ def test_damaged_integers_are_refused(quantized, tmp_path, part, value):
         ({"activation": "per-token-group"}, "choose per-token or static"),
         ({"activation": "none"}, "choose per-token or static"),
         ({"max_refine": 2}, "without max_refine"),
+        ({"mixed_bits": 5}, "do not go together"),
     ],
 )
 def test_what_does_not_go_together_is_refused(change, words):

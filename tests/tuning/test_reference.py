@@ -38,6 +38,8 @@ def test_expected_digest(device, form):
 def test_expected_digest_on_an_integer_grid(device, form):
     kernel = replace(GridKernel(3, 64, 96, 32, False), **form)
     check_digest(kernel, load_device(device), linear_grid.define)
+    long = {"group_size": 128, "channels": 300, "per_group": False, "offsets": "grid"}
+    check_digest(replace(KERNEL, **long), load_device(device), define)
 
 
 def check_digest(kernel, device, define) -> None:

@@ -102,15 +102,16 @@ def _with_scales(form: Form, operands: Operands, isa) -> tuple:
 def _on_grid(form: Form, operands: Operands, isa) -> tuple:
     """The same of weights on an integer grid, rounded to nearest."""
     from agq_tvm.flow.packing import pack_linear
-    from agq_tvm.kernels import activation, linear_grid
+    from agq_tvm.kernels import activation, linear, linear_grid
     from agq_tvm.quantize.weights import rtn
 
     (rows, channels), size = operands.x.shape, int(form.kind[1:])
-    linear = rtn(operands.w, size, symmetric=False, integer=True)
-    quantizing = activation.QuantizeKernel("plain", rows, channels, channels, "per-token")
-    product = linear_grid.GridKernel(rows, len(linear.scales), channels, size, False)
-    packed = pack_linear((linear,), isa.layout_4bit, None, grid=True)
-    return quantizing, linear_grid.build(product, isa), [packed[part] for part in ("w", "step", "low", "ws")]
+    weights = rtn(operands.w, size, symmetric=False, integer=True)
+    product = linear_grid.choose(rows, len(weights.scales), channels, size, False)
+    module, group = (linear_grid, channels) if isinstance(product, linear_grid.GridKernel) else (linear, size)
+    quantizing = activation.QuantizeKernel("plain", rows, channels, group, "per-token")
+    packed = pack_linear((weights,), isa.layout_4bit, None, grid=True)
+    return quantizing, module.build(product, isa), [packed[part] for part in ("w", "step", "low", "ws")]
 
 
 def limits_here(threads: int) -> dict[str, float]:
