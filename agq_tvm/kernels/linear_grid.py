@@ -5,7 +5,7 @@
     out[m, n] = s_x[m] · unit[n] · total[m, n] + bias[n]
 
 Groups keep steps and offsets of their own, and cost nothing where they end: 4-bit codes become bytes of their column,
-once for many rows or in registers for few, and bytes are summed over all channels (two levels of scales, as in QServe
+once for many rows or in registers for one, and bytes are summed over all channels (two levels of scales, as in QServe
 by Lin et al., 2024). Instruction sets that multiply bytes no faster than 4-bit codes have no such kernels: there the
 same weights have the scales unit · step and offsets unit · low of `linear.py`.
 """
@@ -25,9 +25,8 @@ from agq_tvm.tvm_seam import IRBuilder, T
 OPERANDS = ("w", "step", "low", "ws", "bias")
 """Packed parameters of a linear that are operands of `define`, in order."""
 _FEW_ROWS = 16
-"""Up to which codes are put on their grid in registers, for each tile of rows anew."""
-_LONG_GROUP = 64
-"""From which few rows take scales of groups."""
+"""Up to which it does not pay to put all codes on their grid in memory."""
+_MOST_ROWS = 16
 _CHUNKS = (4, 8, 9, 12, 16, 18, 32)
 """k-blocks of a chunk."""
 _CHUNK = 16
@@ -101,31 +100,26 @@ def choose(
 ) -> GridKernel | LinearKernel:
     """Return the product that is the faster one: this, or that of `linear.py` with scales and offsets of groups.
 
-    One row waits for memory, and many rows share codes that are put on their grid once. A few rows do that in
-    registers: 7 instructions a tile for each 8 channels, where a group ends with 3 for each row.
+    One row waits for memory, and many rows share codes that are put on their grid once. Between them the ends of groups
+    cost less than either.
     """
-    if rows == 1 or rows > _FEW_ROWS or group_size < _LONG_GROUP:
+    if rows == 1 or rows > _FEW_ROWS:
         return GridKernel(rows, columns, channels, group_size, bias, activation_bits)
     return LinearKernel(rows, columns, channels, 4, group_size, False, "grid", bias, activation_bits)
 
 
 def default(kernel: GridKernel, isa: InstructionSet) -> dict[str, int]:
     """Return the decisions made by hand."""
-    inline = kernel.rows <= _FEW_ROWS and (kernel.rows == 1 or isa.inline_rows > 0)
-    V = isa.layout_4bit.vectors
-    # In registers a code on its grid costs three instructions: the more rows share it the better.
-    rows = row_tile(kernel.rows, _FEW_ROWS if inline else isa.product_rows)
-    vectors = row_tile(V, max(1, most_sums(isa) // rows)) if inline else V
+    one_row = kernel.rows == 1
     return {
-        "rows": rows,
-        "vectors": vectors,
-        "chunk": kernel.blocks if inline and rows == kernel.rows else row_tile(kernel.blocks, _CHUNK),
-        "inline": int(inline),
+        "rows": row_tile(kernel.rows, isa.product_rows),
+        "vectors": isa.layout_4bit.vectors,
+        "chunk": kernel.blocks if one_row else row_tile(kernel.blocks, _CHUNK),
         "split": 0,
         "blocks": 1,
         "parallel": 1,
         "columns_first": 0,
-        "ahead": isa.ahead if inline else 0,
+        "ahead": isa.ahead if one_row else 0,
     }
 
 
@@ -138,15 +132,14 @@ def space(kernel: GridKernel, isa: InstructionSet, threads: int = 1) -> Space:
     made, V, several = default(kernel, isa), isa.layout_4bit.vectors, threads > 1
     one_row = kernel.rows == 1
     choices = {
-        "rows": divisors(kernel.rows, _FEW_ROWS),
+        "rows": divisors(kernel.rows, _MOST_ROWS),
         "vectors": divisors(V, V),
         "chunk": tuple(chunk for chunk in (*_CHUNKS, kernel.blocks) if kernel.blocks % chunk == 0),
-        "inline": (1,) if one_row else (0, 1),
         "split": (0, 1),
         "blocks": (1, 2, 4) if several else (1,),
         "parallel": (0, 1) if several else (1,),
         "columns_first": (0, 1),
-        "ahead": (0, 2, 4, 8, 16, 32) if one_row else (0, 8),
+        "ahead": (0, 2, 4, 8, 16, 32) if one_row else (0,),
     }
     choices = {name: tuple(sorted({made[name], *values})) for name, values in choices.items()}
     return Space(choices, made, lambda d: d == made or all(_fits(kernel, isa, d)))
@@ -160,7 +153,6 @@ def _fits(kernel: GridKernel, isa: InstructionSet, d: dict[str, int]):
     yield not d["split"] or (d["blocks"] == 1 and not d["columns_first"])
     yield not d["columns_first"] or d["rows"] < kernel.rows
     yield d["parallel"] or not (d["split"] or d["blocks"] > 1)
-    yield not d["ahead"] or d["inline"]
 
 
 def define(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
@@ -179,7 +171,7 @@ def define(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | 
     layout, less = isa.layout_4bit, ZERO
     M, KB, NT, GB = kernel.rows, kernel.blocks, layout.tiles(kernel.columns), kernel.group_size // K_BLOCK
     S, V, L, D = layout.steps, layout.vectors, layout.lanes, layout.depth
-    CB, TV = decisions["chunk"], V if decisions["inline"] else decisions["vectors"]
+    CB, TV = decisions["chunk"], V if M == 1 else decisions["vectors"]
     C = KB // CB
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
@@ -235,6 +227,6 @@ def build(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | N
     if not isa.grids:
         raise AgqError(f"there are no kernels for integer grids on {isa.name}: take those of `linear.py`")
     decisions = decisions or default(kernel, isa)
-    plan = Plan(**{name: value for name, value in decisions.items() if name != "chunk"})
+    plan = Plan(inline=kernel.rows == 1, **{name: value for name, value in decisions.items() if name != "chunk"})
     scheduled = schedule(define(kernel, isa, decisions), kernel, isa, plan, "total", ["unpack"], grid=True)
     return scheduled.mod["main"].with_attr("global_symbol", kernel.name)

@@ -125,12 +125,10 @@ def _grid_rows(isa: InstructionSet) -> list[KernelRow]:
     """List what multiplies weights on an integer grid, and what unpacks them for many rows."""
     layout, found = isa.layout_4bit, {}
     # What multiplies 4-bit activations is the same: these are bytes, too.
-    for operation, rows in (("gemv", 1), ("gemm, few rows", 16), ("gemm", _ROWS)):
+    for operation, rows in (("gemv", 1), ("gemm", _ROWS)):
         made = linear_grid.default(GridKernel(rows, _COLUMNS, _CHANNELS, 32, False), isa)
-        vectors, inline = made["vectors"], bool(made["inline"])
-        stored = layout.vectors if vectors < layout.vectors and inline else 0
-        tile = Tile(made["rows"], replace(layout, vectors=vectors), inline, stored=stored, ahead=made["ahead"])
-        found[grid_dot_intrinsic(isa, tile) if inline else intrinsic(isa, tile)] = f"grid {operation}", tile
+        tile = Tile(made["rows"], layout, packed=rows == 1, ahead=made["ahead"])
+        found[(grid_dot_intrinsic if rows == 1 else intrinsic)(isa, tile)] = f"grid {operation}", tile
     tile = Tile(1, layout, packed=True)
     found[grid_unpack_intrinsic(isa, tile)] = "grid unpack", tile
     return [

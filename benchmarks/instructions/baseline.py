@@ -81,8 +81,8 @@ def _loops(name: str, folder: Path) -> dict[str, float]:
 
 
 def _on_grids(isa: InstructionSet) -> dict:
-    """Return the products on integer grids that are gated, by name: decode, few rows and prefill."""
-    kernels = [GridKernel(rows, COLUMNS, CHANNELS, 32, False) for rows in (1, 16, 128) if isa.grids]
+    """Return the products on integer grids that are gated, by name: decode and prefill."""
+    kernels = [GridKernel(rows, COLUMNS, CHANNELS, 32, False) for rows in (1, 128) if isa.grids]
     return {kernel.name: linear_grid.build(kernel, isa) for kernel in kernels}
 
 

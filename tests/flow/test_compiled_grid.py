@@ -21,7 +21,7 @@ LONG = {"method": "rtn", "group_size": 128, "activation": "static"}
 CASES = {  # family, more of what `quantize` takes, instruction set
     "llama": ("llama", ROUNDED, HERE),
     "opt, gptq, static": ("opt", {"method": "gptq", "group_size": 64, "activation": "static"}, HERE),
-    "llama, few rows with scales of groups": ("llama", LONG, HERE),
+    "llama, static, groups of 128": ("llama", LONG, HERE),
     "bloom, no kernels of its own": ("bloom", ROUNDED, "generic"),
 }
 

@@ -1,4 +1,4 @@
-"""Tensor intrinsics of weights on an integer grid: 4-bit codes become bytes, and a register tile multiplies these.
+"""Tensor intrinsics of weights on an integer grid: 4-bit codes become bytes, which one row multiplies or memory takes.
 
     w = step · q + low        step 1..17, low -128..127, one of each for a group of channels of a column; w -128..127
 
@@ -64,18 +64,17 @@ class _GridDot(Dot):
 
 
 def _dot_signature(tile: Tile) -> list:
-    """Declare x int8 [R, S, 2, D] (no R for one row), w uint8 [S, V, L, D], step and low uint8 [V, L], c int32."""
+    """Declare x int8 [S, 2, D], w uint8 [S, V, L, D], step and low uint8 [V, L], c int32 [V, L]."""
     S, D, V, L = tile.layout.steps, tile.layout.depth, tile.layout.vectors, tile.layout.lanes
-    lead = () if tile.rows == 1 else (tile.rows,)
-    forms = {"x": ((*lead, S, 2, D), "int8"), "w": ((S, V, L, D), "uint8")}
-    forms |= {"step": ((V, L), "uint8"), "low": ((V, L), "uint8"), "c": ((*lead, V, L), "int32")}
+    forms = {"x": ((S, 2, D), "int8"), "w": ((S, V, L, D), "uint8")}
+    forms |= {"step": ((V, L), "uint8"), "low": ((V, L), "uint8"), "c": ((V, L), "int32")}
     return list(matched(forms, tile).values())
 
 
 def grid_dot_desc(tile: Tile):
-    """Specify the product of a tile as plain loops: c = c + Σ x · (w + 128)."""
+    """Specify the product of one row as plain loops: c = c + Σ x · (w + 128)."""
     S, D, V, L = tile.layout.steps, tile.layout.depth, tile.layout.vectors, tile.layout.lanes
-    lead = [extent for extent in (tile.rows, V) if extent > 1]
+    lead = [V] if V > 1 else []
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("desc")
@@ -85,15 +84,15 @@ def grid_dot_desc(tile: Tile):
                 T.writes(whole(c))
                 with T.grid(*lead, L, S, 2, D) as loops, T.sblock("dot"):
                     *outer, j, s, h, i = T.axis.remap("S" * len(lead) + "SRRR", loops)
-                    r, v = outer[: tile.rows > 1], outer[-1] if V > 1 else 0
+                    v = outer[0] if outer else 0
                     code = grid_code(w[s, v, j, i], h, tile.layout, step[v, j], low[v, j])
-                    product = T.Cast("int32", x[(*r, s, h, i)]) * T.Cast("int32", code)
-                    T.buffer_store(c, c[(*r, v, j)] + product, [*r, v, j])
+                    product = T.Cast("int32", x[s, h, i]) * T.Cast("int32", code)
+                    T.buffer_store(c, c[v, j] + product, [v, j])
     return builder.get()
 
 
 def grid_dot_impl(tile: Tile, multiply: Multiply):
-    """Implement `grid_dot_desc`: codes are put on their grid once for all rows, totals stay in registers."""
+    """Implement `grid_dot_desc`: codes are put on their grid in registers, where totals stay."""
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("impl")
@@ -155,10 +154,10 @@ def grid_unpack_impl(tile: Tile):
 
 
 def grid_dot_intrinsic(isa: InstructionSet, tile: Tile) -> str:
-    """Register the product of a tile of packed codes if need be, and return its name."""
+    """Register the product of one row and a tile's packed codes if need be, and return its name."""
     name = f"agq.grid_dot.{isa.name}.{tile.layout.name}.{tile.name}"
     if TensorIntrin.get(name, allow_missing=True) is None:
-        multiply = isa.multiply(tile.layout.bits, 8, True, tile.rows)
+        multiply = isa.multiply(tile.layout.bits, 8, True, 1)
         TensorIntrin.register(name, grid_dot_desc(tile), grid_dot_impl(tile, multiply))
     return name
 
