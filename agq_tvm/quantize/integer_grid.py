@@ -58,12 +58,13 @@ def choose_grid(group: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.nd
     Returns
     -------
     scale, offset : float32 arrays [N]
-        Multiples of the unit, exact in float16.
+        Multiples of the unit, exact in float16; NaN where a weight is not finite.
     """
     scaled = group / np.where(units == 0, 1, units)[:, None]
     least, middle = scaled.min(axis=1), (scaled.min(axis=1) + scaled.max(axis=1)) / 2
     below = np.floor((scaled.max(axis=1) - least) / _CODES)
-    best_error, best_step, best_low = np.full(len(group), np.inf), np.ones(len(group)), np.zeros(len(group))
+    best_error, best_low = np.full(len(group), np.inf), np.zeros(len(group))
+    best_step = np.where(np.isfinite(group).all(axis=1), 1.0, np.nan)
     for more in (-1, 0, 1):
         step = np.clip(below + more, 1, LARGEST_STEP)
         low = middle - _CODES / 2 * step

@@ -96,6 +96,15 @@ def test_weights_beyond_float16_are_refused(tmp_path):
         quantize(tmp_path / "m", tmp_path / "c", method="rtn", activation="per-token", integer_grid=True)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_weights_that_are_not_finite_have_no_scale():
+    """As without such a grid: by that it is seen when GPTQ's numbers run away."""
+    group = np.ones((3, 32), "float32")
+    group[1, 5], group[2, 6] = np.inf, np.nan
+    scale, _ = integer_grid.choose_grid(group, np.ones(3, "float32"))
+    assert np.isfinite(scale).tolist() == [True, False, False]
+
+
 def test_groups_that_a_large_weight_leaves_few_codes_are_counted(tmp_path):
     """Seven units reach over eight codes; groups of equal weights need but one."""
     weight = np.zeros((2, 96), "float32")
