@@ -10,11 +10,13 @@ by Lin et al., 2024). Instruction sets that multiply bytes no faster than 4-bit 
 same weights have the scales unit · step and offsets unit · low of `linear.py`.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet
 from agq_tvm.kernels.intrin.grid_intrin import ZERO, grid_code
+from agq_tvm.kernels.intrin.tensor_intrin import prefetch
 from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_schedule import Plan, row_tile, schedule
@@ -31,6 +33,8 @@ _CHUNKS = (4, 8, 9, 12, 16, 18, 32)
 """k-blocks of a chunk."""
 _CHUNK = 16
 """The same by default: 32 KiB of bytes for a tile of 64 columns."""
+_LINE = 64
+_SECOND_CACHE = 2
 _INT32_LIMIT = (1 << 31) - 1
 
 
@@ -119,7 +123,7 @@ def default(kernel: GridKernel, isa: InstructionSet) -> dict[str, int]:
         "blocks": 1,
         "parallel": 1,
         "columns_first": 0,
-        "ahead": isa.ahead if one_row else 0,
+        "ahead": isa.ahead if one_row else int(isa.ahead > 0),
     }
 
 
@@ -128,6 +132,9 @@ def space(kernel: GridKernel, isa: InstructionSet, threads: int = 1) -> Space:
 
     chunk
         k-blocks whose products are summed in registers, and whose codes are unpacked together.
+    ahead
+        How far ahead packed codes are fetched: k-blocks for one row; for more chunks, so that memory is read while
+        rows are multiplied, and not only while codes are unpacked.
     """
     made, V, several = default(kernel, isa), isa.layout_4bit.vectors, threads > 1
     one_row = kernel.rows == 1
@@ -139,7 +146,7 @@ def space(kernel: GridKernel, isa: InstructionSet, threads: int = 1) -> Space:
         "blocks": (1, 2, 4) if several else (1,),
         "parallel": (0, 1) if several else (1,),
         "columns_first": (0, 1),
-        "ahead": (0, 2, 4, 8, 16, 32) if one_row else (0,),
+        "ahead": (0, 2, 4, 8, 16, 32) if one_row else (0, 1),
     }
     choices = {name: tuple(sorted({made[name], *values})) for name, values in choices.items()}
     return Space(choices, made, lambda d: d == made or all(_fits(kernel, isa, d)))
@@ -202,8 +209,12 @@ def define(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | 
                 code = T.Cast("int32", codes[t, v // TV, block, s, h, v % TV, j, i])
                 product = T.Cast("int32", x[block, m, s, h, i]) * code
                 T.buffer_store(dot, dot[t, c, m, v, j] + product, [t, c, m, v, j])
+            fetched = _fetch(w, C, M // decisions["rows"]) if _fetches(kernel, decisions) else None
             with T.grid(*total.shape, C) as loops, T.sblock("total"):
                 t, m, v, j, c = T.axis.remap("SSSSR", loops)
+                waits = [] if fetched is None else [fetched[t, c, m // decisions["rows"]]]
+                T.reads(dot[t, c, m, v, j], *waits)
+                T.writes(total[t, m, v, j])
                 with T.init():
                     T.buffer_store(total, T.int32(0), [t, m, v, j])
                 T.buffer_store(total, total[t, m, v, j] + dot[t, c, m, v, j], [t, m, v, j])
@@ -214,6 +225,31 @@ def define(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | 
                 y = value * T.Cast("float32", ws[t, 0, v, j]) * sx[m, 0]
                 T.buffer_store(out, y + bias[t, v, j] if kernel.bias else y, [m, n])
     return builder.get()
+
+
+def _fetches(kernel: GridKernel, decisions: dict[str, int]) -> bool:
+    return kernel.rows > 1 and decisions["ahead"] > 0
+
+
+def _fetch(w, chunks: int, parts: int):
+    """Emit the fetch of each chunk's successor in as many parts as there are tiles of rows.
+
+    Returns
+    -------
+    fetched : uint8 buffer [NT, C, parts]
+        Nothing is stored there: what reads it comes after a part.
+    """
+    tiles, *inner = (int(extent) for extent in w.shape)
+    size = math.prod(inner) // chunks
+    lines = -(-size // (_LINE * parts))
+    fetched = T.sblock_alloc_buffer((tiles, chunks, parts), "uint8")
+    with T.grid(*fetched.shape) as loops, T.sblock("fetch"):
+        t, c, part = T.axis.remap("SSS", loops)
+        T.reads(w[t, c * (inner[0] // chunks), 0, 0, 0, 0])
+        T.writes(fetched[t, c, part])
+        with T.serial(lines) as line:
+            prefetch(w, (t * chunks + c + 1) * size + (part * lines + line) * _LINE, _SECOND_CACHE)
+    return fetched
 
 
 def build(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
@@ -228,5 +264,8 @@ def build(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | N
         raise AgqError(f"there are no kernels for integer grids on {isa.name}: take those of `linear.py`")
     decisions = decisions or default(kernel, isa)
     plan = Plan(inline=kernel.rows == 1, **{name: value for name, value in decisions.items() if name != "chunk"})
-    scheduled = schedule(define(kernel, isa, decisions), kernel, isa, plan, "total", ["unpack"], grid=True)
+    fetches = _fetches(kernel, decisions)
+    plan = replace(plan, ahead=0) if fetches else plan
+    conversions = ["unpack", *["fetch"] * fetches]
+    scheduled = schedule(define(kernel, isa, decisions), kernel, isa, plan, "total", conversions, grid=True)
     return scheduled.mod["main"].with_attr("global_symbol", kernel.name)

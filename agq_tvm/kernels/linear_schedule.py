@@ -76,7 +76,7 @@ def schedule(
     total : str
         The block that puts the dot products of groups together; its reduction is over the groups.
     conversions : list of str
-        Blocks that read weights and scales.
+        Blocks that read weights and scales; ``fetch``, if there is one, reads ahead for each tile of rows.
     shifted : bool
         See `Tile`.
     grid : bool
@@ -94,6 +94,8 @@ def schedule(
     g, gi = sch.split(g, [None, plan.panel])
     sch.reorder(g, *((vo, m) if plan.columns_first else (m, vo)), gi, r, v, j)
     _vector_tile(sch, r, v, j)
+    if "fetch" in conversions:
+        sch.compute_at(sch.get_sblock("fetch"), m)
     if plan.unroll > 1:
         gi, inner = sch.split(gi, [None, plan.unroll])
         sch.unroll(inner)

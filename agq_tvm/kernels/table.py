@@ -127,7 +127,7 @@ def _grid_rows(isa: InstructionSet) -> list[KernelRow]:
     # What multiplies 4-bit activations is the same: these are bytes, too.
     for operation, rows in (("gemv", 1), ("gemm", _ROWS)):
         made = linear_grid.default(GridKernel(rows, _COLUMNS, _CHANNELS, 32, False), isa)
-        tile = Tile(made["rows"], layout, packed=rows == 1, ahead=made["ahead"])
+        tile = Tile(made["rows"], layout, packed=rows == 1, ahead=made["ahead"] if rows == 1 else 0)
         found[(grid_dot_intrinsic if rows == 1 else intrinsic)(isa, tile)] = f"grid {operation}", tile
     tile = Tile(1, layout, packed=True)
     found[grid_unpack_intrinsic(isa, tile)] = "grid unpack", tile

@@ -147,6 +147,17 @@ def test_one_multiply_puts_two_codes_on_their_grid(isa, rows):
         assert not [line for line in inner if re.match(r"\tvmov\w+\t%zmm\d+, .*\(", line)]
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_many_rows_fetch_the_next_chunk(ahead):
+    """All lines of it, each tile of rows its part."""
+    isa, kernel = INSTRUCTION_SETS["avx512vnni-xeon"], GridKernel(24, 128, 1024, 32, False)
+    func = linear_grid.build(kernel, isa, linear_grid.default(kernel, isa) | {"rows": 4, "chunk": 16, "ahead": ahead})
+    loops, _, prefetches = func.script().partition("llvm.prefetch")
+    assert bool(prefetches) == ahead
+    lines = int(re.findall(r"in range\((\d+)\)", loops)[-1]) if ahead else 0
+    assert lines == ahead * -(-64 * 512 // 2 // 64 // 6)
+
+
 def test_other_instruction_sets_have_no_such_kernels():
     with pytest.raises(AgqError, match="no kernels for integer grids on neon"):
         linear_grid.build(FORMS[0], INSTRUCTION_SETS["neon"])

@@ -140,6 +140,12 @@ def shift_totals(d, c, tile: Tile) -> None:
             T.buffer_store(c, value, tile.at(r, v, slice(0, lanes)))
 
 
+def prefetch(buffer, offset, locality: int = 3) -> None:
+    """Emit the fetch of a line of memory for reading: into the first cache (locality 3), or the second (2)."""
+    address = buffer.access_ptr("r", offset=offset)
+    T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *map(T.int32, (0, locality, 1))))
+
+
 def fetch_ahead(w, tile: Tile) -> None:
     """Emit the fetch of the tile's weights of a later k-block, line by line; beyond the last one it does nothing."""
     layout = tile.layout
@@ -147,8 +153,7 @@ def fetch_ahead(w, tile: Tile) -> None:
     step = (tile.stored or layout.vectors) * vector
     for s in range(layout.steps):
         for line in range(0, layout.vectors * vector, _LINE):
-            address = w.access_ptr("r", offset=(tile.ahead * layout.steps + s) * step + line)
-            T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *map(T.int32, (0, 3, 1))))
+            prefetch(w, (tile.ahead * layout.steps + s) * step + line)
 
 
 def implementation(tile: Tile, products: Callable, own_totals: bool = False):
