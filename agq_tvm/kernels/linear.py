@@ -8,8 +8,8 @@
 Activations of two terms, x = s q + s' q', stand in twice as many rows, second terms after all first ones; the results
 of both are added.
 
-On an integer grid s_w = unit[n] · step and o_w = unit[n] · low: a few rows take this product there for long
-groups, see `linear_grid.choose`.
+On an integer grid s_w = unit[n] · step and o_w = unit[n] · low; there a few rows take this product, see
+`linear_grid.choose`.
 
 Weights and their scales come in the tiles of `layout.py`; activation codes come by k-block, then row, as
 `quantize.py` writes them.
