@@ -105,6 +105,10 @@ def summaries(measured: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     }
 
 
+def _without_folder(argument: str) -> str:
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 def report(module: str, packages: tuple[str, ...], **contents) -> dict:
     """Put the circumstances of a measurement around its results.
 
@@ -116,7 +120,7 @@ def report(module: str, packages: tuple[str, ...], **contents) -> dict:
         Packages whose versions matter.
     """
     # Where things lie on this machine is nobody's business.
-    arguments = [Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:]]
+    arguments = [",".join(map(_without_folder, each.split(","))) for each in sys.argv[1:]]
     return {
         "machine": {
             "cpu": cpu_name(),

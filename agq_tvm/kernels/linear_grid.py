@@ -29,12 +29,15 @@ OPERANDS = ("w", "step", "low", "ws", "bias")
 _FEW_ROWS = 16
 """Up to which it does not pay to put all codes on their grid in memory."""
 _MOST_ROWS = 16
+"""Of a register tile."""
 _CHUNKS = (4, 8, 9, 12, 16, 18, 32)
 """k-blocks of a chunk."""
 _CHUNK = 16
 """The same by default: 32 KiB of bytes for a tile of 64 columns."""
 _LINE = 64
+"""Bytes that memory is fetched in."""
 _SECOND_CACHE = 2
+"""`prefetch`'s locality."""
 _INT32_LIMIT = (1 << 31) - 1
 
 

@@ -124,7 +124,6 @@ def _row(isa, bits: int, activation_bits: int, operation: str, rows: int, shifte
 def _grid_rows(isa: InstructionSet) -> list[KernelRow]:
     """List what multiplies weights on an integer grid, and what unpacks them for many rows."""
     layout, found = isa.layout_4bit, {}
-    # What multiplies 4-bit activations is the same: these are bytes, too.
     for operation, rows in (("gemv", 1), ("gemm", _ROWS)):
         made = linear_grid.default(GridKernel(rows, _COLUMNS, _CHANNELS, 32, False), isa)
         tile = Tile(made["rows"], layout, packed=rows == 1, ahead=made["ahead"] if rows == 1 else 0)
@@ -143,7 +142,7 @@ def _grid_rows(isa: InstructionSet) -> list[KernelRow]:
             _PACKERS[4].partition(",")[0],
         )
         for name, (operation, tile) in found.items()
-        for bits in ("w4a8", "w4a4")
+        for bits in ("w4a8", "w4a4")  # 4-bit activations are bytes, too
     ]
 
 

@@ -73,6 +73,30 @@ def test_error_is_less_than_that_of_real_scales(group_size):
     assert errors[1] < 0.98 * errors[0]
 
 
+@pytest.mark.parametrize(
+    ("draw", "columns", "more"),
+    [("normal", 576, -0.06), ("normal", 4096, -0.04), ("heavy", 576, 0.01), ("heavy", 4096, 0.14)],
+)
+def test_error_is_what_the_documentation_says(draw, columns, more):
+    """Of the square, in groups of 32; docs/design.md has these figures."""
+    rng = np.random.default_rng(0)
+    shape = (128, columns)
+    weight = (rng.standard_normal(shape) if draw == "normal" else rng.standard_t(4, shape)).astype("float32")
+    real, whole = (
+        np.square(weights.dequantize(weights.rtn(weight, 32, False, integer)) - weight).sum()
+        for integer in (False, True)
+    )
+    assert whole / real - 1 == pytest.approx(more, abs=0.01)
+
+
+def test_a_group_of_small_weights_has_few_codes():
+    weight = np.random.default_rng(0).uniform(-1, 1, (1, 64)).astype("float32")
+    weight[0, :32] /= 20
+    weight[0, 40] = 1
+    codes = weights.codes_of(weights.rtn(weight, 32, False, integer=True))
+    assert len(np.unique(codes[0, :32])) == 13
+
+
 def test_gptq_rounds_to_an_integer_grid():
     rng = np.random.default_rng(2)
     x = rng.standard_normal((400, 128)) @ rng.standard_normal((128, 128))
