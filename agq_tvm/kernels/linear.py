@@ -24,6 +24,7 @@ from agq_tvm.kernels.intrin.assembly import MAGIC
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet, nibble, stored_dtype
 from agq_tvm.kernels.intrin.grid_intrin import ZERO as GRID_ZERO
 from agq_tvm.kernels.layout import K_BLOCK, Layout, k_blocks
+from agq_tvm.kernels.linear_fetch import emit_fetch
 from agq_tvm.kernels.linear_operands import declare_operands
 from agq_tvm.kernels.linear_schedule import Plan, schedule
 from agq_tvm.kernels.linear_space import default
@@ -153,7 +154,7 @@ class _Product:
     """The parts of one product, as they are emitted."""
 
     def __init__(self, kernel: LinearKernel, isa: InstructionSet, plan: Plan):
-        self.kernel, self.layout = kernel, isa.layout(kernel.bits)
+        self.kernel, self.layout, self.plan = kernel, isa.layout(kernel.bits), plan
         self.less = isa.center(kernel.bits, kernel.activation_bits, plan.inline)
         self.center = center_of(self.layout, self.less, kernel.bits, kernel.offsets)
         self.side_by_side = self.layout.vectors if plan.inline else plan.vectors
@@ -234,10 +235,18 @@ class _Product:
             magic = self._parameter("magic", lambda at: self._scale(at) * T.float32(-MAGIC))
         if kernel.offsets:
             offsets = self._parameter("offsets", self._offset)
+        fetched, plan = None, self.plan
+        if plan.fetches:
+            fetched = emit_fetch(self.w, kernel.groups // plan.panel, kernel.code_rows // plan.rows)
         shape = (self.tiles, kernel.code_rows, layout.vectors, layout.lanes)
         scaled = T.sblock_alloc_buffer(shape, "float32")
         with T.grid(*shape, kernel.groups) as loops, T.sblock("scaled"):
             t, m, v, j, g = T.axis.remap("SSSSR", loops)
+            read = [each[t, g, v, j] for each in (scales, magic, offsets) if each is not None]
+            read += [self.sx[m, g]] if kernel.per_group else []
+            read += [] if fetched is None else [fetched[t, g // plan.panel, m // plan.rows]]
+            T.reads(dot[t, g, m, v, j], self.xsum[m, g], *read)
+            T.writes(scaled[t, m, v, j])
             with T.init():
                 T.buffer_store(scaled, T.float32(0), [t, m, v, j])
             total, scale = dot[t, g, m, v, j], scales[t, g, v, j]

@@ -10,15 +10,14 @@ by Lin et al., 2024). Instruction sets that multiply bytes no faster than 4-bit 
 same weights have the scales unit · step and offsets unit · low of `linear.py`.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from agq_tvm.errors import AgqError
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet
 from agq_tvm.kernels.intrin.grid_intrin import ZERO, grid_code
-from agq_tvm.kernels.intrin.tensor_intrin import prefetch
 from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear_fetch import emit_fetch
 from agq_tvm.kernels.linear_schedule import Plan, row_tile, schedule
 from agq_tvm.kernels.linear_space import most_sums
 from agq_tvm.kernels.space import Space, divisors
@@ -26,18 +25,15 @@ from agq_tvm.tvm_seam import IRBuilder, T
 
 OPERANDS = ("w", "step", "low", "ws", "bias")
 """Packed parameters of a linear that are operands of `define`, in order."""
-_FEW_ROWS = 16
+_FEW_ROWS = 8
 """Up to which it does not pay to put all codes on their grid in memory."""
 _MOST_ROWS = 16
 """Of a register tile."""
 _CHUNKS = (4, 8, 9, 12, 16, 18, 32)
 """k-blocks of a chunk."""
-_CHUNK = 16
-"""The same by default: 32 KiB of bytes for a tile of 64 columns."""
-_LINE = 64
-"""Bytes that memory is fetched in."""
-_SECOND_CACHE = 2
-"""`prefetch`'s locality."""
+_CHUNK = {"avx512vnni": 8}
+_OTHER_CHUNK = 4
+"""The same by default, at most; no more than there are tiles of rows, see `linear_fetch.py`."""
 _INT32_LIMIT = (1 << 31) - 1
 
 
@@ -117,11 +113,12 @@ def choose(
 
 def default(kernel: GridKernel, isa: InstructionSet) -> dict[str, int]:
     """Return the decisions made by hand."""
-    one_row = kernel.rows == 1
+    one_row, rows = kernel.rows == 1, row_tile(kernel.rows, isa.product_rows)
+    chunk = min(_CHUNK.get(isa.family, _OTHER_CHUNK), kernel.rows // rows)
     return {
-        "rows": row_tile(kernel.rows, isa.product_rows),
+        "rows": rows,
         "vectors": isa.layout_4bit.vectors,
-        "chunk": kernel.blocks if one_row else row_tile(kernel.blocks, _CHUNK),
+        "chunk": kernel.blocks if one_row else row_tile(kernel.blocks, chunk),
         "split": 0,
         "blocks": 1,
         "parallel": 1,
@@ -212,7 +209,7 @@ def define(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | 
                 code = T.Cast("int32", codes[t, v // TV, block, s, h, v % TV, j, i])
                 product = T.Cast("int32", x[block, m, s, h, i]) * code
                 T.buffer_store(dot, dot[t, c, m, v, j] + product, [t, c, m, v, j])
-            fetched = _fetch(w, C, M // decisions["rows"]) if _fetches(kernel, decisions) else None
+            fetched = emit_fetch(w, C, M // decisions["rows"]) if _plan(kernel, decisions).fetches else None
             with T.grid(*total.shape, C) as loops, T.sblock("total"):
                 t, m, v, j, c = T.axis.remap("SSSSR", loops)
                 waits = [] if fetched is None else [fetched[t, c, m // decisions["rows"]]]
@@ -230,29 +227,8 @@ def define(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | 
     return builder.get()
 
 
-def _fetches(kernel: GridKernel, decisions: dict[str, int]) -> bool:
-    return kernel.rows > 1 and decisions["ahead"] > 0
-
-
-def _fetch(w, chunks: int, parts: int):
-    """Emit the fetch of each chunk's successor in as many parts as there are tiles of rows.
-
-    Returns
-    -------
-    fetched : uint8 buffer [NT, C, parts]
-        Nothing is stored there: what reads it comes after a part.
-    """
-    tiles, *inner = (int(extent) for extent in w.shape)
-    size = math.prod(inner) // chunks
-    lines = -(-size // (_LINE * parts))
-    fetched = T.sblock_alloc_buffer((tiles, chunks, parts), "uint8")
-    with T.grid(*fetched.shape) as loops, T.sblock("fetch"):
-        t, c, part = T.axis.remap("SSS", loops)
-        T.reads(w[t, c * (inner[0] // chunks), 0, 0, 0, 0])
-        T.writes(fetched[t, c, part])
-        with T.serial(lines) as line:
-            prefetch(w, (t * chunks + c + 1) * size + (part * lines + line) * _LINE, _SECOND_CACHE)
-    return fetched
+def _plan(kernel: GridKernel, decisions: dict[str, int]) -> Plan:
+    return Plan(inline=kernel.rows == 1, **{name: value for name, value in decisions.items() if name != "chunk"})
 
 
 def build(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
@@ -266,9 +242,6 @@ def build(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | N
     if not isa.grids:
         raise AgqError(f"there are no kernels for integer grids on {isa.name}: take those of `linear.py`")
     decisions = decisions or default(kernel, isa)
-    plan = Plan(inline=kernel.rows == 1, **{name: value for name, value in decisions.items() if name != "chunk"})
-    fetches = _fetches(kernel, decisions)
-    plan = replace(plan, ahead=0) if fetches else plan
-    conversions = ["unpack", *["fetch"] * fetches]
-    scheduled = schedule(define(kernel, isa, decisions), kernel, isa, plan, "total", conversions, grid=True)
+    func, plan = define(kernel, isa, decisions), _plan(kernel, decisions)
+    scheduled = schedule(func, kernel, isa, plan, "total", ["unpack"], grid=True)
     return scheduled.mod["main"].with_attr("global_symbol", kernel.name)

@@ -32,7 +32,7 @@ class Plan:
     columns_first : bool
         Whether a panel goes through the rows for some vectors of columns, then for the next.
     ahead : int
-        See `Tile`.
+        How far ahead packed codes are fetched: see `Tile`; by one panel where they are unpacked once, see `fetches`.
     """
 
     rows: int
@@ -45,6 +45,11 @@ class Plan:
     unroll: int = 1
     columns_first: bool = False
     ahead: int = 0
+
+    @property
+    def fetches(self) -> bool:
+        """Whether there is the block of `linear_fetch.py`."""
+        return self.ahead > 0 and not self.inline
 
 
 def row_tile(rows: int, limit: int) -> int:
@@ -65,7 +70,8 @@ def schedule(
     """Tile, unpack, tensorize and vectorize a matrix product of the blocks `conversions`, ``dot``, `total`, ``out``.
 
     Tasks are tiles of columns or parts of them, and perhaps blocks of rows. Inside a task the groups run outermost:
-    packed codes are read directly; others are unpacked once for each panel. Scales are applied at group ends.
+    packed codes are read directly; others are unpacked once for each panel, and the next panel's are fetched meanwhile
+    if there is a block ``fetch``. Scales are applied at group ends.
 
     Parameters
     ----------
@@ -76,7 +82,7 @@ def schedule(
     total : str
         The block that puts the dot products of groups together; its reduction is over the groups.
     conversions : list of str
-        Blocks that read weights and scales; ``fetch``, if there is one, reads ahead for each tile of rows.
+        Blocks that read weights and scales.
     shifted : bool
         See `Tile`.
     grid : bool
@@ -94,7 +100,7 @@ def schedule(
     g, gi = sch.split(g, [None, plan.panel])
     sch.reorder(g, *((vo, m) if plan.columns_first else (m, vo)), gi, r, v, j)
     _vector_tile(sch, r, v, j)
-    if "fetch" in conversions:
+    if plan.fetches:
         sch.compute_at(sch.get_sblock("fetch"), m)
     if plan.unroll > 1:
         gi, inner = sch.split(gi, [None, plan.unroll])
@@ -104,7 +110,8 @@ def schedule(
     sch.compute_at(dot, gi, preserve_unit_loops=True)
     packed = plan.inline and kernel.bits == 4
     stored = layout.vectors if plan.vectors < layout.vectors and (packed or kernel.bits == 8) else 0
-    tile = Tile(plan.rows, replace(layout, vectors=plan.vectors), packed, 0, shifted, stored, plan.ahead)
+    side_by_side, ahead = replace(layout, vectors=plan.vectors), plan.ahead if packed else 0
+    tile = Tile(plan.rows, side_by_side, packed, 0, shifted, stored, ahead)
     if grid and not plan.inline:
         _unpack_grid(sch, isa, tile, layout, g)
     else:

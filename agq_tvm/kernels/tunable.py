@@ -62,9 +62,9 @@ def _linear_space(kernel: LinearKernel, isa: InstructionSet, threads: int) -> Sp
 
 
 _ALL = (
-    _Kind(LinearKernel, _linear_space, linear.build, 3),
+    _Kind(LinearKernel, _linear_space, linear.build, 4),
     _Kind(ShiftedKernel, linear_shifted.space, linear_shifted.build, 2),
-    _Kind(GridKernel, linear_grid.space, linear_grid.build, 2),
+    _Kind(GridKernel, linear_grid.space, linear_grid.build, 3),
     _Kind(DenseKernel, linear_dense.space, linear_dense.build, 1),
     _Kind(
         FloatLinearKernel,

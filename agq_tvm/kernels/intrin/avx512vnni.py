@@ -36,6 +36,6 @@ AVX512VNNI = InstructionSet(
 )
 
 XEON = replace(
-    AVX512VNNI, name="avx512vnni-xeon", inline_most=16, inline_tile=(8, 2), panel=256, ahead=8, seed_sums=True
+    AVX512VNNI, name="avx512vnni-xeon", inline_most=8, inline_tile=(8, 2), panel=256, ahead=8, seed_sums=True
 )
 """The same weights and instructions in other tiles."""
