@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from agq_tvm.kernels.intrin.base import InstructionSet, nibble, shifted_before
 from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.kernels.linear import center_of
+from agq_tvm.kernels.linear_fetch import emit_fetch
 from agq_tvm.kernels.linear_schedule import Plan, row_tile, schedule
-from agq_tvm.kernels.linear_space import most_sums
+from agq_tvm.kernels.linear_space import fetches, most_sums
 from agq_tvm.kernels.space import Space, divisors
 from agq_tvm.quantize.shifts import check_sum
 from agq_tvm.tvm_seam import IRBuilder, T
@@ -81,10 +82,11 @@ class ShiftedKernel:
         return f"linear_w4a{self.activation_bits}column_shift_{kind}_bias_m{self.rows}_n{self.columns}_k{self.channels}"
 
 
-def define(kernel: ShiftedKernel, isa: InstructionSet):
+def define(kernel: ShiftedKernel, isa: InstructionSet, plan: Plan | None = None):
     """Return the matrix product as unscheduled TIR.
 
-    Buffers, in order (names of extents as in `declare_operands`):
+    A plan tells whether codes are unpacked, and the next ones fetched meanwhile; by default as by hand. Buffers, in
+    order (names of extents as in `declare_operands`):
 
     - x int8 [KB, M, S, 2, D], activation codes in their order
     - sx float32 [M, 1], activation scale of the last block
@@ -96,11 +98,11 @@ def define(kernel: ShiftedKernel, isa: InstructionSet):
     Blocks are taken in chunks, which start at 0 and are put together in the same way: that leaves a loop over rows
     between a chunk's codes, unpacked once, and its products.
     """
-    layout = isa.layout_4bit
-    less = isa.center(4, kernel.activation_bits, _inline(kernel, isa))
+    layout, plan = isa.layout_4bit, plan or _plan(kernel, isa, default(kernel, isa))
+    less = isa.center(4, kernel.activation_bits, plan.inline)
     M, KB, NT = kernel.rows, kernel.blocks, layout.tiles(kernel.columns)
     S, V, L, D = layout.steps, layout.vectors, layout.lanes, layout.depth
-    GB = next(blocks for blocks in range(_CHUNK, 0, -1) if KB % blocks == 0)
+    GB = row_tile(KB, min(_CHUNK, M // plan.rows) if plan.fetches else _CHUNK)
     G = KB // GB
     code_type = "int8" if layout.zero or less else "uint8"
     center = center_of(layout, less, 4, kernel.offsets)
@@ -131,8 +133,12 @@ def define(kernel: ShiftedKernel, isa: InstructionSet):
                 before = shifted_before(dot[t, g, m, v, j], shift[block], first)
                 product = T.Cast("int32", x[block, m, s, h, i]) * T.Cast("int32", codes[t, block, s, h, v, j, i])
                 T.buffer_store(dot, before + product, [t, g, m, v, j])
+            fetched = emit_fetch(w, G, M // plan.rows) if plan.fetches else None
             with T.grid(NT, M, V, L, G) as loops, T.sblock("total"):
                 t, m, v, j, g = T.axis.remap("SSSSR", loops)
+                waits = [] if fetched is None else [fetched[t, g, m // plan.rows]]
+                T.reads(dot[t, g, m, v, j], shift[g * GB : (g + 1) * GB], *waits)
+                T.writes(total[t, m, v, j])
                 with T.init():
                     T.buffer_store(total, T.int32(0), [t, m, v, j])
                 fallen = sum((shift[g * GB + kb] for kb in range(1, GB)), shift[g * GB])
@@ -149,8 +155,10 @@ def define(kernel: ShiftedKernel, isa: InstructionSet):
     return builder.get()
 
 
-def _inline(kernel: ShiftedKernel, isa: InstructionSet) -> bool:
-    return kernel.packed or isa.inlines(kernel.rows)
+def _plan(kernel: ShiftedKernel, isa: InstructionSet, decisions: dict[str, int]) -> Plan:
+    inline = kernel.packed or isa.inlines(kernel.rows)
+    ahead = isa.ahead if inline or fetches(kernel, isa) else 0
+    return Plan(vectors=isa.layout_4bit.vectors, inline=inline, ahead=ahead, **decisions)
 
 
 def default(kernel: ShiftedKernel, isa: InstructionSet) -> dict[str, int]:
@@ -167,8 +175,6 @@ def space(kernel: ShiftedKernel, isa: InstructionSet, threads: int = 1) -> Space
 
 def build(kernel: ShiftedKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
     """Return the scheduled PrimFunc of a matrix product: a chunk of k-blocks takes the place of a group."""
-    decisions = decisions or default(kernel, isa)
-    inline = _inline(kernel, isa)
-    plan = Plan(vectors=isa.layout_4bit.vectors, inline=inline, ahead=isa.ahead if inline else 0, **decisions)
-    scheduled = schedule(define(kernel, isa), kernel, isa, plan, "total", ["unpack"], shifted=True)
+    plan = _plan(kernel, isa, decisions or default(kernel, isa))
+    scheduled = schedule(define(kernel, isa, plan), kernel, isa, plan, "total", ["unpack"], shifted=True)
     return scheduled.mod["main"].with_attr("global_symbol", kernel.name)

@@ -38,7 +38,7 @@ def default(kernel, isa: InstructionSet) -> dict[str, int]:
         "parallel": 1,
         "unroll": 1,
         "columns_first": 0,
-        "ahead": isa.ahead if (inline and kernel.bits == 4) or _fetches(kernel, isa) else 0,
+        "ahead": isa.ahead if (inline and kernel.bits == 4) or fetches(kernel, isa) else 0,
     }
 
 
@@ -58,7 +58,7 @@ def _tile(kernel, isa: InstructionSet, inline: bool) -> tuple[int, int]:
     return row_tile(kernel.code_rows, isa.rows if short else isa.product_rows), isa.tile(kernel.bits, inline).vectors
 
 
-def _fetches(kernel, isa: InstructionSet) -> bool:
+def fetches(kernel, isa: InstructionSet) -> bool:
     """Whether codes that are unpacked together are enough to fetch the next ones meanwhile, see `linear_fetch.py`."""
     return kernel.bits == 4 and isa.ahead > 0 and isa.panel > K_BLOCK
 
@@ -67,7 +67,7 @@ def _panel(kernel, isa: InstructionSet, inline: bool, tiles_of_rows: int) -> int
     if kernel.code_rows == 1:
         return 1
     if not inline:
-        channels = min(isa.panel, K_BLOCK * tiles_of_rows) if _fetches(kernel, isa) else isa.panel
+        channels = min(isa.panel, K_BLOCK * tiles_of_rows) if fetches(kernel, isa) else isa.panel
         return row_tile(kernel.groups, max(1, channels // kernel.group_size))
     if isa.ahead:  # 4-bit codes, then: see `_inline`
         return 1
@@ -121,7 +121,7 @@ def _fits(kernel, isa: InstructionSet, layout, d: dict[str, int]):
     yield not d["split"] or (d["blocks"] == 1 and not d["columns_first"])
     yield not d["columns_first"] or d["rows"] < kernel.code_rows
     yield d["parallel"] or not (d["split"] or d["blocks"] > 1)
-    yield not d["ahead"] or packed or _fetches(kernel, isa)
+    yield not d["ahead"] or packed or fetches(kernel, isa)
     if multiply is None:
         yield not partial or not d["inline"]
     elif multiply.implement:

@@ -32,7 +32,7 @@ def nearest(library: Library, kernel, isa: InstructionSet, threads: int) -> list
 def _carried(record: Record, own: Space, isa: InstructionSet) -> dict[str, int] | None:
     """Return the hand-made decisions of a kernel, but for what a like kernel's record has otherwise than its own.
 
-    Hand-made decisions follow the sizes: 16 rows may multiply codes as they are stored where 128 unpack them. What was
+    Hand-made decisions follow the sizes: 8 rows may multiply codes as they are stored where 128 unpack them. What was
     left as it was made says nothing about another size.
 
     Parameters

@@ -99,17 +99,17 @@ def test_decisions_that_the_space_does_not_allow_are_not_used(tmp_path):
 
 
 def test_of_a_like_kernel_is_taken_what_it_has_otherwise_than_its_own_default(tmp_path):
-    """Codes of many rows are unpacked once by default, those of 16 are not: that stays, where tuning left it so."""
-    isa, many = instruction_set("avx512vnni-xeon"), replace(KERNEL, rows=128)
-    theirs, own = linear_space.default(many, isa), linear_space.default(KERNEL, isa)
+    """Codes of many rows are unpacked once by default, those of 8 are not: that stays, where tuning left it so."""
+    isa, many, few = instruction_set("avx512vnni-xeon"), replace(KERNEL, rows=64), replace(KERNEL, rows=8)
+    theirs, own = linear_space.default(many, isa), linear_space.default(few, isa)
     assert not theirs["inline"] and own["inline"]
     library = Library(tmp_path, device=DEVICE.name)
     origin = {"kernel_version": VERSION, "threads": 2}
     point = theirs | {"vectors": 2, "split": 1}
     library.append(Record("t", describe(many), isa.name, point, (1e-3,), None, "measured", None, origin))
-    ((found, decisions),) = nearest(library, KERNEL, isa, 2)
+    ((found, decisions),) = nearest(library, few, isa, 2)
     assert found.decisions == point and decisions == own | {"vectors": 2, "split": 1}
-    assert nearest(library, replace(KERNEL, columns=1 << 20), isa, 2) == []
+    assert nearest(library, replace(few, columns=1 << 20), isa, 2) == []
 
 
 @pytest.mark.parametrize("changes", [{"heads": 3, "kv_heads": 4}, {"head_dim": 64.0}, {"rows": True}])

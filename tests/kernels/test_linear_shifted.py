@@ -118,6 +118,16 @@ def test_shifts_and_multiplies_are_in_the_code(isa, rows):
         assert not [line for line in lines[multiplies[0] : multiplies[-1]] if re.match(spilled, line)]
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_xeons_fetch_the_next_chunk_of_many_rows(isa):
+    """All lines of it, 4 k-blocks of 16, each of 4 tiles of rows its part; others fetch none."""
+    func = linear_shifted.build(ShiftedKernel(16, 128, 1024, None), INSTRUCTION_SETS[isa])
+    loops, _, prefetches = func.script().partition("llvm.prefetch")
+    assert bool(prefetches) == (isa == "avx512vnni-xeon")
+    if prefetches:
+        assert int(re.findall(r"in range\((\d+)\)", loops)[-1]) == 16
+
+
 @pytest.mark.parametrize("source,channels", [("plain", 150), ("rms_norm", 96), ("silu_mul", 352), ("plain", 20)])
 def test_codes_stand_in_the_order_of_the_exponents(source, channels):
     """What the fused quantization gathers, divides and sums, against the plain one."""
