@@ -25,8 +25,9 @@ from agq_tvm.tvm_seam import IRBuilder, T
 
 OPERANDS = ("w", "step", "low", "ws", "bias")
 """Packed parameters of a linear that are operands of `define`, in order."""
-_FEW_ROWS = 8
-"""Up to which it does not pay to put all codes on their grid in memory."""
+_FEW_ROWS = 16
+_FEW_ROWS_FETCHED = 8
+"""Up to which it does not pay to put all codes on their grid in memory: without and with a fetch of the next."""
 _MOST_ROWS = 16
 """Of a register tile."""
 _CHUNKS = (4, 8, 9, 12, 16, 18, 32)
@@ -99,14 +100,14 @@ class GridKernel:
 
 
 def choose(
-    rows: int, columns: int, channels: int, group_size: int, bias: bool, activation_bits: int = 8
+    isa: InstructionSet, rows: int, columns: int, channels: int, group_size: int, bias: bool, activation_bits: int = 8
 ) -> GridKernel | LinearKernel:
     """Return the product that is the faster one: this, or that of `linear.py` with scales and offsets of groups.
 
     One row waits for memory, and many rows share codes that are put on their grid once. Between them the ends of groups
     cost less than either.
     """
-    if rows == 1 or rows > _FEW_ROWS:
+    if rows == 1 or rows > (_FEW_ROWS_FETCHED if isa.ahead else _FEW_ROWS):
         return GridKernel(rows, columns, channels, group_size, bias, activation_bits)
     return LinearKernel(rows, columns, channels, 4, group_size, False, "grid", bias, activation_bits)
 

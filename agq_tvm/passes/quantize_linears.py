@@ -233,7 +233,7 @@ class _Quantizer(relax.PyExprMutator):
             return ShiftedKernel(rows, columns, channels, format.offsets, bits)
         bias = format.activation == "static" or weight in self.biases
         if format.grid and self.isa.grids:
-            return linear_grid.choose(rows, columns, channels, group_size, bias, bits)
+            return linear_grid.choose(self.isa, rows, columns, channels, group_size, bias, bits)
         return LinearKernel(
             rows,
             columns,

@@ -113,17 +113,19 @@ def test_scaled_result(isa, kernel):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * abs(expected).max())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8, 9])
-def test_few_rows_take_scales_of_groups(rows):
-    kernel = choose(rows, 70, 300, 64, True, 4)
-    assert isinstance(kernel, LinearKernel) == (rows in (2, 8))
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17])
+@pytest.mark.parametrize("isa,few", [("avx512vnni", 16), ("avx512vnni-xeon", 8), ("avxvnni", 8)])
+def test_few_rows_take_scales_of_groups(isa, few, rows):
+    """More of them where codes are not fetched while rows are multiplied."""
+    kernel = choose(INSTRUCTION_SETS[isa], rows, 70, 300, 64, True, 4)
+    assert isinstance(kernel, LinearKernel) == (1 < rows <= few)
     assert (kernel.rows, kernel.group_size, kernel.bias, kernel.activation_bits) == (rows, 64, True, 4)
 
 
 @pytest.mark.parametrize("isa", GRIDS)
 def test_scales_of_groups_are_those_in_float16(isa):
     """Bit for bit: a unit times a step or a low is exact."""
-    isa, kernel = native(isa), choose(8, 70, 300, 128, True)
+    isa, kernel = native(isa), choose(INSTRUCTION_SETS[isa], 8, 70, 300, 128, True)
     operands, stored = random_grid(kernel, 4), replace(kernel, offsets="float16")
     operands.units = (np.arange(8, 16)[np.arange(70) % 8] / 64).astype("float16")[:, None]
     scales, offsets = (operands.units * part.astype("float16") for part in (operands.steps, operands.lows))

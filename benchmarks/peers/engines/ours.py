@@ -107,7 +107,7 @@ def _on_grid(form: Form, operands: Operands, isa) -> tuple:
 
     (rows, channels), size = operands.x.shape, int(form.kind[1:])
     weights = rtn(operands.w, size, symmetric=False, integer=True)
-    product = linear_grid.choose(rows, len(weights.scales), channels, size, False)
+    product = linear_grid.choose(isa, rows, len(weights.scales), channels, size, False)
     module, group = (linear_grid, channels) if isinstance(product, linear_grid.GridKernel) else (linear, size)
     quantizing = activation.QuantizeKernel("plain", rows, channels, group, "per-token")
     packed = pack_linear((weights,), isa.layout_4bit, None, grid=True)
