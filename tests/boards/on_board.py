@@ -147,7 +147,7 @@ class _Probe:
         scheme, layout, M = self.checkpoint.scheme, self.isa.layout_4bit, len(codes)
         bias = scheme.activation == "static" or linear.bias
         sizes = (M, sum(linear.rows), linear.in_features, scheme.group_size)
-        kernel = choose(*sizes, bias, scheme.activation_bits(linear.name))
+        kernel = choose(self.isa, *sizes, bias, scheme.activation_bits(linear.name))
         tiles, tile = layout.tiles(kernel.columns), (layout.vectors, layout.lanes)
         x = np.zeros((M, kernel.groups * kernel.group_size), "int8")
         x[:, : codes.shape[1]] = codes
