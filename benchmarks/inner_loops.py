@@ -3,8 +3,9 @@
     python -m benchmarks.inner_loops
 
 Every loop is the work for some multiply-accumulates, everything in registers or the first cache: what decides whether
-a multiply is worth writing, before it is written. Those of "prefill" are whole, with scales: the loops that kernels
-have in assembly, for groups of 32 with an activation scale for each, and the one that 8-bit weights could have.
+a multiply is worth writing, before it is written. Those of "prefill" are the loops that kernels have in assembly, and
+the one that 8-bit weights could have: with scales, for groups of 32 with an activation scale for each, or for integer
+grids, whose groups end where codes are unpacked.
 """
 
 import argparse
@@ -87,7 +88,7 @@ _NIBBLES = [
 
 def prefill_loops() -> list[Loop]:
     """List what one round of a kernel's loop in assembly takes; where it takes bytes, 8-bit weights have the same."""
-    name, bytewise = "prefill, groups of 32:", "W4A8, W4A4, W8A8"
+    name, bytewise, grid = "prefill, groups of 32:", "W4A8, W4A4, W8A8", "prefill, integer grid: W4A8, W4A4"
     neon = NEON.assembly
     return [
         _prefill(f"{name} W4A8", ("cortex-a72",), neon, neon.lines(_PREFILL)),
@@ -95,6 +96,8 @@ def prefill_loops() -> list[Loop]:
         _prefill(f"{name} W8A8", ("cortex-a72",), neon, _neon_8bit(_PREFILL)),
         _prefill(f"{name} {bytewise}", ("neoverse-n1",), DOTPROD.assembly, DOTPROD.assembly.lines(_PREFILL)),
         _prefill(f"{name} {bytewise}", ("cortex-x2",), I8MM.assembly, I8MM.assembly.lines(_PREFILL)),
+        _prefill(grid, ("neoverse-n1",), DOTPROD.assembly, DOTPROD.assembly.grid(_PREFILL.unroll)),
+        _prefill(grid, ("cortex-x2",), I8MM.assembly, I8MM.assembly.grid(_PREFILL.unroll)),
     ]
 
 

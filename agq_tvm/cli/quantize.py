@@ -82,7 +82,7 @@ def register(subparsers) -> None:
         action="store_true",
         default=None,
         help="scales and offsets that are whole multiples of one unit of their column: smaller, about as exact, and "
-        "prefill sums in integers on processors with VNNI (per-token, static; groups of 32, 64 or 128)",
+        "prefill sums in integers on processors with VNNI or dot products (per-token, static; groups of 32, 64 or 128)",
     )
     parser.add_argument("--weight-bits", type=int, choices=(4, 8), help="default: 4; 8 is rounded to nearest")
     parser.add_argument(

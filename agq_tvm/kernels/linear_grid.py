@@ -6,18 +6,21 @@
 
 Groups keep steps and offsets of their own, and cost nothing where they end: 4-bit codes become bytes of their column,
 once for many rows or in registers for one, and bytes are summed over all channels (two levels of scales, as in QServe
-by Lin et al., 2024). Instruction sets that multiply bytes no faster than 4-bit codes have no such kernels: there the
+by Lin et al., 2024). Where the inner loop is written in assembly, `linear_grid_panels.py` has what takes a schedule's
+place. Instruction sets that multiply bytes no faster than 4-bit codes have no such kernels: there the
 same weights have the scales unit · step and offsets unit · low of `linear.py`.
 """
 
 from dataclasses import dataclass
 
 from agq_tvm.errors import AgqError
+from agq_tvm.kernels import linear_grid_panels
 from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet
 from agq_tvm.kernels.intrin.grid_intrin import ZERO, grid_code
 from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_fetch import emit_fetch
+from agq_tvm.kernels.linear_operands import declare_grid_operands
 from agq_tvm.kernels.linear_schedule import Plan, row_tile, schedule
 from agq_tvm.kernels.linear_space import most_sums
 from agq_tvm.kernels.space import Space, divisors
@@ -99,21 +102,35 @@ class GridKernel:
         return f"linear_w4a{self.activation_bits}g{self.group_size}_grid{bias}_{sizes}"
 
 
+def applies(kernel: GridKernel, isa: InstructionSet) -> bool:
+    """Whether an instruction set has this kernel: loops in assembly are for whole tiles of rows."""
+    return isa.grids and (isa.assembly is None or linear_grid_panels.loop_for(kernel, isa) is not None)
+
+
 def choose(
     isa: InstructionSet, rows: int, columns: int, channels: int, group_size: int, bias: bool, activation_bits: int = 8
 ) -> GridKernel | LinearKernel:
     """Return the product that is the faster one: this, or that of `linear.py` with scales and offsets of groups.
 
     One row waits for memory, and many rows share codes that are put on their grid once. Between them the ends of groups
-    cost less than either.
+    cost less than either. Loops in assembly are ahead for whole tiles of rows, however few.
     """
-    if rows == 1 or rows > (_FEW_ROWS_FETCHED if isa.ahead else _FEW_ROWS):
-        return GridKernel(rows, columns, channels, group_size, bias, activation_bits)
+    kernel = GridKernel(rows, columns, channels, group_size, bias, activation_bits)
+    few = 1 < rows <= (_FEW_ROWS_FETCHED if isa.ahead else _FEW_ROWS)
+    if applies(kernel, isa) and (isa.assembly or not few):
+        return kernel
     return LinearKernel(rows, columns, channels, 4, group_size, False, "grid", bias, activation_bits)
 
 
 def default(kernel: GridKernel, isa: InstructionSet) -> dict[str, int]:
     """Return the decisions made by hand."""
+    if linear_grid_panels.loop_for(kernel, isa):
+        return linear_grid_panels.default(kernel, isa)
+    return _scheduled(kernel, isa)
+
+
+def _scheduled(kernel: GridKernel, isa: InstructionSet) -> dict[str, int]:
+    """Return the decisions made by hand for a kernel that has a schedule."""
     one_row, rows = kernel.rows == 1, row_tile(kernel.rows, isa.product_rows)
     chunk = min(_CHUNK.get(isa.family, _OTHER_CHUNK), kernel.rows // rows)
     return {
@@ -137,7 +154,9 @@ def space(kernel: GridKernel, isa: InstructionSet, threads: int = 1) -> Space:
         How far ahead packed codes are fetched: k-blocks for one row; for more chunks, so that memory is read while
         rows are multiplied, and not only while codes are unpacked.
     """
-    made, V, several = default(kernel, isa), isa.layout_4bit.vectors, threads > 1
+    if linear_grid_panels.loop_for(kernel, isa):
+        return linear_grid_panels.space(kernel, isa, threads)
+    made, V, several = _scheduled(kernel, isa), isa.layout_4bit.vectors, threads > 1
     one_row = kernel.rows == 1
     choices = {
         "rows": divisors(kernel.rows, _MOST_ROWS),
@@ -166,16 +185,9 @@ def _fits(kernel: GridKernel, isa: InstructionSet, d: dict[str, int]):
 def define(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
     """Return the matrix product as unscheduled TIR.
 
-    Buffers, in order (chunks C of k-blocks, TV vectors of a register tile, other extents as in `declare_operands`):
-
-    - x int8 [KB, M, S, 2, D], activation codes
-    - sx float32 [M, 1], activation scales
-    - xsum int32 [M, 1], sums of the codes of a row
-    - w uint8 [NT, KB, S, V, L, D]; step, low uint8 [NT, G, V, L], low plus 128
-    - ws float16 [NT, 1, V, L], units; bias float32 [NT, V, L], if any
-    - out float32 [M, NT * V * L]
+    The buffers are those of `declare_grid_operands`; inside there are chunks C of k-blocks, and TV vectors of a tile.
     """
-    decisions = decisions or default(kernel, isa)
+    decisions = decisions or _scheduled(kernel, isa)
     layout, less = isa.layout_4bit, ZERO
     M, KB, NT, GB = kernel.rows, kernel.blocks, layout.tiles(kernel.columns), kernel.group_size // K_BLOCK
     S, V, L, D = layout.steps, layout.vectors, layout.lanes, layout.depth
@@ -185,15 +197,9 @@ def define(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | 
         with T.prim_func(s_tir=True):
             T.func_name(kernel.name)
             T.func_attr({"global_symbol": kernel.name, "tirx.noalias": True})
-            x = T.arg("x", T.buffer((KB, M, S, 2, D), "int8"))
-            sx = T.arg("sx", T.buffer((M, 1), "float32"))
-            xsum = T.arg("xsum", T.buffer((M, 1), "int32"))
-            w = T.arg("w", T.buffer(layout.packed_shape(kernel.columns, KB * K_BLOCK), "uint8"))
-            step = T.arg("step", T.buffer((NT, kernel.groups, V, L), "uint8"))
-            low = T.arg("low", T.buffer((NT, kernel.groups, V, L), "uint8"))
-            ws = T.arg("ws", T.buffer((NT, 1, V, L), "float16"))
-            bias = T.arg("bias", T.buffer((NT, V, L), "float32")) if kernel.bias else None
-            out = T.arg("out", T.buffer((M, NT * layout.width), "float32"))
+            args = declare_grid_operands(kernel, layout)
+            x, sx, xsum, w, step, low, ws = (args[n] for n in ("x", "sx", "xsum", "w", "step", "low", "ws"))
+            bias, out = args.get("bias"), args["out"]
             codes = T.sblock_alloc_buffer((NT, V // TV, KB, S, 2, TV, L, D), "uint8")
             dot = T.sblock_alloc_buffer((NT, C, M, V, L), "int32")
             total = T.sblock_alloc_buffer((NT, M, V, L), "int32")
@@ -238,11 +244,14 @@ def build(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | N
     Raises
     ------
     AgqError
-        If the instruction set has no such kernels.
+        If the instruction set has no such kernels, or none for so many rows.
     """
-    if not isa.grids:
-        raise AgqError(f"there are no kernels for integer grids on {isa.name}: take those of `linear.py`")
-    decisions = decisions or default(kernel, isa)
+    if not applies(kernel, isa):
+        rows = f" for {kernel.rows} rows in groups of {kernel.group_size}" if isa.grids else ""
+        raise AgqError(f"there are no kernels for integer grids on {isa.name}{rows}: take those of `linear.py`")
+    if isa.assembly:
+        return linear_grid_panels.build(kernel, isa, decisions)
+    decisions = decisions or _scheduled(kernel, isa)
     func, plan = define(kernel, isa, decisions), _plan(kernel, decisions)
     scheduled = schedule(func, kernel, isa, plan, "total", ["unpack"], grid=True)
     return scheduled.mod["main"].with_attr("global_symbol", kernel.name)

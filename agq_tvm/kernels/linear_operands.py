@@ -37,3 +37,28 @@ def declare_operands(kernel, layout: Layout) -> dict:
     forms |= {"bias": ((tiles, layout.vectors, layout.lanes), "float32")} if kernel.bias else {}
     forms |= {"out": ((kernel.rows, tiles * layout.width), "float32")}
     return {name: T.arg(name, T.buffer(*form)) for name, form in forms.items()}
+
+
+def declare_grid_operands(kernel, layout: Layout) -> dict:
+    """Declare the arguments of a `GridKernel`'s function, in order, and return them by name.
+
+    They are those of `declare_operands` on an integer grid but for one scale and one sum of codes for a row:
+
+    - x int8 [KB, M, S, 2, D]; sx float32 [M, 1]; xsum int32 [M, 1]
+    - w uint8 [NT, KB, S, V, L, D]; step, low uint8 [NT, G, V, L], low plus 128
+    - ws float16 [NT, 1, V, L], units; bias float32 [NT, V, L], if any
+    - out float32 [M, NT * V * L]
+    """
+    M, tiles, tile = kernel.rows, layout.tiles(kernel.columns), (layout.vectors, layout.lanes)
+    forms = {
+        "x": ((kernel.blocks, M, layout.steps, 2, layout.depth), "int8"),
+        "sx": ((M, 1), "float32"),
+        "xsum": ((M, 1), "int32"),
+        "w": (layout.packed_shape(kernel.columns, kernel.blocks * K_BLOCK), "uint8"),
+        "step": ((tiles, kernel.groups, *tile), "uint8"),
+        "low": ((tiles, kernel.groups, *tile), "uint8"),
+        "ws": ((tiles, 1, *tile), "float16"),
+    }
+    forms |= {"bias": ((tiles, *tile), "float32")} if kernel.bias else {}
+    forms |= {"out": ((M, tiles * layout.width), "float32")}
+    return {name: T.arg(name, T.buffer(*form)) for name, form in forms.items()}

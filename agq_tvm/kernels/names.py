@@ -1,7 +1,7 @@
 """The grammar of kernel names, and its parser. docs/kernels.md has it in words.
 
 product   = [ "agq." ] operation "." instruction-set "." layout [ ".a4" ] [ "." form ] ".m" rows [ tuned ]
-operation = [ "shift_" ] ( "dot" | "loops" ) | "grid_dot" | "grid_unpack" | "panels" | "floats"
+operation = [ "shift_" ] ( "dot" | "loops" ) | "grid_dot" | "grid_unpack" | [ "grid_" ] "panels" | "floats"
 layout    = sign bits "_v" vectors "x" lanes "_k" depth        sign = "u" | "s"
 form      = "packed" | "bytes"
 tuned     = [ ".of" vectors ] [ ".ahead" blocks ]
@@ -28,7 +28,7 @@ SIZES = {
 """What the letters before a number stand for, in names of functions."""
 
 _PRODUCT = re.compile(
-    r"(?:agq\.)?(?P<operation>(?:shift_)?(?:dot|loops)|grid_(?:dot|unpack)|panels|floats)\.(?P<instruction_set>[a-z0-9-]+)\.(?P<layout>\w+)"
+    r"(?:agq\.)?(?P<operation>(?:shift_)?(?:dot|loops)|grid_(?:dot|unpack)|(?:grid_)?panels|floats)\.(?P<instruction_set>[a-z0-9-]+)\.(?P<layout>\w+)"
     r"(?:\.(?P<activations>a4))?(?:\.(?P<form>packed|bytes))?\.m(?P<rows>[1-9]\d*)"
     r"(?:\.of(?P<stored>\d+))?(?:\.ahead(?P<ahead>\d+))?"
 )

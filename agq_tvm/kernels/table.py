@@ -94,7 +94,8 @@ def _products(isa: InstructionSet) -> list[KernelRow]:
     if isa.assembly:
         loops = {8: isa.assembly, 4: isa.assembly_4x4 if isa.multiply_4x4 else isa.assembly}
         rows += [_panel_row(isa, bits, loop) for bits, loop in loops.items() if loop]
-    if isa.grids:
+        rows += [_panel_row(isa, bits, isa.assembly, "grid ") for bits in (8, 4) if isa.grids]
+    elif isa.grids:
         known_names = {(row.name, row.bits) for row in rows}
         rows += [row for row in _grid_rows(isa) if (row.name, row.bits) not in known_names]
     return rows + [_float_row(isa, bits, *each) for bits in (4, 8) for each in (("gemv", 1), ("gemm", isa.rows))]
@@ -146,12 +147,12 @@ def _grid_rows(isa: InstructionSet) -> list[KernelRow]:
     ]
 
 
-def _panel_row(isa, activation_bits: int, loop) -> KernelRow:
+def _panel_row(isa, activation_bits: int, loop, grid: str = "") -> KernelRow:
     layout = replace(isa.layout_4bit, vectors=loop.columns // isa.layout_4bit.lanes)
     activations = "" if loop is isa.assembly else ".a4"
     return KernelRow(
-        name=f"panels.{isa.name}.{layout.name}{activations}.m{loop.rows}",
-        operation=f"gemm, groups of {', '.join(map(str, loop.groups))}",
+        name=f"{grid.replace(' ', '_')}panels.{isa.name}.{layout.name}{activations}.m{loop.rows}",
+        operation=f"{grid}gemm, groups of {', '.join(map(str, loop.groups))}",
         bits=f"w4a{activation_bits}",
         tile=f"{loop.rows}x{loop.columns}x{loop.panel}",
         layout=isa.layout_4bit.name,

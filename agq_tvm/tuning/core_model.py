@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -36,6 +37,7 @@ _COVERED = 0.99
 _MULTIPLY = re.compile(r"(s|u|us)?(mull2?|mlal2?|dot|mmla)|mul|mla")
 _X86_MULTIPLY = re.compile(r"vpdpb\w+|vpmaddubsw")
 _UNPACK = re.compile(r"and|bic|eor|add|sub|ushr|sshr|usra|shl|sli|sri|tbl")
+_DOT = re.compile(r"(s|u|us)(dot|mmla)")
 _BYTES = re.compile(r"v\d+\.(16|8)b")
 
 
@@ -48,7 +50,7 @@ class Cycles:
     core : str
         LLVM's name of the model.
     cycles, bound : float
-        Of the whole kernel: cycles, and those in which its multiplies keep their unit busy.
+        Of the whole kernel: cycles, and those in which its products keep their unit busy.
     loop_cycles, loop_bound : float
         Of the innermost loop that executes most multiplies.
     limit : str
@@ -79,6 +81,12 @@ def is_multiply(instruction: Instruction) -> bool:
     """Whether an instruction multiplies vectors of integers, on x86 those of bytes."""
     arm = _MULTIPLY.fullmatch(instruction.mnemonic) and instruction.operands.startswith("v")
     return bool(arm or _X86_MULTIPLY.fullmatch(instruction.mnemonic))
+
+
+def products_in(found: Iterable[Region]) -> Callable[[Instruction], bool]:
+    """Return what tells a kernel's products: beside dot products, others put codes on their grid or scale sums."""
+    dots = any(_DOT.fullmatch(one.mnemonic) for region in found for one in region.instructions)
+    return (lambda one: bool(_DOT.fullmatch(one.mnemonic))) if dots else is_multiply
 
 
 def is_unpacking(instruction: Instruction) -> bool:
@@ -151,8 +159,9 @@ def simulate(listing: dict[int, Instruction], count: Count, device: Device, core
         executed += region.executed
     if not chosen:
         raise AgqError("the call executes no instruction of the library")
-    simulated = list(zip(chosen, _simulate_regions(chosen, core, device), strict=True))
-    loop = _busiest_loop(chosen)
+    multiplies = products_in(chosen)
+    simulated = list(zip(chosen, _simulate_regions(chosen, core, device, multiplies), strict=True))
+    loop = _busiest_loop(chosen, multiplies)
     inside = [(region, one) for region, one in simulated if region.instructions[0].address in loop]
     cycles, bound = _total(simulated, "cycles"), _total(simulated, "bound")
     loop_cycles, loop_bound = _total(inside, "cycles"), _total(inside, "bound")
@@ -163,14 +172,14 @@ def _total(simulated: list[tuple[Region, _Simulation]], what: str) -> float:
     return sum(region.runs * getattr(one, what) for region, one in simulated)
 
 
-def _busiest_loop(simulated: list[Region]) -> range:
+def _busiest_loop(simulated: list[Region], is_product: Callable[[Instruction], bool]) -> range:
     """Return the addresses of the innermost loop that executes most multiplies."""
     executed = [instruction for region in simulated for instruction in region.instructions]
     executed.sort(key=lambda instruction: instruction.address)
 
     def multiplies(loop: tuple[int, int]) -> int:
         inside = (region for region in simulated if loop[0] <= region.instructions[0].address <= loop[1])
-        return sum(region.runs * sum(map(is_multiply, region.instructions)) for region in inside)
+        return sum(region.runs * sum(map(is_product, region.instructions)) for region in inside)
 
     first, last = max(innermost_loops(executed), key=multiplies, default=(executed[0].address, executed[-1].address))
     return range(first, last + 1)
@@ -184,7 +193,9 @@ def _limit(simulated: list[tuple[Region, _Simulation]]) -> str:
     return f"{unit} {100 * cycles / _total(simulated, 'cycles'):.0f}"
 
 
-def _simulate_regions(found: list[Region], core: str, device: Device) -> list[_Simulation]:
+def _simulate_regions(
+    found: list[Region], core: str, device: Device, is_product: Callable[[Instruction], bool]
+) -> list[_Simulation]:
     comment = "//" if device.machine == "aarch64" else "#"
     parts = []
     for number, region in enumerate(found):
@@ -194,14 +205,16 @@ def _simulate_regions(found: list[Region], core: str, device: Device) -> list[_S
     report = json.loads(output_of([find_simulator()[0], *options], "\n".join(parts) + "\n"))
     results = {int(result["Name"]): result for result in report["CodeRegions"]}
     resources = report["TargetInfo"]["Resources"]
-    return [_simulation(results[number], region, resources) for number, region in enumerate(found)]
+    return [_simulation(results[number], region, resources, is_product) for number, region in enumerate(found)]
 
 
-def _simulation(result: dict, region: Region, resources: list[str]) -> _Simulation:
+def _simulation(
+    result: dict, region: Region, resources: list[str], is_product: Callable[[Instruction], bool]
+) -> _Simulation:
     infos = result["InstructionInfoView"]["InstructionList"]
     if len(infos) != len(region.instructions):
         raise AgqError(f"llvm-mca read {len(infos)} of {len(region.instructions)} instructions")
-    bound = sum(info["RThroughput"] for info, one in zip(infos, region.instructions, strict=True) if is_multiply(one))
+    bound = sum(info["RThroughput"] for info, one in zip(infos, region.instructions, strict=True) if is_product(one))
     summary = result["SummaryView"]
     busy = Counter(decode=summary["TotaluOps"] / summary["DispatchWidth"] / _ITERATIONS)
     for usage in result["ResourcePressureView"]["ResourcePressureInfo"]:

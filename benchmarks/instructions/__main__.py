@@ -107,7 +107,7 @@ def _int8_of(row: Row, rows: list[Row]) -> Row:
     """Return the row of the same product of 8-bit weights and activations."""
     product = row.counted.product
     own = load_device(product.device).instruction_set
-    same = replace(product, instruction_set=own, weight_bits=8, activation_bits=8)
+    same = replace(product, instruction_set=own, weight_bits=8, activation_bits=8, grid=False)
     return next(other for other in rows if other.counted.product == same)
 
 

@@ -11,14 +11,11 @@ from pathlib import Path
 
 from agq_tvm.errors import AgqError
 from agq_tvm.files import write_json
-from agq_tvm.kernels import linear_grid
 from agq_tvm.kernels.instruction_sets import instruction_set
-from agq_tvm.kernels.intrin.base import InstructionSet
-from agq_tvm.kernels.linear_grid import GridKernel
 from agq_tvm.targets import load_device
 from agq_tvm.tuning.block_counts import count_instructions
 from agq_tvm.tuning.disassembly import Instruction, disassemble, innermost_loops
-from benchmarks.instructions.products import CHANNELS, COLUMNS, DEVICES, Product, compile_library, tensor_of
+from benchmarks.instructions.products import DEVICES, Product, compile_library, tensor_of
 from benchmarks.tables import versions
 
 BASELINE = Path(__file__).with_name("baseline.json")
@@ -34,10 +31,12 @@ def gated_products(device: str) -> list[Product]:
     isa = instruction_set(load_device(device).instruction_set)
     forms = [(4, 8, 1), (4, 8, 128), (8, 8, 1), (8, 8, 128)]
     forms += [(4, 4, 128)] if isa.multiply_4x4 else []
-    return [
+    products = [
         Product(device, isa.name, rows, "per-token-group", weight_bits, activation_bits)
         for weight_bits, activation_bits, rows in forms
     ]
+    grids = [Product(device, isa.name, rows, "per-token", 4, 8, grid=True) for rows in (1, 128) if isa.grids]
+    return products + grids
 
 
 def measure(device: str, folder: Path) -> dict[str, float]:
@@ -73,17 +72,11 @@ def _executed(name: str, folder: Path) -> dict[str, float]:
 def _loops(name: str, folder: Path) -> dict[str, float]:
     device, figures = load_device(name), {}
     functions = {product.linear.name: product.functions()[product.linear.name] for product in gated_products(name)}
-    for kernel, function in (functions | _on_grids(instruction_set(device.instruction_set))).items():
+    for kernel, function in functions.items():
         library = compile_library({kernel: function}, device, folder / f"{name}.so")
         instructions, multiplies = inner_loop(disassemble(library, device).values())
         figures[f"{name} {kernel}, per multiply"] = round(instructions / multiplies, 3)
     return figures
-
-
-def _on_grids(isa: InstructionSet) -> dict:
-    """Return the products on integer grids that are gated, by name: decode and prefill."""
-    kernels = [GridKernel(rows, COLUMNS, CHANNELS, 32, False) for rows in (1, 128) if isa.grids]
-    return {kernel.name: linear_grid.build(kernel, isa) for kernel in kernels}
 
 
 def inner_loop(instructions: Iterable[Instruction]) -> tuple[int, int]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import tvm
 
-from agq_tvm.kernels import activation, linear
+from agq_tvm.kernels import activation, linear_grid, tunable
 from agq_tvm.kernels.activation import QuantizeKernel
 from agq_tvm.kernels.instruction_sets import instruction_set
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear_grid import GridKernel
 from agq_tvm.targets import Device, load_device
 from agq_tvm.targets.link import exporter
 from agq_tvm.tuning.block_counts import Count, count_instructions
@@ -37,6 +38,8 @@ class Product:
     weight_bits, activation_bits : int
     group : int
         Channels that share a scale of weights.
+    grid : bool
+        Whether 4-bit weights are on an integer grid.
     """
 
     device: str
@@ -46,11 +49,12 @@ class Product:
     weight_bits: int
     activation_bits: int
     group: int = 32
+    grid: bool = False
 
     @property
     def form(self) -> str:
         """E.g. ``"W4A8 g32"``."""
-        return f"W{self.weight_bits}A{self.activation_bits} g{self.group}"
+        return f"W{self.weight_bits}A{self.activation_bits} g{self.group}{' grid' if self.grid else ''}"
 
     @property
     def name(self) -> str:
@@ -63,23 +67,27 @@ class Product:
         return self.rows * COLUMNS * CHANNELS
 
     @property
-    def linear(self) -> LinearKernel:
+    def linear(self) -> LinearKernel | GridKernel:
         """The product."""
         per_group = self.scales == "per-token-group"
         shape = (self.rows, COLUMNS, CHANNELS)
+        if self.grid:
+            isa = instruction_set(self.instruction_set)
+            return linear_grid.choose(isa, *shape, self.group, False, self.activation_bits)
         return LinearKernel(*shape, self.weight_bits, self.group, per_group, None, False, self.activation_bits)
 
     @property
     def quantize(self) -> QuantizeKernel:
         """What makes the codes that it multiplies."""
-        return QuantizeKernel("plain", self.rows, CHANNELS, self.group, self.scales, bits=self.activation_bits)
+        summed = CHANNELS if isinstance(self.linear, GridKernel) else self.group
+        return QuantizeKernel("plain", self.rows, CHANNELS, summed, self.scales, bits=self.activation_bits)
 
     def functions(self) -> dict:
         """Return the two kernels as PrimFuncs by name, the quantization first."""
         isa = instruction_set(self.instruction_set)
         return {
             self.quantize.name: activation.build(self.quantize, isa.layout_4bit),
-            self.linear.name: linear.build(self.linear, isa),
+            self.linear.name: tunable.build(self.linear, isa),
         }
 
 
@@ -99,7 +107,7 @@ class Counted:
 
 
 def table_products() -> list[Product]:
-    """Return the products of the table: every form in groups of 32, prefill in groups of 128."""
+    """Return the products of the table: every form in groups of 32, prefill in groups of 128, and integer grids."""
     found = []
     for device in DEVICES:
         own = load_device(device).instruction_set
@@ -108,6 +116,8 @@ def table_products() -> list[Product]:
         for (isa, *bits), rows, scales in product(forms, ROWS, ("per-token-group", "per-token")):
             found.append(Product(device, isa, rows, scales, *bits))
         found += [Product(device, own, ROWS[-1], "per-token-group", *bits, group=128) for bits in FORMS]
+        if instruction_set(own).grids:
+            found += [Product(device, own, rows, "per-token", 4, 8, grid=True) for rows in ROWS]
     return found
 
 

@@ -40,5 +40,5 @@ def test_products_are_those_of_the_multiplies():
         names = [re.split(r"\s", line)[0] for line in loop.lines]
         if any(name in PRODUCTS for name in names):
             counted[loop.name, loop.cores] = sum(PRODUCTS.get(name, 0) for name in names), loop.products
-    assert len(counted) == 12
+    assert len(counted) == 14
     assert all(products == expected for products, expected in counted.values()), counted

@@ -38,6 +38,20 @@ def test_tiny_model(boards, tmp_path, few_functions, family, attention, device):
     assert same.mean_kl <= 1e-3 and same.top1 >= 0.95
 
 
+def test_weights_on_an_integer_grid(boards, tmp_path, few_functions, disassembler):
+    """Chunks of a prompt by bytes in assembly, single tokens by integers that groups scale."""
+    settings = {"group_size": 32, "activation": "per-token", "integer_grid": True}
+    quantize(write_tiny_model(tmp_path / "m", "llama"), tmp_path / "c", method="rtn", **settings)
+    compile_checkpoint(tmp_path / "c", "snapdragon-870", tmp_path / "b", context=64)
+    bundle, checkpoint = Bundle(tmp_path / "b"), read_checkpoint(tmp_path / "c")
+    tokens = np.random.default_rng(1).integers(0, checkpoint.config.vocab_size, 24).tolist()
+    with boards.session("snapdragon-870") as session:
+        same = check_bundle(session, bundle, checkpoint, tokens, steps=4)
+    assert same.mean_kl <= 1e-3 and same.top1 >= 0.95
+    listing = subprocess.run([disassembler, "-d", bundle.path / "model.so"], capture_output=True, text=True, check=True)
+    assert re.search(r"\tmul\tv\d+\.16b", listing.stdout) and re.search(r"\tmla\tv\d+\.4s", listing.stdout)
+
+
 def test_shifted_accumulators(boards, tmp_path, few_functions, disassembler):
     checkpoint = shifted_checkpoint(tmp_path, "llama")
     compile_checkpoint(checkpoint.path, "raspberry-pi-4", tmp_path / "b", context=64)

@@ -1,5 +1,6 @@
 """Operands of a product on an integer grid and its exact result, computed by numpy on plain [M, K] and [N, K] codes."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -103,3 +104,30 @@ def grid_corners(kernel: GridKernel | LinearKernel) -> dict[str, GridOperands]:
         for q in (0, 15)
         for step, low in ((1, -128), (1, 112), (17, -128))
     }
+
+
+def every_byte(rows: int = 8) -> list[GridOperands]:
+    """Every byte times every activation: a column for each code, a group for each step and the lows beside its ends.
+
+    A row has an activation; operands by operands all are at some of a group's channels.
+    """
+    grids = [(step, low) for step in range(1, 18) for low in (-128, min(-1, 127 - 15 * step), 127 - 15 * step)]
+    kernel = GridKernel(rows, 16, 32 * len(grids), 32, False)
+    base = random_grid(kernel).integer_form()
+    steps, lows = (np.tile([grid[i] for grid in grids], (16, 1)) for i in range(2))
+    q = np.tile(np.arange(16, dtype="uint8")[:, None], (1, kernel.channels))
+    made = []
+    for first, place in itertools.product(range(-127, 128, rows), range(0, 32, 5)):
+        x = np.zeros_like(base.x)
+        x[:, place::32] = np.clip(first + np.arange(rows), -127, 127)[:, None]
+        made.append(replace(base, x=x, q=q, steps=steps, lows=lows))
+    return made
+
+
+def at_the_bound(rows: int) -> GridOperands:
+    """The longest rows whose sums are sure to stay within 32 bits, and those sums; the last row's are negative."""
+    kernel = GridKernel(rows, 16, ((1 << 31) - 1) // (255 * 127), 128, False)
+    base = random_grid(kernel).integer_form()
+    x = np.full_like(base.x, 127)
+    x[-1] = -127
+    return replace(base, x=x, q=base.q * 0 + 15, steps=base.steps * 0 + 17, lows=base.lows * 0 - 128)

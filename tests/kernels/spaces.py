@@ -26,7 +26,7 @@ PRODUCTS = [
     LinearKernel(1, 70, 120, 8, 32, True, None, False, terms=2),
 ]
 GRIDS = [GridKernel(8, 70, 190, 32, True), GridKernel(1, 70, 190, 64, False), GridKernel(64, 70, 256, 128, False)]
-"""For instruction sets that have them."""
+"""For instruction sets that have them, see `linear_grid.applies`."""
 _OUTPUTS = ("out", "codes", "scales", "sums")
 OTHERS = [
     ShiftedKernel(4, 70, 128, None),

@@ -1,6 +1,5 @@
 """Products on integer grids: numpy, plain TIR and every tensorized kernel agree, bit for bit, up to the bounds."""
 
-import itertools
 import re
 from dataclasses import replace
 
@@ -15,11 +14,12 @@ from agq_tvm.kernels.intrin import grid_intrin
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_grid import GridKernel, choose
 from agq_tvm.quantize import integer_grid
-from tests.kernels.grid_operands import grid_corners, random_grid
+from tests.kernels.grid_operands import at_the_bound, every_byte, grid_corners, random_grid
 from tests.kernels.operands import Operands, compiled, native, target_of
 from tests.kernels.spaces import sample
 
-GRIDS = tuple(name for name, isa in INSTRUCTION_SETS.items() if isa.grids)
+GRIDS = tuple(name for name, isa in INSTRUCTION_SETS.items() if isa.grids and not isa.assembly)
+"""Those with loops in assembly are in `tests/boards/test_linear_grid.py`."""
 # N is no multiple of any tile; K has a short last group, or fills it; codes go to memory, or stay in registers, or the
 # ends of groups have scales.
 FORMS = [
@@ -54,18 +54,9 @@ def test_exact_in_integers(kernel, form):
 
 @pytest.mark.parametrize("isa", GRIDS)
 def test_every_byte_times_every_activation_is_exact(isa):
-    """A column for each code, a group for each step and the lows beside its ends, a row for each activation."""
-    isa = native(isa)
-    grids = [(step, low) for step in range(1, 18) for low in (-128, min(-1, 127 - 15 * step), 127 - 15 * step)]
-    kernel = GridKernel(8, 16, 32 * len(grids), 32, False)
-    base = random_grid(kernel).integer_form()
-    steps, lows = (np.tile([grid[i] for grid in grids], (16, 1)) for i in range(2))
-    q = np.tile(np.arange(16, dtype="uint8")[:, None], (1, kernel.channels))
-    function = compiled(linear_grid.build(kernel, isa), isa.name)
-    for first, place in itertools.product(range(-127, 128, 8), range(0, 32, 5)):
-        x = np.zeros_like(base.x)
-        x[:, place::32] = np.clip(first + np.arange(8), -127, 127)[:, None]
-        operands = replace(base, x=x, q=q, steps=steps, lows=lows)
+    isa, cases = native(isa), every_byte()
+    function = compiled(linear_grid.build(cases[0].kernel, isa), isa.name)
+    for operands in cases:
         np.testing.assert_array_equal(operands.run(function, isa), operands.expected())
 
 
@@ -82,14 +73,10 @@ def test_beyond_the_largest_step_products_leave_their_byte(isa):
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("isa", GRIDS)
 def test_exact_at_the_bound_of_32_bits(isa, rows):
-    isa, most = native(isa), ((1 << 31) - 1) // (255 * 127)
-    kernel = GridKernel(rows, 16, most, 128, False)
-    base = random_grid(kernel).integer_form()
-    x = np.full_like(base.x, 127)
-    x[-1] = -127
-    operands = replace(base, x=x, q=base.q * 0 + 15, steps=base.steps * 0 + 17, lows=base.lows * 0 - 128)
-    got = operands.run(compiled(linear_grid.build(kernel, isa), isa.name), isa)
+    isa, operands = native(isa), at_the_bound(rows)
+    got = operands.run(compiled(linear_grid.build(operands.kernel, isa), isa.name), isa)
     np.testing.assert_array_equal(got, operands.expected().astype("float32"))
+    most = operands.kernel.channels
     with pytest.raises(AgqError, match=rf"{most + 1} channels may leave 32 bits"):
         GridKernel(rows, 16, most + 1, 128, False)
     assert GridKernel(rows, 16, most + 1, 128, False, activation_bits=4)
@@ -120,6 +107,17 @@ def test_few_rows_take_scales_of_groups(isa, few, rows):
     kernel = choose(INSTRUCTION_SETS[isa], rows, 70, 300, 64, True, 4)
     assert isinstance(kernel, LinearKernel) == (1 < rows <= few)
     assert (kernel.rows, kernel.group_size, kernel.bias, kernel.activation_bits) == (rows, 64, True, 4)
+
+
+@pytest.mark.parametrize("isa", ["dotprod", "i8mm"])
+def test_loops_in_assembly_take_whole_tiles_of_rows(isa):
+    isa = INSTRUCTION_SETS[isa]
+    for rows, whole in ((1, False), (2, False), (4, True), (6, False), (8, True), (128, True)):
+        kernel = choose(isa, rows, 70, 300, 64, True, 4)
+        assert isinstance(kernel, GridKernel) == whole
+        if not whole:
+            with pytest.raises(AgqError, match=rf"on {isa.name} for {rows} rows in groups of 64"):
+                linear_grid.build(GridKernel(rows, 70, 300, 64, True, 4), isa)
 
 
 @pytest.mark.parametrize("isa", GRIDS)

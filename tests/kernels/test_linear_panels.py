@@ -1,13 +1,22 @@
 """Loops in assembly: sums stay in their ranges, and what LLVM is given is what its registers hold."""
 
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from agq_tvm.kernels import linear_panels
 from agq_tvm.kernels.instruction_sets import INSTRUCTION_SETS
-from agq_tvm.kernels.intrin.assembly import MAGIC, OPERANDS, UNPACK_OPERANDS, Form, unroll_of
+from agq_tvm.kernels.intrin.assembly import (
+    GRID_OPERANDS,
+    GRID_UNPACK_OPERANDS,
+    MAGIC,
+    OPERANDS,
+    UNPACK_OPERANDS,
+    Form,
+    unroll_of,
+)
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_panels import loop_for
 from agq_tvm.tvm_seam import tvm
@@ -67,6 +76,19 @@ def test_operands_are_known(name):
             (loop.unpack(per_group), UNPACK_OPERANDS),
         ):
             assert set(re.findall(r"\{(\w+)\}", "\n".join(lines))) <= set(known)
+
+
+@pytest.mark.parametrize("isa", [name for name, isa in INSTRUCTION_SETS.items() if isa.grids and isa.assembly])
+def test_loops_of_grids(isa):
+    """Their operands are known, and nothing but multiplies and loads is between the ends of a panel."""
+    loop = INSTRUCTION_SETS[isa].assembly
+    lines = loop.grid(4)
+    for text, known in ((lines, GRID_OPERANDS), (loop.unpack_grid(4), GRID_UNPACK_OPERANDS)):
+        assert set(re.findall(r"\{(\w+)\}", "\n".join(text))) - {""} <= set(known)
+    body = Counter(line.split()[0] for line in lines[lines.index("1:") + 1 : lines.index("b.ne 1b")])
+    multiplies = {"dotprod": ("sdot", 4 * 64), "i8mm": ("smmla", 4 * 32)}[isa]
+    assert body[multiplies[0]] == multiplies[1] and body["subs"] == 1
+    assert sum(body.values()) - body["subs"] - multiplies[1] == body["ld1"] + body["zip1"] + body["zip2"]
 
 
 def test_rounds_divide_groups():

@@ -24,6 +24,11 @@ magic : pointer to 16 times `MAGIC`.
 """
 UNPACK_OPERANDS = ("packed", "codes", "next_codes", "count")
 """What unpacking is given: packed weights, where the codes of the first and of the second call go, and k-blocks."""
+GRID_OPERANDS = ("x", "codes", "sums", "count", "stride")
+"""What a loop over an integer grid is given: the same, but that sums are int32, and count is of rounds of k-blocks."""
+GRID_UNPACK_OPERANDS = ("packed", "step", "low", "codes", "next_codes", "count")
+"""What unpacking onto a grid is given: packed weights, steps and lows, uint8 [groups, columns] each, where the codes of
+the first and of the second call go, and groups."""
 _LANES_OF_SCALES = 4
 
 
@@ -81,6 +86,12 @@ class Assembly:
     factors : callable
         ``f(per_group) -> list of (kind, i)``: what a group's factors are, in vectors of 4 columns, the i-th each;
         kind ``"s"`` is the scale and ``"t"`` -scale · MAGIC.
+    grid : callable or None
+        ``f(unroll) -> list of str``: instructions that sum bytes of an integer grid over rounds of so many k-blocks,
+        with operands of `GRID_OPERANDS`.
+    unpack_grid : callable or None
+        ``f(blocks) -> list of str``: instructions that put groups of so many k-blocks on their grid, with operands of
+        `GRID_UNPACK_OPERANDS`.
     """
 
     rows: int
@@ -93,6 +104,8 @@ class Assembly:
     running: bool
     lines: Callable[[Form], list[str]]
     factors: Callable[[bool], list[tuple[str, int]]]
+    grid: Callable[[int], list[str]] | None = None
+    unpack_grid: Callable[[int], list[str]] | None = None
 
 
 def unroll_of(groups: int, blocks: int) -> int:

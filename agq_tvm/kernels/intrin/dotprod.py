@@ -7,6 +7,7 @@ group they are of q - 8, so that 2048 channels stay within 22 bits: 2048 * 8 * 1
 
 import itertools
 
+from agq_tvm.kernels.intrin import grid_assembly
 from agq_tvm.kernels.intrin.assembly import Assembly, Form, looped, registers, sums_in_registers
 from agq_tvm.kernels.intrin.base import InstructionSet, Multiply
 from agq_tvm.kernels.layout import Layout
@@ -95,5 +96,8 @@ DOTPROD = InstructionSet(
         running=True,
         lines=_groups,
         factors=_factors,
+        grid=lambda unroll: grid_assembly.summed(unroll, _k_block),
+        unpack_grid=lambda blocks: grid_assembly.unpacked(blocks, depth=4),
     ),
+    grids=True,
 )

@@ -8,6 +8,7 @@ sums for a column, added at the end of a k-block.
 import itertools
 from dataclasses import replace
 
+from agq_tvm.kernels.intrin import grid_assembly
 from agq_tvm.kernels.intrin.assembly import Form, looped, registers, sums_in_registers
 from agq_tvm.kernels.intrin.base import InstructionSet, Multiply
 from agq_tvm.kernels.intrin.dotprod import DOTPROD, sdot
@@ -130,6 +131,16 @@ def _scaled_by_differences() -> list[str]:
     return lines + [f"fmla v{8 + i}.4s, v{20 + i}.4s, v{16 + i % 2}.4s" for i in range(8)]
 
 
+def _grid(unroll: int) -> list[str]:
+    """Sum a panel of bytes; totals come in rows of 4 columns, and go as such."""
+    before, after = [], []
+    for pair, v, p in itertools.product(range(2), range(2), range(2)):
+        even, odd, first = 8 + 4 * pair + v, 10 + 4 * pair + v, 4 * pair + 2 * v
+        before.append(f"zip{p + 1} v{first + p}.2d, v{even}.2d, v{odd}.2d")
+        after.append(f"zip{p + 1} v{(even, odd)[p]}.2d, v{first}.2d, v{first + 1}.2d")
+    return grid_assembly.summed(unroll, _k_block, 8, before, after)
+
+
 def _unpack(per_group: bool) -> list[str]:
     """Turn nibbles into 16 (q - 8), or q - 8: two vectors of columns go to one call, two to the next."""
     lines = []
@@ -157,5 +168,12 @@ I8MM = InstructionSet(
     multiply_4bit=SDOT,
     multiply_8bit=SDOT,
     multiply_pairs=Multiply("smmla", smmla, center=8, implement=matrix_impl),
-    assembly=replace(DOTPROD.assembly, unpack=_unpack, lines=_groups),
+    assembly=replace(
+        DOTPROD.assembly,
+        unpack=_unpack,
+        lines=_groups,
+        grid=_grid,
+        unpack_grid=lambda blocks: grid_assembly.unpacked(blocks, depth=8),
+    ),
+    grids=True,
 )
