@@ -9,7 +9,7 @@ Activations of two terms, x = s q + s' q', stand in twice as many rows, second t
 of both are added.
 
 On an integer grid s_w = unit[n] · step and o_w = unit[n] · low; there a few rows take this product, see
-`linear_grid.choose`. Where conversions cost more than they save, terms are summed as integers and unit comes last.
+`linear_grid.choose`. Where conversions cost more than they save, groups are summed as integers and unit comes last.
 
 Weights and their scales come in the tiles of `layout.py`; activation codes come by k-block, then row, as
 `quantize.py` writes them.
@@ -166,7 +166,7 @@ class _Product:
         self.less = isa.center(kernel.bits, kernel.activation_bits, plan.inline)
         self.center = center_of(self.layout, self.less, kernel.bits, kernel.offsets)
         self.side_by_side = self.layout.vectors if plan.inline else plan.vectors
-        self.term = "int32" if _sums_integers(kernel, isa) else "float32"
+        self.sum_type = "int32" if _sums_integers(kernel, isa) else "float32"
         """Type of what groups are multiplied by, and of their sums."""
         self.seeded, self.floats = _seeds_sums(isa, plan), _sums_become_floats(kernel, isa, plan)
         self.blocks, self.tiles = k_blocks(kernel.channels, kernel.group_size), self.layout.tiles(kernel.columns)
@@ -213,7 +213,7 @@ class _Product:
     def _parameter(self, name: str, value):
         """Compute a parameter of every group and column, [NT, G, V, L]."""
         shape = (self.tiles, self.kernel.groups, self.layout.vectors, self.layout.lanes)
-        buffer = T.sblock_alloc_buffer(shape, self.term)
+        buffer = T.sblock_alloc_buffer(shape, self.sum_type)
         with T.grid(*shape) as loops, T.sblock(name):
             at = list(T.axis.remap("SSSS", loops))
             T.buffer_store(buffer, value(at), at)
@@ -222,24 +222,24 @@ class _Product:
     def _scale(self, at):
         if self.step is None:
             return T.Cast("float32", self.ws[at])
-        return self._times_unit(T.Cast(self.term, self.step[at]), at)
+        return self._times_unit(T.Cast(self.sum_type, self.step[at]), at)
 
     def _times_unit(self, value, at):
         """Multiply with the unit of a column, unless that comes last."""
         t, _, v, j = at
-        return value if self.term == "int32" else value * T.Cast("float32", self.ws[t, 0, v, j])
+        return value if self.sum_type == "int32" else value * T.Cast("float32", self.ws[t, 0, v, j])
 
     def _offset(self, at):
         """Take the center along, once for all rows: s (q - c) + (o + s c)."""
         if self.low is None:
             value = T.Cast("float32", self.wo[at])
         else:
-            value = self._times_unit(T.Cast(self.term, T.Cast("int32", self.low[at]) - GRID_ZERO), at)
-        return value + self._scale(at) * tirx.const(self.center, self.term) if self.center else value
+            value = self._times_unit(T.Cast(self.sum_type, T.Cast("int32", self.low[at]) - GRID_ZERO), at)
+        return value + self._scale(at) * tirx.const(self.center, self.sum_type) if self.center else value
 
     def total(self, dot):
         """Sum the groups' products with their scales, float32 or int32 [NT, R, V, L]."""
-        kernel, layout, term = self.kernel, self.layout, self.term
+        kernel, layout = self.kernel, self.layout
         scales = self._parameter("scales", self._scale)
         magic = offsets = None
         if self.floats:
@@ -250,7 +250,7 @@ class _Product:
         if plan.fetches:
             fetched = emit_fetch(self.w, kernel.groups // plan.panel, kernel.code_rows // plan.rows)
         shape = (self.tiles, kernel.code_rows, layout.vectors, layout.lanes)
-        scaled = T.sblock_alloc_buffer(shape, term)
+        scaled = T.sblock_alloc_buffer(shape, self.sum_type)
         with T.grid(*shape, kernel.groups) as loops, T.sblock("scaled"):
             t, m, v, j, g = T.axis.remap("SSSSR", loops)
             read = [each[t, g, v, j] for each in (scales, magic, offsets) if each is not None]
@@ -259,16 +259,16 @@ class _Product:
             T.reads(dot[t, g, m, v, j], self.xsum[m, g], *read)
             T.writes(scaled[t, m, v, j])
             with T.init():
-                T.buffer_store(scaled, tirx.const(0, term), [t, m, v, j])
+                T.buffer_store(scaled, tirx.const(0, self.sum_type), [t, m, v, j])
             total, scale = dot[t, g, m, v, j], scales[t, g, v, j]
             if magic is not None:
                 # s (MAGIC + dot) - s MAGIC: exact before it is rounded once, see `intrin/assembly.py`.
                 y = fma(tirx.reinterpret("float32", total), scale, magic[t, g, v, j])
             else:
                 plain = self.center == 0 or kernel.offsets or self.seeded
-                y = T.Cast(term, total if plain else total + self.xsum[m, g] * self.center) * scale
+                y = T.Cast(self.sum_type, total if plain else total + self.xsum[m, g] * self.center) * scale
             if offsets is not None:
-                y = y + T.Cast(term, self.xsum[m, g]) * offsets[t, g, v, j]
+                y = y + T.Cast(self.sum_type, self.xsum[m, g]) * offsets[t, g, v, j]
             y = y * self.sx[m, g] if kernel.per_group else y
             T.buffer_store(scaled, scaled[t, m, v, j] + y, [t, m, v, j])
         return scaled
@@ -285,7 +285,7 @@ class _Product:
 
     def _scaled_row(self, total, row, at):
         """Return a total as a float, with the scale of its row, if that has one."""
-        if self.term == "int32":
+        if self.sum_type == "int32":
             total = T.Cast("float32", total) * T.Cast("float32", self.ws[at])
         return total if self.kernel.per_group else total * self.sx[row, 0]
 

@@ -7,8 +7,8 @@
 Groups keep steps and offsets of their own, and cost nothing where they end: 4-bit codes become bytes of their column,
 once for many rows or in registers for one, and bytes are summed over all channels (two levels of scales, as in QServe
 by Lin et al., 2024). Where the inner loop is written in assembly, `linear_grid_panels.py` has what takes a schedule's
-place. Instruction sets that multiply bytes no faster than 4-bit codes have no such kernels: there the
-same weights have the scales unit · step and offsets unit · low of `linear.py`.
+place. Instruction sets that multiply bytes no faster than 4-bit codes have no such kernels: there the same weights have
+the scales unit · step and offsets unit · low of `linear.py`.
 """
 
 from dataclasses import dataclass
