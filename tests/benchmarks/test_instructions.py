@@ -9,7 +9,7 @@ from agq_tvm.errors import AgqError
 from agq_tvm.targets import load_device
 from agq_tvm.tuning import core_model
 from agq_tvm.tuning.block_counts import Count, count_instructions
-from agq_tvm.tuning.disassembly import Instruction, disassemble, find_disassembler, innermost_loops, regions
+from agq_tvm.tuning.disassembly import Instruction, Region, disassemble, find_disassembler, innermost_loops, regions
 from benchmarks.instructions import baseline
 from benchmarks.instructions.products import DEVICES, Product, count
 from tests.boards import kernels
@@ -94,6 +94,17 @@ def test_loops_of_as_many_rounds_stay_apart():
 
 def test_loops_with_others_inside_are_left_out():
     assert innermost_loops(listing(None, None, 1, None, 3, 0).values()) == [(4, 8), (12, 16)]
+
+
+def test_beside_dot_products_other_multiplies_are_none_of_the_products():
+    """`mul` puts codes on a grid, `mla` scales sums; without dot products these may be what multiplies."""
+    words = ("v0.4s, v1.16b, v2.4b[0]", "v0.16b, v1.16b, v2.16b", "v0.4s, v1.4s, v2.4s")
+    dot, grid, scale = (
+        Instruction(0, name, text, None) for name, text in zip(("sdot", "mul", "mla"), words, strict=True)
+    )
+    for others, expected in (([dot], [True, False, False]), ([], [True, True, True])):
+        is_product = core_model.products_in([Region((grid, scale), 3), Region(tuple(others), 5)])
+        assert list(map(is_product, (dot, grid, scale))) == expected
 
 
 def test_cycles_against_the_multiply_unit(counted):
