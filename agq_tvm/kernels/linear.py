@@ -136,7 +136,7 @@ def _sums_become_floats(kernel: LinearKernel, isa: InstructionSet, plan: Plan) -
 def _sums_integers(kernel: LinearKernel, isa: InstructionSet) -> bool:
     """Whether groups on an integer grid are scaled and summed as integers.
 
-    Arm multiplies and adds them in one instruction, as it does floats; x86 takes three for it.
+    Arm multiplies and adds words in one instruction, as it does floats; x86 has none for words.
     """
     return kernel.offsets == "grid" and isa.assembly is not None
 

@@ -44,17 +44,23 @@ def space_of_panels(kernel, loop: Assembly, isa: InstructionSet, threads: int) -
 
 
 class Panels:
-    """What products around a loop in assembly share: how tiles, panels, and rows and columns of one follow each other.
+    """How tiles, panels, and rows and columns of one follow each other.
+
+    A product adds its parts: `args`, which declares its operands and keeps ``x``, ``w``, ``out`` and ``bias``; `text`
+    of the functions in assembly; and, as they are emitted, `allocate` with ``sums``, `start` of the sums of a tile of
+    columns, `unpack` of a panel, `call` for a tile of rows and the columns of a call, and `finish` of the tile.
 
     Parameters
     ----------
-    kernel, isa : see `build`
+    kernel : LinearKernel or GridKernel
+    isa : InstructionSet
     loop : Assembly
-    decisions : dict
-        A point of `space_of_panels`.
+    decisions : dict or None
+        A point of `space_of_panels`; the default if None.
     """
 
-    def __init__(self, kernel, isa: InstructionSet, loop: Assembly, decisions: dict[str, int]):
+    def __init__(self, kernel, isa: InstructionSet, loop: Assembly, decisions: dict[str, int] | None):
+        decisions = decisions or default_panels(kernel, loop)
         self.kernel, self.loop, self.layout = kernel, loop, isa.layout_4bit
         self.blocks = kernel.group_size // K_BLOCK
         self.panel, self.rows_first = decisions["panel"], decisions["rows_first"]
@@ -95,7 +101,7 @@ class Panels:
                     self.call(panel, groups, m, call)
 
     def allocate_codes(self, dtype: str):
-        """Allocate the unpacked codes of a panel, in words of the type that sums have.
+        """Allocate the unpacked codes of a panel, bytes [calls, k-blocks, 32 x columns] in words of the sums' type.
 
         TVM lets allocations share memory if one is not needed while the other is, and then `access_ptr` must name the
         same type for both.
@@ -107,7 +113,7 @@ class Panels:
         """Return the bytes of the unpacked codes of a panel that one call multiplies."""
         return self.panel * self.kernel.group_size * self.loop.columns
 
-    def codes_of_rows(self, panel, m) -> object:
+    def codes_of_rows(self, panel, m):
         """Return a pointer to a panel's first activation codes of a tile of rows."""
         first = panel * (self.panel * self.blocks)
         return self.x.access_ptr("r", offset=first * self.kernel.code_rows * K_BLOCK + m * self.tile)

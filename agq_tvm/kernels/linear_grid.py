@@ -19,6 +19,7 @@ from agq_tvm.kernels.intrin.base import ACTIVATION_LIMIT, InstructionSet
 from agq_tvm.kernels.intrin.grid_intrin import ZERO, grid_code
 from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.kernels.linear import LinearKernel
+from agq_tvm.kernels.linear_assembly import default_panels, space_of_panels
 from agq_tvm.kernels.linear_fetch import emit_fetch
 from agq_tvm.kernels.linear_operands import declare_grid_operands
 from agq_tvm.kernels.linear_schedule import Plan, row_tile, schedule
@@ -124,9 +125,8 @@ def choose(
 
 def default(kernel: GridKernel, isa: InstructionSet) -> dict[str, int]:
     """Return the decisions made by hand."""
-    if linear_grid_panels.loop_for(kernel, isa):
-        return linear_grid_panels.default(kernel, isa)
-    return _scheduled(kernel, isa)
+    loop = linear_grid_panels.loop_for(kernel, isa)
+    return default_panels(kernel, loop) if loop else _scheduled(kernel, isa)
 
 
 def _scheduled(kernel: GridKernel, isa: InstructionSet) -> dict[str, int]:
@@ -154,8 +154,9 @@ def space(kernel: GridKernel, isa: InstructionSet, threads: int = 1) -> Space:
         How far ahead packed codes are fetched: k-blocks for one row; for more chunks, so that memory is read while
         rows are multiplied, and not only while codes are unpacked.
     """
-    if linear_grid_panels.loop_for(kernel, isa):
-        return linear_grid_panels.space(kernel, isa, threads)
+    loop = linear_grid_panels.loop_for(kernel, isa)
+    if loop:
+        return space_of_panels(kernel, loop, isa, threads)
     made, V, several = _scheduled(kernel, isa), isa.layout_4bit.vectors, threads > 1
     one_row = kernel.rows == 1
     choices = {

@@ -7,9 +7,8 @@ that totals run on from group to group and from panel to panel, and the sums of 
 from agq_tvm.kernels.intrin import assembly
 from agq_tvm.kernels.intrin.assembly import Assembly, unroll_of
 from agq_tvm.kernels.intrin.base import InstructionSet
-from agq_tvm.kernels.linear_assembly import FLOATS, WORD, Panels, default_panels, space_of_panels
+from agq_tvm.kernels.linear_assembly import FLOATS, WORD, Panels
 from agq_tvm.kernels.linear_operands import declare_grid_operands
-from agq_tvm.kernels.space import Space
 from agq_tvm.tvm_seam import T, tirx
 
 
@@ -21,21 +20,12 @@ def loop_for(kernel, isa: InstructionSet) -> Assembly | None:
     return loop if kernel.group_size in loop.groups else None
 
 
-def default(kernel, isa: InstructionSet) -> dict[str, int]:
-    """Return the decisions made by hand."""
-    return default_panels(kernel, loop_for(kernel, isa))
-
-
-def space(kernel, isa: InstructionSet, threads: int = 1) -> Space:
-    """Return the decisions of a product whose inner loop is in assembly."""
-    return space_of_panels(kernel, loop_for(kernel, isa), isa, threads)
-
-
 class _Gridded(Panels):
     """The parts of a product on an integer grid, as they are emitted."""
 
-    def __init__(self, kernel, isa: InstructionSet, decisions: dict[str, int]):
+    def __init__(self, kernel, isa: InstructionSet, decisions: dict[str, int] | None):
         super().__init__(kernel, isa, loop_for(kernel, isa), decisions)
+        # k-blocks of a round, which divide those of every panel
         self.unroll = min(unroll_of(groups * self.blocks, 1) for groups in (self.panel, self.last))
 
     @property
@@ -64,6 +54,7 @@ class _Gridded(Panels):
     def allocate(self) -> None:
         """Allocate what a tile needs."""
         self.codes = self.allocate_codes("int32")
+        # [M / R, chunks, R, chunk], see `Assembly.chunk`
         self.sums = T.sblock_alloc_buffer((self.kernel.rows * self.layout.width,), "int32")
 
     def start(self, t) -> None:
@@ -110,4 +101,4 @@ class _Gridded(Panels):
 
 def build(kernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
     """Return the PrimFunc of a matrix product, of the operands of `declare_grid_operands`."""
-    return _Gridded(kernel, isa, decisions or default(kernel, isa)).emit()
+    return _Gridded(kernel, isa, decisions).emit()

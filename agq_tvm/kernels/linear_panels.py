@@ -8,7 +8,7 @@ from agq_tvm.kernels.emit import float32, lane_chunks
 from agq_tvm.kernels.intrin import assembly
 from agq_tvm.kernels.intrin.assembly import MAGIC, Assembly, Form, unroll_of
 from agq_tvm.kernels.intrin.base import InstructionSet
-from agq_tvm.kernels.linear_assembly import FLOATS, WORD, Panels, default_panels, space_of_panels
+from agq_tvm.kernels.linear_assembly import FLOATS, WORD, Panels, space_of_panels
 from agq_tvm.kernels.linear_operands import declare_operands
 from agq_tvm.kernels.space import Space
 from agq_tvm.tvm_seam import T, tirx
@@ -26,11 +26,6 @@ def loop_for(kernel, isa: InstructionSet) -> Assembly | None:
     return loop if kernel.rows % loop.rows == 0 and kernel.group_size in loop.groups else None
 
 
-def default(kernel, isa: InstructionSet) -> dict[str, int]:
-    """Return the decisions made by hand."""
-    return default_panels(kernel, loop_for(kernel, isa))
-
-
 def space(kernel, isa: InstructionSet, threads: int = 1) -> Space:
     """Return the decisions of a product whose inner loop is in assembly."""
     return space_of_panels(kernel, loop_for(kernel, isa), isa, threads)
@@ -39,7 +34,7 @@ def space(kernel, isa: InstructionSet, threads: int = 1) -> Space:
 class _Scaled(Panels):
     """The parts of a product whose groups have float scales, as they are emitted."""
 
-    def __init__(self, kernel, isa: InstructionSet, decisions: dict[str, int]):
+    def __init__(self, kernel, isa: InstructionSet, decisions: dict[str, int] | None):
         super().__init__(kernel, isa, loop_for(kernel, isa), decisions)
         self.narrow = self.loop is isa.assembly_4x4
         unroll = min(unroll_of(groups, self.blocks) for groups in (self.panel, self.last, kernel.groups))
@@ -74,10 +69,13 @@ class _Scaled(Panels):
         """Allocate what a tile needs."""
         width, groups = self.layout.width, self.panel
         self.codes = self.allocate_codes("float32")
+        # [calls, panel's groups, factors, 4]
         self.scaled = T.sblock_alloc_buffer((self.calls * groups * len(self.factors) * FLOATS,), "float32")
+        # [code rows / R, chunks, R, chunk], see `Assembly.chunk`
         self.sums = T.sblock_alloc_buffer((self.kernel.code_rows * width,), "float32")
         self.magic = T.sblock_alloc_buffer((16,), "float32")
         if self.kernel.offsets:
+            # [G, width], [R, width] and [R, G]
             self.offsets = T.sblock_alloc_buffer((self.kernel.groups * width,), "float32")
             self.first = T.sblock_alloc_buffer((self.loop.rows * width,), "float32")
             self.code_sums = T.sblock_alloc_buffer((self.loop.rows * self.kernel.groups,), "float32")
@@ -190,4 +188,4 @@ class _Scaled(Panels):
 
 def build(kernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
     """Return the PrimFunc of a matrix product, of the operands of `declare_operands`."""
-    return _Scaled(kernel, isa, decisions or default(kernel, isa)).emit()
+    return _Scaled(kernel, isa, decisions).emit()

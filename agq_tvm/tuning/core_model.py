@@ -84,7 +84,10 @@ def is_multiply(instruction: Instruction) -> bool:
 
 
 def products_in(found: Iterable[Region]) -> Callable[[Instruction], bool]:
-    """Return what tells a kernel's products: beside dot products, others put codes on their grid or scale sums."""
+    """Return what tells whether an instruction multiplies weights with activations.
+
+    Beside dot products other multiplies put codes on an integer grid or scale sums; where there are none, all do.
+    """
     dots = any(_DOT.fullmatch(one.mnemonic) for region in found for one in region.instructions)
     return (lambda one: bool(_DOT.fullmatch(one.mnemonic))) if dots else is_multiply
 
@@ -159,9 +162,9 @@ def simulate(listing: dict[int, Instruction], count: Count, device: Device, core
         executed += region.executed
     if not chosen:
         raise AgqError("the call executes no instruction of the library")
-    multiplies = products_in(chosen)
-    simulated = list(zip(chosen, _simulate_regions(chosen, core, device, multiplies), strict=True))
-    loop = _busiest_loop(chosen, multiplies)
+    is_product = products_in(chosen)
+    simulated = list(zip(chosen, _simulate_regions(chosen, core, device, is_product), strict=True))
+    loop = _busiest_loop(chosen, is_product)
     inside = [(region, one) for region, one in simulated if region.instructions[0].address in loop]
     cycles, bound = _total(simulated, "cycles"), _total(simulated, "bound")
     loop_cycles, loop_bound = _total(inside, "cycles"), _total(inside, "bound")

@@ -27,14 +27,15 @@ FORMS = [
     LinearKernel(8, 33, 128, 4, 32, False, "grid", False),
     LinearKernel(6, 65, 100, 4, 32, False, "grid", False, activation_bits=4),
 ]
-BYTES, BOUND = every_byte(), at_the_bound(4)
+BOUND = at_the_bound(4)
+ONE_ROW = replace(at_the_bound(1), kernel=LinearKernel(1, 16, BOUND.kernel.channels, 4, 128, False, "grid", False))
 
 
 @pytest.fixture(scope="module", params=["dotprod", "i8mm"])
 def library(request, tmp_path_factory):
     """The instruction set, and a library with all its products."""
     isa = INSTRUCTION_SETS[request.param]
-    every = [*FORMS, BYTES[0].kernel, BOUND.kernel]
+    every = [*FORMS, every_byte()[0].kernel, BOUND.kernel, ONE_ROW.kernel]
     functions = {kernel.name: tunable.build(kernel, isa) for kernel in every}
     folder = tmp_path_factory.mktemp("library")
     return isa, kernels.library(tvm.IRModule(functions), DEVICES[isa.name], folder, "grids.so")
@@ -42,7 +43,8 @@ def library(request, tmp_path_factory):
 
 def test_whole_product_is_exact_in_integers(boards, library):
     isa, path = library
-    cases = [("at the bound", BOUND), *(("every byte", operands) for operands in BYTES)]
+    cases = [("at the bound", BOUND), ("at the bound", ONE_ROW)]
+    cases += [("every byte", operands) for operands in every_byte()]
     for kernel in FORMS:
         cases += [("random", random_grid(kernel, 1)), *grid_corners(kernel).items()]
     with boards.session(DEVICES[isa.name]) as session, kernels.loaded(session, path) as function:

@@ -125,7 +125,10 @@ def every_byte(rows: int = 8) -> list[GridOperands]:
 
 
 def at_the_bound(rows: int) -> GridOperands:
-    """The longest rows whose sums are sure to stay within 32 bits, and those sums; the last row's are negative."""
+    """The longest rows whose sums are sure to stay within 32 bits, and their largest; the last row's are negative.
+
+    Unsigned bytes, 255 for 127, come within a product of 2^31; signed ones to half of that.
+    """
     kernel = GridKernel(rows, 16, ((1 << 31) - 1) // (255 * 127), 128, False)
     base = random_grid(kernel).integer_form()
     x = np.full_like(base.x, 127)
