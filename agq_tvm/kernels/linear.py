@@ -94,6 +94,11 @@ class LinearKernel:
         return -(-self.channels // self.group_size)
 
     @property
+    def code_sums(self) -> int:
+        """Sums of the codes of a row: one for each group."""
+        return self.groups
+
+    @property
     def packed(self) -> bool:
         """Whether 4-bit codes are multiplied as they are stored: unpacking them first pays for several rows."""
         return self.bits == 4 and self.code_rows == 1

@@ -21,7 +21,7 @@ from agq_tvm.kernels.layout import K_BLOCK, k_blocks
 from agq_tvm.kernels.linear import LinearKernel
 from agq_tvm.kernels.linear_assembly import default_panels, space_of_panels
 from agq_tvm.kernels.linear_fetch import emit_fetch
-from agq_tvm.kernels.linear_operands import declare_grid_operands
+from agq_tvm.kernels.linear_operands import declare_operands
 from agq_tvm.kernels.linear_schedule import Plan, row_tile, schedule
 from agq_tvm.kernels.linear_space import most_sums
 from agq_tvm.kernels.space import Space, divisors
@@ -84,6 +84,21 @@ class GridKernel:
     def code_rows(self) -> int:
         """Rows of activation codes."""
         return self.rows
+
+    @property
+    def code_sums(self) -> int:
+        """Sums of the codes of a row: one."""
+        return 1
+
+    @property
+    def per_group(self) -> bool:
+        """Whether activations have a scale for each group: never."""
+        return False
+
+    @property
+    def offsets(self) -> str:
+        """What `LinearKernel` calls the weights' form."""
+        return "grid"
 
     @property
     def blocks(self) -> int:
@@ -186,7 +201,7 @@ def _fits(kernel: GridKernel, isa: InstructionSet, d: dict[str, int]):
 def define(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
     """Return the matrix product as unscheduled TIR.
 
-    The buffers are those of `declare_grid_operands`; inside there are chunks C of k-blocks, and TV vectors of a tile.
+    The buffers are those of `declare_operands`; inside there are chunks C of k-blocks, and TV vectors of a tile.
     """
     decisions = decisions or _scheduled(kernel, isa)
     layout, less = isa.layout_4bit, ZERO
@@ -198,7 +213,7 @@ def define(kernel: GridKernel, isa: InstructionSet, decisions: dict[str, int] | 
         with T.prim_func(s_tir=True):
             T.func_name(kernel.name)
             T.func_attr({"global_symbol": kernel.name, "tirx.noalias": True})
-            args = declare_grid_operands(kernel, layout)
+            args = declare_operands(kernel, layout)
             x, sx, xsum, w, step, low, ws = (args[n] for n in ("x", "sx", "xsum", "w", "step", "low", "ws"))
             bias, out = args.get("bias"), args["out"]
             codes = T.sblock_alloc_buffer((NT, V // TV, KB, S, 2, TV, L, D), "uint8")

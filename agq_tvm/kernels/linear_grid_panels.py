@@ -8,7 +8,7 @@ from agq_tvm.kernels.intrin import assembly
 from agq_tvm.kernels.intrin.assembly import Assembly, unroll_of
 from agq_tvm.kernels.intrin.base import InstructionSet
 from agq_tvm.kernels.linear_assembly import FLOATS, WORD, Panels
-from agq_tvm.kernels.linear_operands import declare_grid_operands
+from agq_tvm.kernels.linear_operands import declare_operands
 from agq_tvm.tvm_seam import T, tirx
 
 
@@ -46,7 +46,7 @@ class _Gridded(Panels):
 
     def args(self):
         """Declare the operands."""
-        args = declare_grid_operands(self.kernel, self.layout)
+        args = declare_operands(self.kernel, self.layout)
         self.x, self.sx, self.w, self.ws = (args[name] for name in ("x", "sx", "w", "ws"))
         self.step, self.low, self.bias, self.out = args["step"], args["low"], args.get("bias"), args["out"]
         return args
@@ -100,5 +100,5 @@ class _Gridded(Panels):
 
 
 def build(kernel, isa: InstructionSet, decisions: dict[str, int] | None = None):
-    """Return the PrimFunc of a matrix product, of the operands of `declare_grid_operands`."""
+    """Return the PrimFunc of a matrix product, of the operands of `declare_operands`."""
     return _Gridded(kernel, isa, decisions).emit()

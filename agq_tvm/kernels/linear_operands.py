@@ -6,13 +6,13 @@ from agq_tvm.tvm_seam import T
 
 
 def declare_operands(kernel, layout: Layout) -> dict:
-    """Declare the arguments of a `LinearKernel`'s function, in order, and return them by name.
+    """Declare the arguments of the function of a `LinearKernel` or `GridKernel`, in order, and return them by name.
 
     Rows of codes R, M or 2 M; tiles NT, groups G, k-blocks KB; S, V, L, D from the layout:
 
     - x int8 [KB, R, S, 2, D], activation codes
     - sx float32 [R, G or 1], activation scales
-    - xsum int32 [R, G], sums of the codes of a group
+    - xsum int32 [R, G], sums of the codes of a group; [R, 1] for a `GridKernel`, whose sums are those of rows
     - w uint8 [NT, KB, S, V, L, D] or of 8 bit [NT, KB, S, 2, V, L, D]
     - ws float16 [NT, G, V, L]; wo the same shape, if any; on an integer grid step, low uint8 [NT, G, V, L], low plus
       128, and ws float16 [NT, 1, V, L] instead
@@ -25,7 +25,7 @@ def declare_operands(kernel, layout: Layout) -> dict:
     forms = {
         "x": ((blocks, kernel.code_rows, layout.steps, 2, layout.depth), "int8"),
         "sx": ((kernel.code_rows, kernel.groups if kernel.per_group else 1), "float32"),
-        "xsum": ((kernel.code_rows, kernel.groups), "int32"),
+        "xsum": ((kernel.code_rows, kernel.code_sums), "int32"),
         "w": (layout.packed_shape(kernel.columns, blocks * K_BLOCK), codes),
     }
     if kernel.offsets == "grid":
@@ -36,29 +36,4 @@ def declare_operands(kernel, layout: Layout) -> dict:
         forms |= {"wo": (per_group, kernel.offsets)} if kernel.offsets else {}
     forms |= {"bias": ((tiles, layout.vectors, layout.lanes), "float32")} if kernel.bias else {}
     forms |= {"out": ((kernel.rows, tiles * layout.width), "float32")}
-    return {name: T.arg(name, T.buffer(*form)) for name, form in forms.items()}
-
-
-def declare_grid_operands(kernel, layout: Layout) -> dict:
-    """Declare the arguments of a `GridKernel`'s function, in order, and return them by name.
-
-    They are those of `declare_operands` on an integer grid but for one scale and one sum of codes for a row:
-
-    - x int8 [KB, M, S, 2, D]; sx float32 [M, 1]; xsum int32 [M, 1]
-    - w uint8 [NT, KB, S, V, L, D]; step, low uint8 [NT, G, V, L], low plus 128
-    - ws float16 [NT, 1, V, L], units; bias float32 [NT, V, L], if any
-    - out float32 [M, NT * V * L]
-    """
-    M, tiles, tile = kernel.rows, layout.tiles(kernel.columns), (layout.vectors, layout.lanes)
-    forms = {
-        "x": ((kernel.blocks, M, layout.steps, 2, layout.depth), "int8"),
-        "sx": ((M, 1), "float32"),
-        "xsum": ((M, 1), "int32"),
-        "w": (layout.packed_shape(kernel.columns, kernel.blocks * K_BLOCK), "uint8"),
-        "step": ((tiles, kernel.groups, *tile), "uint8"),
-        "low": ((tiles, kernel.groups, *tile), "uint8"),
-        "ws": ((tiles, 1, *tile), "float16"),
-    }
-    forms |= {"bias": ((tiles, *tile), "float32")} if kernel.bias else {}
-    forms |= {"out": ((M, tiles * layout.width), "float32")}
     return {name: T.arg(name, T.buffer(*form)) for name, form in forms.items()}
